@@ -1,0 +1,61 @@
+# Needs Python 3.11 or newer and make. Everything is installed into .venv/, nothing outside this folder.
+#   make test ARGS="-k resume"      passes arguments on
+#   make test PYTHON=python3.12     chooses the Python that .venv is made from
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+BENCHMARKS := $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
+
+# By environment, so that the isolated build of this package is pinned too: up to pip 25.2 builds read PIP_CONSTRAINT,
+# later ones PIP_BUILD_CONSTRAINT. The paths are relative because pip splits these values at spaces.
+PIP_INSTALL := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
+	$(BIN)/python -m pip install
+
+.PHONY: help demo test lint format bench docs clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile
+
+demo: $(STAMP) ## train a small model on the CPU
+	$(BIN)/torch-frame demo $(ARGS)
+
+test: $(STAMP) ## run the tests and doctests (the slow ones: make test ARGS="-m slow")
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## check style, format and types
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+format: $(STAMP) ## sort imports, fix what can be fixed, format
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+bench: $(STAMP) ## run every script in benchmarks/
+	@test -n "$(BENCHMARKS)" || { echo "There is no script in benchmarks/ to run." >&2; exit 1; }
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
+
+docs: $(STAMP) ## write the API pages to site/
+	rm -rf site
+	$(BIN)/python -m pdoc --docformat google --output-directory site torch_frame
+
+clean: ## remove caches and build outputs (not .venv, and no run's work_dir)
+	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find benchmarks src tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# The stamp is written last. No stamp means that there was no install or that one was cut off: .venv is then made anew.
+# An outdated stamp means that the pins changed: the packages are brought up to date in place.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		found=$$($(PYTHON) -c 'import platform; print("Python", platform.python_version())' 2>/dev/null || true); \
+		echo "torch-frame needs Python 3.11 or newer; '$(PYTHON)' is $${found:-no Python that runs here}." \
+			"Name another: make PYTHON=python3.12" >&2; exit 1; }
+	@test -f $(STAMP) && $(BIN)/python -c '' || $(PYTHON) -m venv --clear $(VENV)
+	@rm -f $(STAMP)
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) -e '.[dev]'
+	@touch $(STAMP)
