@@ -1,0 +1,1 @@
+"""Files that hold a run: what is in them, how they are written and read."""

@@ -1,0 +1,192 @@
+"""Every random number generator a training run draws from: seed them, save them, put them back."""
+
+from __future__ import annotations
+
+import operator
+import os
+import random
+import warnings
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+_MAX_SEED = 2**32 - 1  # numpy's and PYTHONHASHSEED's limit
+
+# Where a DataLoader may carry a torch.Generator of its own.
+_GENERATOR_PLACES = ("generator", "sampler.generator", "batch_sampler.generator", "batch_sampler.sampler.generator")
+
+
+def set_random_seed(seed: int, rank: int = 0) -> None:
+    """Seeds python, numpy, torch and every CUDA device with `seed + rank`, and makes cuDNN deterministic.
+
+    CUDA is not started: its generators take the seed when it is. `PYTHONHASHSEED` is set for the processes started from
+    here; this one has read it already.
+
+    Args:
+        seed: 0 to 2**32 - 1, `rank` included.
+        rank: of this process, so that each rank draws different numbers.
+
+    Raises:
+        TypeError: `seed` or `rank` is not an integer.
+        ValueError: `seed + rank` is out of range.
+
+    >>> set_random_seed(42)
+    >>> first = torch.rand(1)
+    >>> set_random_seed(42)
+    >>> bool(torch.rand(1) == first)
+    True
+    """
+    seed = _checked_seed(seed, rank)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)  # CUDA, MPS and XPU too, each of them lazily
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    os.environ["PYTHONHASHSEED"] = str(seed)
+
+
+def rng_state() -> dict[str, Any]:
+    """Returns the state of all generators, in types that `torch.load(weights_only=True)` accepts.
+
+    Returns:
+        "python": what `random.getstate()` gives. "numpy": the global generator's state dict, its arrays as tensors.
+        "torch": the CPU generator's bytes. "cuda": a list with each device's bytes, empty while CUDA is not started.
+    """
+    return {
+        "python": random.getstate(),
+        "numpy": _arrays_to_tensors(np.random.get_state(legacy=False)),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Puts all generators where they were when `rng_state()` gave `state`.
+
+    Warns:
+        UserWarning: `state` has another number of CUDA devices than are in use here. Those that both have are restored.
+
+    >>> state = rng_state()
+    >>> first = random.random(), np.random.rand(), torch.rand(1).item()
+    >>> set_rng_state(state)
+    >>> (random.random(), np.random.rand(), torch.rand(1).item()) == first
+    True
+    """
+    num_saved, num_here = len(state["cuda"]), _num_cuda_devices_in_use()
+    if num_saved != num_here:
+        warnings.warn(
+            f"The random state was saved with {num_saved} CUDA devices in use, but here there are {num_here}: "
+            f"{min(num_saved, num_here)} are restored, and random numbers drawn on others differ from the saved run's. "
+            "For an exact resume restore it with as many devices, after CUDA has been started.",
+            stacklevel=2,
+        )
+    _restore(state)
+
+
+@contextmanager
+def preserved_rng() -> Generator[None, None, None]:
+    """Restores all generators afterwards, after an exception too, so that what is drawn inside leaves no trace.
+
+    Costs 0.1 ms on the CPU: meant for an evaluation, not for a step. Generators of CUDA devices are restored where CUDA
+    was started before.
+
+    >>> state = torch.get_rng_state()
+    >>> with preserved_rng():
+    ...     _ = torch.rand(100)
+    >>> torch.equal(torch.get_rng_state(), state)
+    True
+    """
+    state = rng_state()
+    try:
+        yield
+    finally:
+        _restore(state)
+
+
+def loader_generator_states(loader: object) -> dict[str, Tensor]:
+    """Returns the states of the `torch.Generator`s that a DataLoader or its samplers were given, keyed by their place.
+
+    One generator in several places counts once. What is not a DataLoader gives {}.
+
+    >>> loader = DataLoader(range(4), shuffle=True, generator=torch.Generator())
+    >>> list(loader_generator_states(loader))
+    ['generator']
+    """
+    return {place: generator.get_state() for place, generator in _loader_generators(loader).items()}
+
+
+def set_loader_generator_states(loader: object, states: Mapping[str, Tensor]) -> None:
+    """Puts the generators of `loader` where they were when `loader_generator_states` gave `states`.
+
+    Warns:
+        UserWarning: `loader` carries its generators in other places than `states` names. Those in both are restored.
+    """
+    generators = _loader_generators(loader)
+    for place in generators.keys() & states.keys():
+        generators[place].set_state(states[place].cpu())
+    if generators.keys() != states.keys():
+        warnings.warn(
+            f"The data loader carries its own generators at {sorted(generators)}, but the saved one had them at "
+            f"{sorted(states)}: those in both are restored. Random numbers drawn from the others differ from the saved "
+            "run's; for an exact resume build the loader as it was.",
+            stacklevel=2,
+        )
+
+
+def _checked_seed(seed: int, rank: int) -> int:
+    try:
+        total = operator.index(seed) + operator.index(rank)
+    except TypeError:
+        raise TypeError(
+            f"seed and rank have to be integers, but we got seed={seed!r} and rank={rank!r}. Pass seed=int(...)."
+        ) from None
+    if seed < 0 or rank < 0 or total > _MAX_SEED:
+        raise ValueError(
+            f"seed and rank have to be 0 or more, with a sum of at most {_MAX_SEED}, but we got seed={seed} and "
+            f"rank={rank}. Pass a smaller seed, such as seed % 2**31."
+        )
+    return total
+
+
+def _restore(state: Mapping[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(_tensors_to_arrays(state["numpy"]))
+    torch.set_rng_state(state["torch"].cpu())  # .cpu(): loading with map_location="cuda" moves the bytes as well
+    for index, bytes_ in enumerate(state["cuda"][: _num_cuda_devices_in_use()]):
+        torch.cuda.set_rng_state(bytes_.cpu(), index)
+
+
+def _num_cuda_devices_in_use() -> int:
+    """0 while CUDA is not started: a state set then would be overwritten by a seed that is still queued."""
+    return torch.cuda.device_count() if torch.cuda.is_initialized() else 0
+
+
+def _arrays_to_tensors(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {key: _arrays_to_tensors(value) for key, value in state.items()}
+    return torch.from_numpy(state) if isinstance(state, np.ndarray) else state
+
+
+def _tensors_to_arrays(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {key: _tensors_to_arrays(value) for key, value in state.items()}
+    return state.cpu().numpy() if isinstance(state, Tensor) else state
+
+
+def _loader_generators(loader: object) -> dict[str, torch.Generator]:
+    """The generators by place; the loader's own first, so that a shared one gets that name."""
+    if not isinstance(loader, DataLoader):
+        return {}
+    found: dict[str, torch.Generator] = {}
+    for place in _GENERATOR_PLACES:
+        part: Any = loader
+        for name in place.split("."):
+            part = getattr(part, name, None)
+        if isinstance(part, torch.Generator) and all(part is not other for other in found.values()):
+            found[place] = part
+    return found

@@ -1,0 +1,82 @@
+"""How far a run has come: the only counters there are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Progress:
+    """Counts of what is done; all start at 0, and a checkpoint holds exactly these.
+
+    `in_epoch` and `in_iter` say that an epoch or a batch is under way and not counted yet. They are what turns a count
+    ("3 batches done") into the index that hooks see ("batch 2", during it and until the next one begins).
+    """
+
+    epoch: int = 0
+    """Epochs done, `after_epoch` included."""
+    iter: int = 0
+    """Batches trained in the whole run."""
+    inner_iter: int = 0
+    """Batches trained in the epoch under way."""
+    num_updates: int = 0
+    """Optimizer steps taken (with gradient accumulation: complete windows)."""
+    epoch_trained: bool = False
+    """All batches of the epoch are trained, and its `after_epoch` is what comes next."""
+    in_epoch: bool = False
+    in_iter: bool = False
+
+    def begin_epoch(self) -> None:
+        self.in_epoch = True
+
+    def begin_iter(self) -> None:
+        self.in_iter = True
+
+    def end_iter(self) -> None:
+        """A batch is trained: from now on a saved state counts it; `after_iter` still sees its index."""
+        self.iter += 1
+        self.inner_iter += 1
+        self.in_iter = False
+
+    def end_batches(self) -> None:
+        """The epoch's last batch is trained; `after_epoch` is next."""
+        self.epoch_trained = True
+
+    def end_epoch(self) -> None:
+        """The hooks of `after_epoch` have run."""
+        self.epoch += 1
+        self.inner_iter = 0
+        self.epoch_trained = False
+        self.in_epoch = False
+
+    @property
+    def current_epoch(self) -> int:
+        """Index of the epoch under way, or between epochs of the last one."""
+        return self.epoch if self.in_epoch else max(self.epoch - 1, 0)
+
+    @property
+    def current_iter(self) -> int:
+        """Index in the run of the batch under way, or between batches of the last one."""
+        return self.iter if self.in_iter else max(self.iter - 1, 0)
+
+    @property
+    def current_inner_iter(self) -> int:
+        """Index in the epoch of the batch under way, or between batches of the last one."""
+        return self.inner_iter if self.in_iter else max(self.inner_iter - 1, 0)
+
+    def state_dict(self) -> dict[str, int | bool]:
+        return {
+            "epoch": self.epoch,
+            "iter": self.iter,
+            "inner_iter": self.inner_iter,
+            "num_updates": self.num_updates,
+            "epoch_trained": self.epoch_trained,
+        }
+
+    def load_state_dict(self, state: dict[str, int | bool]) -> None:
+        self.epoch = int(state["epoch"])
+        self.iter = int(state["iter"])
+        self.inner_iter = int(state["inner_iter"])
+        self.num_updates = int(state["num_updates"])
+        self.epoch_trained = bool(state["epoch_trained"])
+        self.in_epoch = self.in_iter = False

@@ -1,0 +1,351 @@
+"""A progress bar that costs a training step next to nothing."""
+
+import datetime
+import importlib.util
+import inspect
+import logging
+import math
+import os
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from numbers import Integral, Real
+from time import perf_counter
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
+
+_logger = logging.getLogger(__name__)
+
+
+def is_terminal(stream: Any) -> bool:
+    """Says whether somebody can watch `stream`; a missing or closed one is not a terminal.
+
+    >>> import io
+    >>> is_terminal(None), is_terminal(io.StringIO())
+    (False, False)
+    """
+    try:
+        return not getattr(stream, "closed", False) and bool(stream.isatty())
+    except (AttributeError, ValueError, OSError):
+        return False
+
+
+class TerminalBar(tqdm):  # type: ignore[misc,unused-ignore]
+    """tqdm without its monitor thread, and with a lock of its own.
+
+    tqdm's own lock holds a multiprocessing lock (which fixes the start method of the whole process), stays locked in a
+    child forked at the wrong moment, and is never released where drawing raises. Bars that users make are still in the
+    shared `_instances`, so that a line on the console clears them too.
+    """
+
+    monitor_interval = 0
+    _lock = threading.RLock()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().__init__(*args, **kwargs)
+        except BaseException:  # half-made, it would keep its place on the screen until it is collected
+            self.abandon()
+            raise
+
+    def refresh(self, nolock: bool = False, lock_args: Any = None) -> Any:
+        """Redraws, and releases the lock whatever happens."""
+        with self._lock:
+            return super().refresh(nolock=True)
+
+    def clear(self, nolock: bool = False) -> None:
+        """Wipes the bar off the screen, and releases the lock whatever happens."""
+        with self._lock:
+            super().clear(nolock=True)
+
+    def abandon(self) -> None:
+        """Makes sure that tqdm never draws this bar again, its finaliser included."""
+        self.disable = True
+        self._instances.discard(self)
+
+
+def _renew_lock() -> None:
+    TerminalBar._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # a thread of the parent may hold the lock in the moment of the fork
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+def _kernel_shell() -> Any:
+    """The IPython shell that talks to a notebook, or None; imports nothing."""
+    if "ipykernel" not in sys.modules or "IPython" not in sys.modules:
+        return None
+    shell = sys.modules["IPython"].get_ipython()
+    return shell if hasattr(shell, "kernel") else None
+
+
+def _notebook_bar_class() -> type[TerminalBar]:
+    """The widget where it can be shown; else the text bar, which a notebook's output cell shows well enough."""
+    shows_widgets = not type(_kernel_shell()).__name__.startswith("Spyder")
+    if not shows_widgets or importlib.util.find_spec("ipywidgets") is None:
+        return TerminalBar
+    from tqdm.notebook import tqdm as notebook_tqdm  # type: ignore[import-untyped,unused-ignore]
+
+    class NotebookBar(TerminalBar, notebook_tqdm):  # type: ignore[misc,unused-ignore]
+        pass
+
+    return NotebookBar
+
+
+def _size_keywords(stream: Any) -> dict[str, Any]:
+    """Follows the terminal's width; one that reports 0 x 0 (expect, docker exec) would make tqdm draw nothing."""
+    try:
+        size = os.get_terminal_size(stream.fileno())
+    except (AttributeError, ValueError, OSError):
+        return {}
+    return {"dynamic_ncols": True} if size.columns and size.lines else {"ncols": 80, "nrows": 24}
+
+
+def _is_disabled_by_environment() -> bool:
+    return os.environ.get("TQDM_DISABLE", "").lower() not in ("", "0", "false")
+
+
+def _check_tqdm_kwargs(tqdm_kwargs: Mapping[str, Any], interval_s: float | None) -> None:
+    known = set(inspect.signature(tqdm.__init__).parameters) | {"display"}
+    unknown = sorted(set(tqdm_kwargs) - (known - {"self", "iterable", "gui", "kwargs"}))
+    if unknown:
+        raise TypeError(f"ProgressBar got {unknown}, which neither it nor tqdm knows. Remove or rename {unknown[0]!r}.")
+    if interval_s is not None and "mininterval" in tqdm_kwargs:
+        raise TypeError("ProgressBar got interval_s and mininterval, which mean the same. Give only interval_s.")
+
+
+def _format(value: Any) -> str:
+    if isinstance(value, Integral | str):
+        return str(value).strip()
+    return f"{value:.4g}" if isinstance(value, Real) else str(value)
+
+
+class _Display(Protocol):
+    """Where a `ProgressBar` shows itself: a drawn bar or lines in the log."""
+
+    interval_s: float
+
+    def draw(self, bar: "ProgressBar") -> None: ...
+    def close(self, bar: "ProgressBar") -> None: ...
+    def abandon(self) -> None: ...
+
+
+class _DrawnBar:
+    """A bar that tqdm draws and redraws in place, on a terminal or in a notebook."""
+
+    def __init__(self, bar_class: type[TerminalBar], **tqdm_kwargs: Any) -> None:
+        self._tqdm = bar_class(**tqdm_kwargs)
+        # tqdm has settled its arguments and environment variables; from here on the gate is ours.
+        self.interval_s = float(self._tqdm.mininterval)
+        self._tqdm.mininterval = 0
+
+    def _take(self, bar: "ProgressBar") -> None:
+        if getattr(self._tqdm.fp, "closed", False):
+            raise ValueError("the stream it draws on is closed")
+        self._tqdm.total = bar.total
+        self._tqdm.desc = bar.desc
+        shown = bar.shown()
+        self._tqdm.postfix = ", ".join([*(f"{key}={value}" for key, value in shown.items()), *bar.notes()])
+
+    def draw(self, bar: "ProgressBar") -> None:
+        self._take(bar)
+        self._tqdm.update(bar.n - self._tqdm.n)
+
+    def close(self, bar: "ProgressBar") -> None:
+        try:
+            self._tqdm.n = bar.n
+            self._take(bar)
+        finally:
+            self._tqdm.close()
+
+    def abandon(self) -> None:
+        self._tqdm.abandon()
+
+
+class _LogLines:
+    """A line in the log every `interval_s` seconds, for everything that is no screen."""
+
+    def __init__(self, initial: float, unit: str, interval_s: float) -> None:
+        self.interval_s = interval_s
+        self._unit = unit
+        self._last_n, self._last_s = initial, perf_counter()
+
+    def _speed(self, bar: "ProgressBar") -> list[str]:
+        """Rate since the last line, and the time left at that rate."""
+        now_s = perf_counter()
+        rate = (bar.n - self._last_n) / max(now_s - self._last_s, 1e-9)
+        self._last_n, self._last_s = bar.n, now_s
+        if rate <= 0:
+            return []
+        speed = f"{rate:.1f} {self._unit}/s" if rate >= 1 else f"{1 / rate:.1f} s/{self._unit}"
+        if bar.total is None:
+            return [speed]
+        return [speed, f"ETA {datetime.timedelta(seconds=int(max(bar.total - bar.n, 0) / rate))}"]
+
+    def draw(self, bar: "ProgressBar") -> None:
+        place = f"{bar.n:g}" if isinstance(bar.n, float) else str(bar.n)
+        if bar.total is not None:
+            place += f"/{bar.total}"
+        values = [f"{key} {value}" for key, value in bar.shown().items()]
+        parts = [bar.desc.removesuffix(": "), place, *self._speed(bar), *values, *bar.notes()]
+        _logger.info("%s", "  ".join(part for part in parts if part))
+
+    def close(self, bar: "ProgressBar") -> None:
+        pass
+
+    def abandon(self) -> None:
+        pass
+
+
+def _open_display(
+    total: float | None, desc: str, initial: float, unit: str, plain_interval_s: float, tqdm_kwargs: dict[str, Any]
+) -> _Display:
+    stream = tqdm_kwargs.get("file") or sys.stderr
+    in_notebook = _kernel_shell() is not None
+    if not in_notebook and not is_terminal(stream):
+        return _LogLines(initial, unit, plain_interval_s)
+    bar_class = _notebook_bar_class() if in_notebook else TerminalBar
+    defaults = {"miniters": 0, **_size_keywords(stream)} if bar_class is TerminalBar else {"miniters": 0}
+    # disable=False: whatever TQDM_DISABLE held when tqdm was imported, it is we who read it.
+    counts = {"total": total, "desc": desc, "initial": initial, "unit": unit, "disable": False}
+    return _DrawnBar(bar_class, **{**defaults, **tqdm_kwargs, **counts})
+
+
+class ProgressBar:
+    """Shows how far a loop has come: a bar on a terminal or in a notebook, now and then a log line elsewhere.
+
+    `update()` adds to `n` and looks at the clock; all else, reading the values included, happens when it is time to
+    draw. A bar that can't be drawn (an odd terminal, an encoding, a closed stream) turns itself off; the run goes on.
+
+    Args:
+        total: the count at the end, if known.
+        desc: what stands before the bar.
+        initial: the count at the start, for a resumed run.
+        unit: what is counted.
+        values: gives what is shown behind the bar; called only when it is drawn, so it may read from the device.
+        interval_s: seconds between two draws; default 0.1, or `TQDM_MININTERVAL`.
+        plain_interval_s: seconds between two log lines where there is no screen.
+        disable: shows nothing. So does the environment variable `TQDM_DISABLE=1`.
+        tqdm_kwargs: further arguments of tqdm: `leave`, `position`, `ncols`, `file`, ...
+
+    Raises:
+        TypeError: an argument that tqdm doesn't know.
+
+    >>> with ProgressBar(total=3, desc="epoch 1/1", disable=True) as bar:
+    ...     for loss in (0.3, 0.2, 0.1):
+    ...         bar.set_postfix(loss=loss)
+    ...         bar.update()
+    >>> bar.n
+    3
+    """
+
+    def __init__(
+        self,
+        total: float | None = None,
+        desc: str = "",
+        *,
+        initial: float = 0,
+        unit: str = "it",
+        values: Callable[[], Mapping[str, float]] | None = None,
+        interval_s: float | None = None,
+        plain_interval_s: float = 30.0,
+        disable: bool = False,
+        **tqdm_kwargs: Any,
+    ) -> None:
+        _check_tqdm_kwargs(tqdm_kwargs, interval_s)
+        self.n = initial
+        self.total = total
+        self.desc = desc
+        self._values = values
+        self._postfix: dict[str, Any] = {}
+        self._note = ""
+        self._display: _Display | None = None
+        self._next_draw_s = math.inf
+        if disable or _is_disabled_by_environment():
+            return
+        if interval_s is not None:
+            tqdm_kwargs["mininterval"] = interval_s
+        try:
+            self._display = _open_display(total, desc, initial, unit, plain_interval_s, tqdm_kwargs)
+            self._next_draw_s = perf_counter() + self._display.interval_s
+        except Exception as error:
+            self._turn_off(error)
+
+    def update(self, n: float = 1) -> None:
+        """Counts `n` more, and draws if it is time to."""
+        self.n += n
+        if perf_counter() >= self._next_draw_s:
+            self._draw()
+
+    def set_postfix(self, values: Mapping[str, Any] | None = None, refresh: bool = False, **more: Any) -> None:
+        """Sets what stands behind the bar; drawn when it is time to, or at once with `refresh=True`."""
+        self._postfix = {**(values or {}), **more}
+        self._note = ""
+        self._show(refresh)
+
+    def set_postfix_str(self, s: str = "", refresh: bool = False) -> None:
+        """Sets a text behind the bar, in place of what `set_postfix` set."""
+        self._postfix = {}
+        self._note = str(s)
+        self._show(refresh)
+
+    def set_description(self, desc: str | None = None, refresh: bool = False) -> None:
+        """Sets what stands before the bar; a colon is added."""
+        self.set_description_str(f"{desc}: " if desc else "", refresh)
+
+    def set_description_str(self, desc: str | None = None, refresh: bool = False) -> None:
+        """Sets what stands before the bar."""
+        self.desc = desc or ""
+        self._show(refresh)
+
+    def shown(self) -> dict[str, str]:
+        """The named values behind the bar as text: those set by hand, then `values()`."""
+        read = self._values() if self._values is not None else {}
+        return {key: _format(value) for key, value in {**self._postfix, **read}.items()}
+
+    def notes(self) -> list[str]:
+        """The text of `set_postfix_str`, if there is one."""
+        return [self._note] if self._note else []
+
+    def close(self) -> None:
+        """Draws the bar for the last time. Closing twice is fine."""
+        display, self._display = self._display, None
+        self._next_draw_s = math.inf
+        if display is None:
+            return
+        try:
+            display.close(self)
+        except Exception as error:
+            self._display = display
+            self._turn_off(error)
+
+    def _show(self, at_once: bool) -> None:
+        if self._display is not None and (at_once or perf_counter() >= self._next_draw_s):
+            self._draw()
+
+    def _draw(self) -> None:
+        assert self._display is not None
+        try:
+            self._display.draw(self)
+            # Counted from the end of the drawing: a slow terminal must not eat the run's time.
+            self._next_draw_s = perf_counter() + self._display.interval_s
+        except Exception as error:
+            self._turn_off(error)
+
+    def _turn_off(self, error: Exception) -> None:
+        if self._display is not None:
+            self._display.abandon()
+        self._display = None
+        self._next_draw_s = math.inf
+        _logger.debug("The progress bar is off: %s: %s", type(error).__name__, error)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

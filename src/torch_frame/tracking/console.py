@@ -1,0 +1,273 @@
+"""The lines of a run: on the console, and in the run's log file."""
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import torch.distributed
+
+from torch_frame.tracking.bar import TerminalBar, is_terminal
+
+logger = logging.getLogger("torch_frame")
+
+_FORMAT = "[%(asctime)s %(name)s %(levelname)s]: %(message)s"
+_DATE_FORMAT = "%m/%d %H:%M:%S"
+
+_RESET, _GREEN = "\x1b[0m", "\x1b[32m"
+_LEVEL_COLORS = {logging.DEBUG: "\x1b[35m", logging.WARNING: "\x1b[33m"}
+_ERROR_COLOR = "\x1b[1;31m"
+
+
+def supports_color(stream: Any, environ: Mapping[str, str] = os.environ, os_name: str = os.name) -> bool:
+    """Says whether ANSI colours are wanted and understood: a terminal, no `NO_COLOR`, not `TERM=dumb`.
+
+    On Windows only the terminals known to understand them count: Windows Terminal, VS Code, ConEmu, ansicon.
+    """
+    if not is_terminal(stream) or environ.get("NO_COLOR") or environ.get("TERM") == "dumb":
+        return False
+    if os_name != "nt":
+        return True
+    return (
+        any(name in environ for name in ("WT_SESSION", "ANSICON"))
+        or environ.get("ConEmuANSI") == "ON"
+        or environ.get("TERM_PROGRAM") == "vscode"
+    )
+
+
+class _ColorFormatter(logging.Formatter):
+    """The plain line with its head in green and its level in a colour of its own."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        color = _ERROR_COLOR if record.levelno >= logging.ERROR else _LEVEL_COLORS.get(record.levelno, "")
+        head = f"[{record.asctime} {record.name} {color}{record.levelname}{_RESET}{_GREEN}]:"
+        return f"{_GREEN}{head}{_RESET} {record.message}"
+
+
+class ConsoleHandler(logging.Handler):
+    """Writes to whatever `sys.stdout` is at the moment, above the progress bars.
+
+    A console is a courtesy: missing, closed, gone or unable to show a character, it never stops or litters a run.
+
+    Args:
+        color: colours the lines where `supports_color` says so.
+    """
+
+    def __init__(self, level: int = logging.NOTSET, *, color: bool = False) -> None:
+        super().__init__(level)
+        self._color = color
+        self._plain_formatter = logging.Formatter(_FORMAT, _DATE_FORMAT)
+        self._color_formatter = _ColorFormatter(_FORMAT, _DATE_FORMAT)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes one record."""
+        stream = sys.stdout
+        if stream is None or getattr(stream, "closed", False):
+            return
+        try:
+            line = self._formatter_for(stream).format(record) + "\n"
+        except Exception:  # arguments that don't fit the message: the caller's mistake
+            self.handleError(record)
+            return
+        try:
+            with TerminalBar.external_write_mode(file=stream):
+                _write(stream, line)
+        except BrokenPipeError:
+            _detach(stream)
+        except (OSError, ValueError, RuntimeError):
+            pass
+
+    def _formatter_for(self, stream: Any) -> logging.Formatter:
+        if self.formatter is not None:
+            return self.formatter
+        return self._color_formatter if self._color and supports_color(stream) else self._plain_formatter
+
+
+def _write(stream: Any, line: str) -> None:
+    try:
+        stream.write(line)
+    except UnicodeEncodeError:
+        encoding = getattr(stream, "encoding", None) or "ascii"
+        stream.write(line.encode(encoding, "backslashreplace").decode(encoding))
+    stream.flush()
+
+
+def _detach(stream: Any) -> None:
+    """Points a pipe that nobody reads any more at the null device.
+
+    The line is still in Python's buffer. Its last flush would fail too, print an error and make the exit status 120.
+    """
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
+def _is_console(handler: logging.Handler) -> bool:
+    screens = [stream for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__) if stream is not None]
+    stream = getattr(handler, "stream", None)
+    return isinstance(handler, ConsoleHandler) or any(stream is screen for screen in screens)
+
+
+def _open_file(path: str, level: int) -> logging.FileHandler:
+    path = os.path.abspath(path)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    handler.setLevel(level)
+    handler.setFormatter(logging.Formatter(_FORMAT, _DATE_FORMAT))
+    return handler
+
+
+def _lower_level(target: logging.Logger, *levels: int) -> None:
+    """Lets `levels` through, and what came through before; NOTSET would hand the question to the root logger."""
+    wanted = [max(level, 1) for level in levels]
+    target.setLevel(min(wanted + ([target.level] if target.level else [])))
+
+
+def _is_main_process() -> bool:
+    # The one place of this package that asks: scripts of 1.7 call setup_logger() on every rank.
+    has_group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not has_group or torch.distributed.get_rank() == 0
+
+
+def setup_logger(
+    name: str | None = None,
+    output: str | os.PathLike[str] | None = None,
+    console_log_level: int = logging.INFO,
+    file_log_level: int = logging.INFO,
+    color: bool = False,
+) -> logging.Logger:
+    """Gives a logger a console handler, and a file where `output` names one; on rank 0 only.
+
+    A second call for the same name changes nothing, but a new `output` is added as one more file.
+
+    Args:
+        name: of the logger; None is the root logger.
+        output: a file that ends in `.txt` or `.log`, else a folder, for its `log.txt`. Missing folders are made.
+        console_log_level: of the console, a level of `logging`.
+        file_log_level: of the file, a level of `logging`.
+        color: colours the console's lines where it is a terminal that knows colours (see `supports_color`).
+
+    Returns:
+        The logger. It doesn't hand its records to its parents.
+
+    >>> setup_logger("doctest.project") is logging.getLogger("doctest.project")
+    True
+    """
+    target = logging.getLogger(name)
+    target.propagate = False
+    if target is logger and _open_runs:
+        _undo.pop_all()  # set up in the middle of a run: stays after it
+    if not _is_main_process():
+        _lower_level(target, console_log_level)
+        return target
+    if not any(isinstance(handler, ConsoleHandler) for handler in target.handlers):
+        target.setLevel(max(console_log_level, 1))
+        target.addHandler(ConsoleHandler(console_log_level, color=color))
+    if output is not None:
+        _add_file(target, os.fspath(output), file_log_level)
+    return target
+
+
+def _add_file(target: logging.Logger, output: str, level: int) -> None:
+    path = output if output.endswith((".txt", ".log")) else os.path.join(output, "log.txt")
+    open_files = {handler.baseFilename for handler in target.handlers if isinstance(handler, logging.FileHandler)}
+    if os.path.abspath(path) not in open_files:
+        target.addHandler(_open_file(path, level))
+        _lower_level(target, level)
+
+
+class RunLog:
+    """What `open_run_log` attached to the "torch_frame" logger; `close()` takes it off again."""
+
+    def __init__(self, path: str | None, file_handler: logging.FileHandler | None) -> None:
+        self.path = path
+        self._file_handler = file_handler
+
+    def close(self) -> None:
+        """Closes the file; the last open run puts the logger back as it was. Closing twice is fine."""
+        if self not in _open_runs:
+            return
+        _open_runs.remove(self)
+        if self._file_handler is not None:
+            logger.removeHandler(self._file_handler)
+            self._file_handler.close()
+        if not _open_runs:
+            _undo.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+_open_runs: list[RunLog] = []
+_undo = contextlib.ExitStack()  # what the first open run changed on the logger; the last one to close undoes it
+
+
+def open_run_log(path: str | os.PathLike[str] | None, console_log_level: int, file_log_level: int) -> RunLog:
+    """Shows the "torch_frame" logger's records on the console and appends them to a file, until it is closed.
+
+    A console that is there already is used as it is: one of `setup_logger` or of a run still open, or one that the
+    user's own handler writes to. Other handlers of the root logger (pytest's, a file) go on receiving the records.
+
+    Args:
+        path: of the run's log file; None is no file.
+        console_log_level: 0..5 for all, DEBUG, INFO, WARNING, ERROR, CRITICAL.
+        file_log_level: the same for the file.
+
+    Raises:
+        ValueError: a level that is not 0..5.
+
+    >>> with open_run_log(None, 2, 2):
+    ...     logger.debug("not shown")
+    """
+    console_level = _check_level("console_log_level", console_log_level)
+    file_level = _check_level("file_log_level", file_log_level)
+    path = None if path is None else os.fspath(path)
+    file_handler = None if path is None else _open_file(path, file_level)
+    if not _open_runs:
+        _attach(console_level)
+    run = RunLog(path, file_handler)
+    _open_runs.append(run)
+    _lower_level(logger, console_level)
+    if file_handler is not None:
+        logger.addHandler(file_handler)
+        _lower_level(logger, file_level)
+    return run
+
+
+def _check_level(name: str, level: int) -> int:
+    if not isinstance(level, int) or not 0 <= level <= 5:
+        levels = "0 (all), 1 (DEBUG), 2 (INFO), 3 (WARNING), 4 (ERROR) or 5 (CRITICAL)"
+        raise ValueError(f"{name} must be {levels}, but is {level!r}. Give 2 for the usual lines.")
+    return level * 10
+
+
+def _attach(console_level: int) -> None:
+    _undo.callback(logger.setLevel, logger.level)
+    _undo.callback(setattr, logger, "propagate", logger.propagate)
+    root_handlers = logging.getLogger().handlers if logger.propagate else []
+    root_consoles = [handler for handler in root_handlers if _is_console(handler)]
+    for handler in root_consoles:
+        _limit(handler, console_level)
+    if not root_consoles and not any(_is_console(handler) for handler in logger.handlers):
+        console = ConsoleHandler(console_level)
+        logger.addHandler(console)
+        _undo.callback(logger.removeHandler, console)
+    logger.propagate = bool(root_handlers)
+
+
+def _limit(handler: logging.Handler, level: int) -> None:
+    """Keeps our records below `level` off a user's console: the logger may let them through for the file."""
+    is_shown: Callable[[logging.LogRecord], bool] = lambda record: (  # noqa: E731
+        record.levelno >= level or record.name.split(".")[0] != logger.name
+    )
+    handler.addFilter(is_shown)
+    _undo.callback(handler.removeFilter, is_shown)

@@ -1,0 +1,264 @@
+"""The values of a run as it goes: a window for each name, read from the device only when somebody looks."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Callable, Mapping, Set
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_frame.types import Number
+
+ROWS_KEPT_UNREAD = 50
+"""Rows of device values are read in one transfer when so many are waiting, or when somebody looks."""
+
+
+class HistoryBuffer:
+    """The last values of one name and the sum of all of them; comparisons are of the window's mean.
+
+    Args:
+        window_size: how many values `avg` is over.
+
+    >>> history = HistoryBuffer(window_size=2)
+    >>> for value in (1.0, 2.0, 4.0):
+    ...     history.update(value)
+    >>> history.latest, history.avg, history.global_sum
+    (4.0, 3.0, 7.0)
+    """
+
+    __hash__ = None  # type: ignore[assignment]  # compared by a value that changes
+
+    def __init__(self, window_size: int = 20) -> None:
+        self._history: deque[float] = deque(maxlen=window_size)
+        self._count = 0
+        self._sum = 0.0
+        self._read_pending: Callable[[], None] | None = None
+
+    def update(self, value: Tensor | Number) -> None:
+        """Add a value; where the window is full its oldest one leaves."""
+        self._extend([float(value.detach() if isinstance(value, Tensor) else value)])
+
+    def _extend(self, values: list[float]) -> None:
+        self._history.extend(values)
+        self._count += len(values)
+        for value in values:  # one after the other: the sum does not depend on when values are read
+            self._sum += value
+
+    def _read(self) -> deque[float]:
+        if self._read_pending is not None:
+            self._read_pending()
+        return self._history
+
+    @property
+    def latest(self) -> float:
+        return self._read()[-1]
+
+    @property
+    def avg(self) -> float:
+        """Mean of the window."""
+        return statistics.fmean(self._read())
+
+    @property
+    def global_avg(self) -> float:
+        """Mean of all values since the run began."""
+        self._read()
+        return self._sum / self._count
+
+    @property
+    def global_sum(self) -> float:
+        self._read()
+        return self._sum
+
+    def __float__(self) -> float:
+        return self.avg
+
+    def __lt__(self, other: Any) -> bool:
+        return self.avg < float(other)
+
+    def __le__(self, other: Any) -> bool:
+        return self.avg <= float(other)
+
+    def __gt__(self, other: Any) -> bool:
+        return self.avg > float(other)
+
+    def __ge__(self, other: Any) -> bool:
+        return self.avg >= float(other)
+
+    def __str__(self) -> str:
+        return str(round(self.avg, 4))
+
+    def __repr__(self) -> str:
+        return f"HistoryBuffer(avg={self}, window={self._history.maxlen}, count={self._count})"
+
+
+class MetricStorage(dict[str, HistoryBuffer]):
+    """The named values of a run: name -> HistoryBuffer.
+
+    Tensors are kept as they are and read in one transfer for many rows, so recording a step costs no wait for the device.
+
+    Args:
+        default_win_size: window of a name that does not ask for its own.
+
+    >>> storage = MetricStorage()
+    >>> storage.update(iter=0, loss=torch.tensor(0.25))
+    >>> storage.update(iter=1, loss=0.75)
+    >>> storage.update(iter=1, lr=0.1, smooth=False)
+    >>> storage.values_maybe_smooth
+    {'loss': (1, 0.5), 'lr': (1, 0.1)}
+    """
+
+    def __init__(self, default_win_size: int = 20) -> None:
+        super().__init__()
+        self._default_win_size = default_win_size
+        self._smooth: dict[str, bool] = {}
+        self._latest_iter: dict[str, int] = {}
+        self._pending: list[tuple[int | None, Mapping[str, Tensor | Number]]] = []
+        self._step_names: Set[str] = frozenset()
+        self.on_read: Callable[[list[int | None], Mapping[str, list[float]]], None] | None = None
+        """Called with (iters, name -> values) when values have been read from the device; may raise."""
+
+    def update(  # type: ignore[override]  # 1.7's signature: this dict is filled through it
+        self,
+        iter: int | None = None,
+        smooth: bool = True,
+        window_size: int | None = None,
+        **kwargs: Tensor | Number,
+    ) -> None:
+        """Add a value for each name.
+
+        Args:
+            iter: when the values are of, growing for each name; None counts from 0.
+            smooth: whether readers want the window's mean or the latest value. The same in each call for one name.
+            window_size: the window of names seen for the first time.
+
+        Raises:
+            ValueError: where a name gets two values for one `iter`, or another `smooth` than before.
+        """
+        for name in kwargs:
+            self._admit(name, smooth, window_size)
+            self._latest_iter[name] = self._next_iter(name, iter)
+        self._pending.append((None, kwargs))
+        if len(self._pending) >= ROWS_KEPT_UNREAD:
+            self.flush()
+
+    def record(self, iter: int, values: Mapping[str, Tensor | Number]) -> None:
+        """Add a training step's values, smoothed unless declared otherwise, without reading them: the fast way in.
+
+        Args:
+            iter: index of the batch in the run.
+            values: one-element tensors and numbers; kept until they are read.
+        """
+        if values.keys() != self._step_names:
+            for name in values:
+                self._admit(name, self._smooth.get(name, True), None)
+            self._step_names = frozenset(values)
+        self._pending.append((iter, values))
+        if len(self._pending) >= ROWS_KEPT_UNREAD:
+            self.flush()
+
+    def flush(self) -> None:
+        """Read what has been recorded, in one transfer."""
+        if not self._pending:
+            return
+        rows, self._pending = self._pending, []
+        columns, latest = _read_columns(rows)
+        for name, column in columns.items():
+            self[name]._extend(column)
+        self._latest_iter.update(latest)
+        if self.on_read is not None:
+            self.on_read([iter for iter, _ in rows], columns)
+
+    def declare(self, name: str, *, smooth: bool) -> None:
+        """Say how a name that `record` will bring is to be read."""
+        self._smooth.setdefault(name, smooth)
+
+    def _admit(self, name: str, smooth: bool, window_size: int | None) -> None:
+        if self._smooth.setdefault(name, smooth) != smooth:
+            raise ValueError(
+                f"Metric {name!r} was logged with smooth={self._smooth[name]} before and now with smooth={smooth}. "
+                "Log it the same way each time, or under another name."
+            )
+        if name not in self:
+            buffer = self[name] = HistoryBuffer(window_size or self._default_win_size)
+            buffer._read_pending = self.flush
+            self._latest_iter[name] = -1
+
+    def _next_iter(self, name: str, iter: int | None) -> int:
+        if name in self._step_names:
+            self.flush()
+        latest = self._latest_iter[name]
+        if iter is None:
+            return latest + 1
+        if iter <= latest:
+            raise ValueError(
+                f"Metric {name!r} already has a value for {latest}, and now came one for {iter}. "
+                "Do two hooks, or a hook and the step, log the same name? Rename one."
+            )
+        return iter
+
+    def latest_iters(self) -> dict[str, int]:
+        """For each name, when its latest value is of."""
+        self.flush()
+        return dict(self._latest_iter)
+
+    @property
+    def values_maybe_smooth(self) -> dict[str, tuple[int, float]]:
+        """For each name, (when its latest value is of, the window's mean or, where logged with smooth=False, the latest)."""
+        self.flush()
+        return {
+            name: (self._latest_iter[name], buffer.avg if self._smooth[name] else buffer.latest)
+            for name, buffer in self.items()
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        self.flush()
+        return {
+            name: {
+                "window": list(buffer._history),
+                "window_size": buffer._history.maxlen,
+                "count": buffer._count,
+                "sum": buffer._sum,
+                "smooth": self._smooth[name],
+                "latest_iter": self._latest_iter[name],
+            }
+            for name, buffer in self.items()
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.clear()
+        self._pending, self._smooth, self._latest_iter, self._step_names = [], {}, {}, frozenset()
+        for name, saved in state.items():
+            self._admit(name, saved["smooth"], saved["window_size"])
+            self._latest_iter[name] = saved["latest_iter"]
+            self[name]._history.extend(saved["window"])
+            self[name]._count, self[name]._sum = saved["count"], saved["sum"]
+
+
+def _read_columns(
+    rows: list[tuple[int | None, Mapping[str, Tensor | Number]]],
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """The values by name as plain floats, and for each name of a training step when its last value is of.
+
+    Tensors are read in one transfer for each kind (device and dtype), whatever their number.
+    """
+    columns: dict[str, list[Any]] = {}
+    latest: dict[str, int] = {}
+    waiting: dict[tuple[torch.device, torch.dtype], list[tuple[list[Any], int, Tensor]]] = {}
+    for iter, row in rows:
+        for name, value in row.items():
+            column = columns.get(name)
+            if column is None:
+                column = columns[name] = []
+            if isinstance(value, Tensor):
+                waiting.setdefault((value.device, value.dtype), []).append((column, len(column), value))
+            column.append(value)
+            if iter is not None:
+                latest[name] = iter
+    for places in waiting.values():
+        numbers = torch.stack([value.detach().reshape(()) for _, _, value in places]).tolist()
+        for (column, index, _), number in zip(places, numbers, strict=True):
+            column[index] = number
+    return {name: [float(value) for value in column] for name, column in columns.items()}, latest

@@ -1,0 +1,174 @@
+"""The folder of a run: its name, its making, and where its checkpoints are found again."""
+
+import datetime
+import glob
+import itertools
+import logging
+import os
+from collections.abc import Iterator
+
+from torch_frame.errors import WorkDirError
+
+_logger = logging.getLogger(__name__)
+
+# No colons and no blanks: Windows forbids the first, shells split at the second.
+_TIME_FORMATS = {
+    "time_s": "%Y-%m-%d_%H-%M-%S",
+    "time_m": "%Y-%m-%d_%H-%M",
+    "time_h": "%Y-%m-%d_%H",
+    "time_d": "%Y-%m-%d",
+}
+
+
+def _clean(work_dir: str | os.PathLike[str]) -> str:
+    """Expands `~` and strips trailing separators, so that a suffix makes a sibling and not a child."""
+    path = os.path.expanduser(os.fspath(work_dir))
+    if not path:
+        raise ValueError("work_dir is empty. Name a folder, for example 'work_dir'.")
+    path = path.rstrip(os.sep + (os.altsep or "")) or os.sep
+    # '.' and '..' have no name of their own that a suffix could be put to.
+    return os.path.abspath(path) if os.path.basename(path) in ("", ".", "..") else path
+
+
+def _candidates(work_dir: str, create_new_dir: str | None) -> Iterator[str]:
+    """The names to try, best first."""
+    yield work_dir
+    if create_new_dir is None:
+        return
+    if create_new_dir != "count":
+        work_dir += datetime.datetime.now().strftime(f"_{_TIME_FORMATS[create_new_dir]}")
+        yield work_dir
+    first = 0 if create_new_dir == "count" else 1
+    yield from (f"{work_dir}_{number}" for number in itertools.count(first))
+
+
+def _check_mode(create_new_dir: str | None) -> None:
+    modes = (None, *_TIME_FORMATS, "count")
+    if create_new_dir not in modes:
+        listed = ", ".join(repr(mode) for mode in modes)
+        raise ValueError(f"create_new_dir is {create_new_dir!r}, but must be one of {listed}.")
+
+
+def get_workspace(work_dir: str | os.PathLike[str], create_new_dir: str | None) -> str:
+    """Proposes a folder for a run, and makes nothing; `claim_work_dir` makes it.
+
+    Args:
+        work_dir: the folder that the user named. It is the answer where it does not exist yet.
+        create_new_dir: what is put behind the name of a folder that exists: the time down to the second, minute, hour
+            or day (`"time_s"`, `"time_m"`, `"time_h"`, `"time_d"`), a number (`"count"`), or nothing (None: the folder
+            is used again).
+
+    Returns:
+        A path that does not exist yet (with None: `work_dir`).
+
+    Raises:
+        ValueError: another `create_new_dir`, or an empty `work_dir`.
+
+    >>> get_workspace("a_folder_that_is_not_there/", "time_s")
+    'a_folder_that_is_not_there'
+    """
+    _check_mode(create_new_dir)
+    work_dir = _clean(work_dir)
+    if create_new_dir is None:
+        return work_dir
+    return next(path for path in _candidates(work_dir, create_new_dir) if not os.path.lexists(path))
+
+
+def claim_work_dir(work_dir: str | os.PathLike[str], create_new_dir: str | None) -> str:
+    """Makes the folder of a run. Of two runs that start at the same moment each gets a folder of its own.
+
+    Args:
+        work_dir: as in `get_workspace`.
+        create_new_dir: as in `get_workspace`; with None an existing folder is used.
+
+    Returns:
+        The path of the folder.
+
+    Raises:
+        ValueError: as in `get_workspace`.
+        WorkDirError: the folder can't be made or written to.
+
+    >>> import tempfile
+    >>> folder = os.path.join(tempfile.mkdtemp(), "run")
+    >>> [os.path.basename(claim_work_dir(folder, "count")) for _ in range(3)]
+    ['run', 'run_0', 'run_1']
+    """
+    _check_mode(create_new_dir)
+    work_dir = _clean(work_dir)
+    try:
+        os.makedirs(os.path.dirname(work_dir) or ".", exist_ok=True)
+        if create_new_dir is None:
+            return _use(work_dir)
+        return next(path for path in _candidates(work_dir, create_new_dir) if _make(path))
+    except WorkDirError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise WorkDirError(f"work_dir {work_dir!r} can't be made: {reason} ({error.filename}). {_ADVICE}") from error
+
+
+_ADVICE = "Choose a work_dir in a folder that you may write to."
+
+
+def _make(path: str) -> bool:
+    """Makes a folder; False where the name is taken, by another process perhaps."""
+    try:
+        os.mkdir(path)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _use(path: str) -> str:
+    if not _make(path) and not os.path.isdir(path):
+        raise WorkDirError(f"work_dir {path!r} is a file, not a folder. Remove it, or choose another work_dir.")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise WorkDirError(f"work_dir {path!r} is a folder that you may not write to. {_ADVICE}")
+    return path
+
+
+def _modified_s(path: str) -> float:
+    """Time of the last change; a file that is not there (or went away just now) is older than all."""
+    try:
+        return os.path.getmtime(path)
+    except OSError:
+        return float("-inf")
+
+
+def _newest(paths: list[str]) -> str | None:
+    files = [path for path in paths if os.path.isfile(path)]
+    return max(files, key=lambda path: (_modified_s(path), path), default=None)
+
+
+def find_checkpoint(name: str | os.PathLike[str], work_dir: str | os.PathLike[str]) -> str:
+    """Finds a checkpoint: as given, then in `work_dir/checkpoints`, then in the newest sibling `work_dir_*`.
+
+    The newest sibling is the one whose `checkpoints/name` was changed last. A warning says where such a file is newer
+    than the one found.
+
+    Args:
+        name: a path, or the name of a file as `"latest.pth"`.
+        work_dir: the folder that the user named, without a suffix.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        FileNotFoundError: it is in none of these places; the message lists them.
+    """
+    name = os.path.expanduser(os.fspath(name))
+    work_dir = _clean(work_dir)
+    if os.path.isabs(name):
+        places, siblings = [name], []
+    else:
+        places = [name, os.path.join(work_dir, "checkpoints", name)]
+        folders = sorted(glob.glob(f"{glob.escape(work_dir)}_*"))
+        siblings = [os.path.join(folder, "checkpoints", name) for folder in folders]
+    newest_sibling = _newest(siblings)
+    found = next((place for place in places if os.path.isfile(place)), newest_sibling)
+    if found is None:
+        looked_at = "\n  ".join(places + siblings)
+        raise FileNotFoundError(f"There is no checkpoint {name!r}. Looked at:\n  {looked_at}\nGive the file's path.")
+    if newest_sibling is not None and _modified_s(newest_sibling) > _modified_s(found):
+        _logger.warning("Taking %s, but %s is newer. Give its path if you meant that one.", found, newest_sibling)
+    return found

@@ -1,0 +1,173 @@
+"""Metric files: one JSON object a line, and TensorBoard's event files."""
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+
+def _plain(value: Any, where: str) -> Any:
+    """Turns `value` into what JSON knows: NaN and infinity into None, numpy's and one-element tensors into numbers."""
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
+        value = _only_element(value, where)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    raise TypeError(f"{where} is a {type(value).__name__}, which JSON doesn't know. Give a number, a string or a list.")
+
+
+def _only_element(value: "torch.Tensor | np.ndarray[Any, Any] | np.generic", where: str) -> Any:
+    num_elements = value.numel() if isinstance(value, torch.Tensor) else value.size
+    if num_elements != 1:
+        raise TypeError(f"{where} has {num_elements} elements, but must be one number. Reduce it, or use tolist().")
+    return value.item()
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _is_later(line: bytes, last_iter: int) -> bool:
+    try:
+        at = json.loads(line)["iter"]
+    except (ValueError, KeyError, TypeError):
+        return False
+    return isinstance(at, int | float) and at > last_iter
+
+
+def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file, without a last one that a killed process left half-written."""
+    for line in file:
+        if line.endswith(b"\n"):
+            yield line
+        elif _is_object(line):
+            yield line + b"\n"
+
+
+def _cut_rows_after(path: str, last_iter: int) -> None:
+    """Rewrites a file without its later rows; the old file stays whole until the new one is on disk."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(path, "rb") as old, open(temporary, "wb") as new:
+            new.writelines(line for line in _whole_lines(old) if not _is_later(line, last_iter))
+            new.flush()
+            os.fsync(new.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
+
+
+def _cut_half_line(path: str, block_size: int = 1 << 16) -> None:
+    """Ends a file with a whole line, reading no more than its last one."""
+    with open(path, "r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        start, tail = end, b""
+        while start > 0 and b"\n" not in tail:
+            start = max(start - block_size, 0)
+            file.seek(start)
+            tail = file.read(end - start)
+        half = tail[tail.rfind(b"\n") + 1 :]
+        if half and _is_object(half):
+            file.seek(end)
+            file.write(b"\n")
+        elif half:
+            file.truncate(end - len(half))
+
+
+class JsonlWriter:
+    """Appends rows to a file, one JSON object a line; each row is flushed, so that others can follow the file.
+
+    NaN and infinity are written as null, numpy scalars and one-element tensors as numbers.
+
+    Args:
+        path: of the file. An existing one is continued; a half-written last line is cut off.
+        keep_until_iter: rows of an existing file whose `"iter"` is greater are cut off too: a resumed run writes
+            them again.
+
+    >>> import tempfile
+    >>> path = os.path.join(tempfile.mkdtemp(), "metrics.jsonl")
+    >>> writer = JsonlWriter(path)
+    >>> writer.write({"iter": 49, "total_loss": torch.tensor(0.5), "grad_norm": float("nan")})
+    >>> writer.close()
+    >>> from pathlib import Path
+    >>> print(Path(path).read_text(), end="")
+    {"iter": 49, "total_loss": 0.5, "grad_norm": null}
+    """
+
+    def __init__(self, path: str | os.PathLike[str], keep_until_iter: int | None = None) -> None:
+        self.path = os.path.realpath(path)  # a link stays a link when the file is replaced
+        if os.path.exists(self.path):
+            if keep_until_iter is None:
+                _cut_half_line(self.path)
+            else:
+                _cut_rows_after(self.path, keep_until_iter)
+        # Open until close(). backslashreplace turns a lone surrogate into a JSON escape.
+        self._file = open(self.path, "a", encoding="utf-8", errors="backslashreplace", newline="\n")  # noqa: SIM115
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Writes one row.
+
+        Raises:
+            TypeError: a value that JSON doesn't know, or a tensor of more than one element. Nothing is written then.
+        """
+        plain = {str(key): _plain(value, f"row[{key!r}]") for key, value in row.items()}
+        self._file.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file. Closing twice is fine."""
+        self._file.close()
+
+
+def _summary_writer_class() -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # tensorboard's own, on import
+            from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "tensorboard":
+            raise
+        raise ModuleNotFoundError(
+            "TensorBoardWriter needs tensorboard, which is not installed. Run: pip install 'torch-frame[tensorboard]'",
+            name=error.name,
+        ) from error
+    return SummaryWriter
+
+
+class TensorBoardWriter:
+    """Writes scalars to a TensorBoard event file. tensorboard is imported here, not with this module.
+
+    Args:
+        log_dir: the folder of the event files; made if missing.
+        purge_step: TensorBoard hides what was logged at this step or later: the first step of a resumed run.
+        kwargs: further arguments of `torch.utils.tensorboard.SummaryWriter`.
+
+    Raises:
+        ModuleNotFoundError: tensorboard is not installed.
+    """
+
+    def __init__(self, log_dir: str | os.PathLike[str], *, purge_step: int | None = None, **kwargs: Any) -> None:
+        self._writer = _summary_writer_class()(os.fspath(log_dir), purge_step=purge_step, **kwargs)
+
+    def write(self, tag: str, value: Any, step: int) -> None:
+        """Writes one scalar: a number or a one-element tensor."""
+        self._writer.add_scalar(tag, value, step)
+
+    def close(self) -> None:
+        """Writes what is pending and closes the file. Closing twice is fine."""
+        self._writer.close()

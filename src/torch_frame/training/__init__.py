@@ -1,0 +1,1 @@
+"""How the weights change: losses, update, precision, schedules, EMA."""

@@ -1,0 +1,97 @@
+"""An exponential moving average of the weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_frame.errors import SettingError
+from torch_frame.training.buffers import buffer_slots
+
+
+class EMA:
+    """A copy of a model whose parameters follow the trained ones smoothly.
+
+    After the n-th update, ema = d * ema + (1 - d) * weights with d = decay * (1 - exp(-n / 2000)): the ramp lets early epochs
+    count. As in torch-frame 1.7 and YOLOv5's `ModelEMA`, but buffers (batch-norm statistics, counters) are copied, not averaged:
+    they are averages already.
+
+    Args:
+        model: the trained model, bare or wrapped in DDP.
+        decay: the limit of d.
+        updates: n to begin with.
+
+    Attributes:
+        model: the averaged model, in eval mode, without gradients.
+        updates: n.
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.9999, updates: int = 0) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise SettingError(f"ema_decay is {decay}; it has to be in [0, 1).")
+        self.model: nn.Module = copy.deepcopy(_bare(model)).eval().requires_grad_(False)
+        self.updates = updates
+        self._limit = decay
+        self._source: nn.Module | None = None
+
+    def decay(self, updates: int) -> float:
+        """d at the n-th update."""
+        return self._limit * (1 - math.exp(-updates / 2000))
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Follow the weights of `model`, which has just been updated."""
+        if model is not self._source:
+            self.bind(model)
+        self.updates += 1
+        if self._averages:
+            torch._foreach_lerp_(self._averages, self._weights, 1.0 - self.decay(self.updates))
+        if self._copies:
+            torch._foreach_copy_(self._copies, [owner[name] for owner, name in self._buffers])
+
+    def bind(self, model: nn.Module) -> None:
+        """Look up the tensors to follow; needed again only where a model's tensors have been replaced by others.
+
+        Raises:
+            SettingError: where `model` is built differently, or is on another device than the average.
+        """
+        bare = _bare(model)
+        averages, weights = dict(self.model.named_parameters()), dict(bare.named_parameters())
+        copies, buffers = dict(self.model.named_buffers()), buffer_slots(bare)
+        differing = sorted((averages.keys() ^ weights.keys()) | (copies.keys() ^ buffers.keys()))
+        if differing:
+            raise SettingError(
+                f"EMA was made of a model with other tensors than the one it is to follow: {', '.join(differing[:5])} "
+                f"{'and more ' if len(differing) > 5 else ''}are in one of them alone. "
+                "Change the model before the Trainer is made."
+            )
+        self._averages: list[Tensor] = list(averages.values())
+        self._weights: list[Tensor] = [weights[name] for name in averages]
+        self._copies, self._buffers = list(copies.values()), [buffers[name] for name in copies]
+        self._source = model
+
+    def reset(self, model: nn.Module) -> None:
+        """Begin anew from the weights of `model`; n stays."""
+        self.model.load_state_dict(_bare(model).state_dict())
+
+    def to(self, device: torch.device) -> EMA:
+        """Move the average to `device`."""
+        self.model.to(device)
+        self._source = None
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates, "model": self.model.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.updates = int(state_dict["updates"])
+        self.model.load_state_dict(state_dict["model"])
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    return model.module if isinstance(model, wrappers) else model

@@ -1,0 +1,158 @@
+"""What a training step returned, read into one total loss and named values.
+
+A step returns one of
+
+* a one-element tensor: the total loss;
+* a dict of losses: one-element tensors that are summed into `total_loss`; plain numbers may stand beside them
+  (YOLOX returns `l1_loss = 0.0`) and count in the sum without a gradient;
+* a pair `(loss or losses, metrics)`: metrics is a dict of one-element tensors or numbers that are only recorded.
+"""
+
+from __future__ import annotations
+
+import logging
+import numbers
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from torch_frame.errors import StepOutputError
+from torch_frame.types import Number
+
+_logger = logging.getLogger("torch_frame")
+_FORMS = (
+    "A step returns a one-element tensor (the total loss), a dict of losses (summed into total_loss), "
+    "or a pair (loss or dict of losses, dict of metrics)."
+)
+
+
+class Losses(NamedTuple):
+    """A step's outcome: `total` (one element, with its graph) and every named value, `total_loss` first."""
+
+    total: Tensor
+    values: dict[str, Tensor | Number]
+
+
+def read_losses(output: Any) -> Losses:
+    """Read what a training step returned; see the module's text for the forms.
+
+    Raises:
+        StepOutputError: with what came and what is expected, for anything else.
+
+    >>> import torch
+    >>> losses = read_losses({"cls": torch.ones((), requires_grad=True), "l1": 0.5})
+    >>> losses.total.item(), list(losses.values)
+    (1.5, ['total_loss', 'cls', 'l1'])
+    """
+    if isinstance(output, Tensor):
+        total = _checked_total(output, "the loss")
+        return Losses(total, {"total_loss": total})
+    if isinstance(output, Mapping):
+        return _from_dict(output)
+    if isinstance(output, tuple):
+        return _from_pair(output)
+    raise StepOutputError(f"The step returned {_what(output)}. {_FORMS}{_hint(output)}")
+
+
+def _from_dict(named: Mapping[str, Any]) -> Losses:
+    if "total_loss" in named:
+        raise StepOutputError(
+            "The step's dict of losses contains 'total_loss', which is the name of the sum that torch-frame computes. "
+            "Return the parts alone, or return the total as a tensor and the parts as metrics: (total, {...})."
+        )
+    if not named:
+        raise StepOutputError(f"The step returned an empty dict of losses. {_FORMS}")
+    total: Any = None
+    for name, loss in named.items():
+        if not isinstance(loss, Tensor):
+            _check_number(name, loss, "loss")
+        elif loss.numel() != 1:
+            raise StepOutputError(
+                f"Loss {name!r} has shape {tuple(loss.shape)}; a loss has one element. Reduce it, for example with .mean()."
+            )
+        total = loss if total is None else total + loss
+    if not isinstance(total, Tensor):
+        raise StepOutputError(
+            f"The step's dict of losses holds plain numbers only ({', '.join(map(repr, named))}); "
+            "nothing can be trained on them. At least one loss has to be a tensor with a graph."
+        )
+    total = _checked_total(total, f"the sum of the losses {', '.join(map(repr, named))}")
+    return Losses(total, {"total_loss": total, **named})
+
+
+def _from_pair(output: tuple[Any, ...]) -> Losses:
+    if len(output) != 2:
+        raise StepOutputError(f"The step returned a tuple of {len(output)} elements. {_FORMS}")
+    losses, metrics = output
+    if not isinstance(losses, Tensor | Mapping):
+        raise StepOutputError(f"The step returned a pair whose first element is {_what(losses)}. {_FORMS}")
+    if not isinstance(metrics, Mapping):
+        raise StepOutputError(f"The step returned a pair whose second element is {_what(metrics)}. {_FORMS}")
+    total, values = read_losses(losses)
+    for name, metric in metrics.items():
+        if name in values:
+            raise StepOutputError(f"Metric {name!r} has the name of a loss of the same step. Rename one of them.")
+        if not isinstance(metric, Tensor):
+            _check_number(name, metric, "metric")
+        elif metric.numel() != 1:
+            raise StepOutputError(
+                f"Metric {name!r} has shape {tuple(metric.shape)}; a metric of a step has one element. "
+                "Reduce it, for example with .mean()."
+            )
+    return Losses(total, {**values, **metrics})
+
+
+def _checked_total(loss: Tensor, name: str) -> Tensor:
+    if loss.numel() != 1:
+        raise StepOutputError(
+            f"The step returned a loss of shape {tuple(loss.shape)}; a loss has one element. "
+            "Reduce it, for example with .mean()."
+        )
+    if not loss.requires_grad:
+        raise StepOutputError(
+            f"Nothing can be trained: {name} has no graph (requires_grad is False). It was detached, computed under "
+            "torch.no_grad(), rebuilt with torch.tensor(...), or no parameter that requires a gradient takes part in it."
+        )
+    if not loss.is_floating_point():
+        raise StepOutputError(f"A loss is a floating-point tensor, but {name} is {loss.dtype}.")
+    return loss
+
+
+def _check_number(name: str, value: Any, kind: str) -> None:
+    if not isinstance(value, numbers.Real):
+        raise StepOutputError(
+            f"{kind.capitalize()} {name!r} is {_what(value)}; it has to be a one-element tensor or a number."
+        )
+
+
+def _what(value: Any) -> str:
+    if value is None:
+        return "None"
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)} elements"
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+
+
+def _hint(output: Any) -> str:
+    if output is None:
+        return " Is the return statement missing?"
+    if isinstance(output, numbers.Real):
+        return " Was .item() called on the loss? Return the tensor itself."
+    if isinstance(getattr(output, "loss", None), Tensor):
+        return " To train on its .loss, pass step_fn=lambda model, batch: model(**batch).loss to the Trainer."
+    return ""
+
+
+def describe(values: Mapping[str, Tensor | Number]) -> str:
+    """The values as text, for messages (reads them from the device).
+
+    >>> import torch
+    >>> describe({"total_loss": torch.tensor(float("nan")), "l1": 0.25})
+    'total_loss=nan, l1=0.25'
+    """
+    return ", ".join(
+        f"{name}={float(value.detach() if isinstance(value, Tensor) else value):g}" for name, value in values.items()
+    )

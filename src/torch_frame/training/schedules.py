@@ -1,0 +1,189 @@
+"""Learning rates: any torch scheduler, with a warm-up in front of it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from torch_frame.errors import SettingError
+
+WarmupMethod = Literal["constant", "linear", "exp"]
+Interval = Literal["epoch", "iter"]
+
+
+class Scheduler(Protocol):
+    """What a learning-rate scheduler has to offer; torch's own all do."""
+
+    optimizer: Optimizer
+
+    def step(self) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+def warmup_factor_at(method: WarmupMethod | None, step: int, warmup_iters: int, warmup_factor: float) -> float:
+    """The factor on the learning rate after `step` updates.
+
+    With f = `warmup_factor` and a = step / `warmup_iters`: constant f; linear f (1 - a) + a; exp f ** (1 - a);
+    1 from `warmup_iters` on. As in torch-frame 1.7 and detectron2's `WarmupMultiStepLR`.
+
+    >>> [warmup_factor_at("linear", step, 4, 0.1) for step in (0, 2, 4)]
+    [0.1, 0.55, 1.0]
+    """
+    if method is None or step >= warmup_iters:
+        return 1.0
+    alpha = step / warmup_iters
+    if method == "constant":
+        return warmup_factor
+    if method == "linear":
+        return warmup_factor * (1 - alpha) + alpha
+    return float(warmup_factor ** (1 - alpha))
+
+
+class LRWarmupScheduler:
+    """Puts a warm-up in front of any torch scheduler; counted in updates.
+
+    The wrapped scheduler never sees the warm-up: before it steps, the learning rates are what it left behind, so recursive
+    schedulers (ExponentialLR, OneCycleLR, SequentialLR ...) follow their own sequence to the last bit, and each group's rate
+    is that rate times the factor. Without a warm-up nothing is multiplied at all.
+
+    Args:
+        scheduler: a torch scheduler, or None for a constant learning rate (pass `optimizer` then).
+        epoch_len: updates in an epoch. Given, `step()` after each update is all that has to be called, as in 1.7: it steps
+            `scheduler` at the end of each epoch. None: the caller calls `step_scheduler()` when an epoch (or, with a
+            scheduler that counts iterations, an update) ends.
+        warmup_method: "constant", "linear", "exp" or None.
+        warmup_iters: length of the warm-up, in updates.
+        warmup_factor: the learning rate begins at this fraction of the scheduler's.
+        optimizer: needed only where `scheduler` is None.
+    """
+
+    def __init__(
+        self,
+        scheduler: Any,
+        epoch_len: int | None = None,
+        warmup_method: WarmupMethod | None = None,
+        warmup_iters: int = 1000,
+        warmup_factor: float = 0.001,
+        *,
+        optimizer: Optimizer | None = None,
+    ) -> None:
+        _check_warmup(warmup_method, warmup_iters, warmup_factor)
+        self.scheduler: Scheduler | None = scheduler
+        self.optimizer: Optimizer = scheduler.optimizer if scheduler is not None else _given(optimizer)
+        self.epoch_len = epoch_len
+        self.warmup_method = warmup_method
+        self.warmup_iters = warmup_iters if warmup_method is not None else 0
+        self.warmup_factor = warmup_factor
+        self.num_updates = 0
+        self.regular_lrs = self._read()
+        self._apply_warmup()
+
+    @property
+    def warming_up(self) -> bool:
+        return self.num_updates < self.warmup_iters
+
+    @property
+    def needs_metric(self) -> bool:
+        """The scheduler steps by a metric (ReduceLROnPlateau), so after evaluation."""
+        return isinstance(self.scheduler, ReduceLROnPlateau)
+
+    def step(self) -> None:
+        """An update has been made."""
+        was_warming_up = self.warming_up
+        self.num_updates += 1
+        if self.epoch_len and self.num_updates % self.epoch_len == 0:
+            self.step_scheduler()
+        elif was_warming_up:
+            self._apply_warmup()
+
+    def step_scheduler(self, metric: float | None = None) -> None:
+        """Step the wrapped scheduler; `metric` is what ReduceLROnPlateau looks at."""
+        if self.scheduler is None:
+            return
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self._step_wrapped(functools.partial(self.scheduler.step, metric))
+        else:
+            self._step_wrapped(self.scheduler.step)
+
+    def _step_wrapped(self, step: Callable[[], None]) -> None:
+        if not self.warming_up and not self._scaled:
+            step()
+            return
+        self._write(self.regular_lrs)
+        step()
+        self.regular_lrs = self._read()
+        self._apply_warmup()
+
+    def _apply_warmup(self) -> None:
+        if not self.warmup_iters:
+            return
+        factor = warmup_factor_at(self.warmup_method, self.num_updates, self.warmup_iters, self.warmup_factor)
+        self._scaled = factor != 1.0
+        self._write([lr if factor == 1.0 else lr * factor for lr in self.regular_lrs])
+
+    _scaled = False
+    """The optimizer's rates are the scheduler's times a factor, not the scheduler's own."""
+
+    def _read(self) -> list[float]:
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
+
+    def _write(self, lrs: list[float]) -> None:
+        for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
+            if isinstance(group["lr"], Tensor):  # capturable optimizers keep the rate on the device
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    def get_last_lr(self) -> list[float]:
+        """The rates in force, one for each parameter group."""
+        return self._read()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "num_updates": self.num_updates,
+            "regular_lrs": self.regular_lrs if self._scaled else self._read(),
+            "warmup": [self.warmup_method, self.warmup_iters, self.warmup_factor],
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the schedule, and the optimizer's rates with it.
+
+        Raises:
+            SettingError: where the saved run had a scheduler and this one has none, or the other way round.
+        """
+        if (state_dict["scheduler"] is None) != (self.scheduler is None):
+            had, has = ("no scheduler", "one") if self.scheduler is not None else ("a scheduler", "none")
+            raise SettingError(f"The saved run had {had}, this one has {has}. Build the trainer as it was built then.")
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state_dict["scheduler"])
+        self.num_updates = state_dict["num_updates"]
+        self.regular_lrs = list(state_dict["regular_lrs"])
+        self._write(self.regular_lrs)
+        self._scaled = False
+        self._apply_warmup()
+
+
+def _given(optimizer: Optimizer | None) -> Optimizer:
+    if optimizer is None:
+        raise SettingError("LRWarmupScheduler needs a scheduler, or an optimizer where there is none.")
+    return optimizer
+
+
+def _check_warmup(method: str | None, iters: int, factor: float) -> None:
+    if method is None:
+        return
+    if method not in ("constant", "linear", "exp"):
+        raise SettingError(f"warmup_method is {method!r}; it has to be 'constant', 'linear', 'exp' or None.")
+    if iters <= 0:
+        raise SettingError(f"warmup_iters is {iters}; it has to be a positive number of updates.")
+    if not 0 < factor <= 1:
+        raise SettingError(f"warmup_factor is {factor}; it has to be in (0, 1].")

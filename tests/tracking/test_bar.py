@@ -1,0 +1,392 @@
+"""Tests of the progress bar, on a real pseudo-terminal where it matters."""
+
+import io
+import logging
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from tqdm import tqdm
+
+from tests.tracking.pseudo_terminal import run_on_terminal, run_script, script_environment
+from torch_frame.tracking.bar import ProgressBar, TerminalBar, is_terminal
+
+LINES = "torch_frame.tracking.bar"
+
+
+class Screen(io.StringIO):
+    """A stream in memory that says that it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_bar_is_drawn_in_place_with_its_values_on_a_terminal() -> None:
+    sent = run_on_terminal(
+        """
+        from torch_frame.tracking.bar import ProgressBar
+        with ProgressBar(total=5, desc="epoch 1/1", values=lambda: {"total_loss": 0.12345}) as bar:
+            for _ in range(5):
+                bar.update()
+        """
+    )
+    last = sent.split("\r")[-2]
+    assert "epoch 1/1: 100%" in last
+    assert "5/5" in last
+    assert "total_loss=0.1235" in last
+    assert sent.endswith("\r\n")
+
+
+def test_a_fast_loop_draws_at_most_ten_times_a_second_and_reads_values_only_then() -> None:
+    reads = []
+    stream = Screen()
+    bar = ProgressBar(total=10**9, file=stream, values=lambda: {"reads": reads.append(1) or len(reads)})
+    start_s = time.perf_counter()
+    while time.perf_counter() - start_s < 0.55:
+        bar.update()
+    assert 1 <= len(reads) <= 5
+    assert stream.getvalue().count("\r") <= 6
+    bar.close()
+
+
+def test_a_terminal_that_reports_no_size_still_shows_the_bar() -> None:
+    sent = run_on_terminal(
+        """
+        from torch_frame.tracking.bar import ProgressBar
+        with ProgressBar(total=2) as bar:
+            bar.update(2)
+        """,
+        size=(0, 0),
+    )
+    assert "2/2" in sent
+
+
+def test_the_count_is_right_at_the_end_whatever_was_drawn() -> None:
+    stream = Screen()
+    with ProgressBar(total=7, file=stream, interval_s=3600) as bar:
+        for _ in range(7):
+            bar.update()
+    assert "7/7" in stream.getvalue().split("\r")[-1]
+
+
+def test_a_resumed_bar_starts_where_the_run_had_come_to() -> None:
+    stream = Screen()
+    with ProgressBar(total=10, initial=4, file=stream) as bar:
+        assert "4/10" in stream.getvalue()
+        bar.update(2)
+    assert bar.n == 6
+
+
+def test_elsewhere_it_writes_lines_without_control_characters(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    stream = io.StringIO()
+    values = {"total_loss": 0.12344}
+    bar = ProgressBar(total=500, desc="epoch 3/10", file=stream, values=lambda: values, plain_interval_s=0.05)
+    bar.update(100)
+    time.sleep(0.06)
+    bar.update(20)
+    bar.close()
+    assert stream.getvalue() == ""
+    (line,) = [record.getMessage() for record in caplog.records if record.name == LINES]
+    assert re.fullmatch(r"epoch 3/10  120/500  \d+\.\d it/s  ETA 0:00:0\d  total_loss 0.1234", line), line
+
+
+def test_lines_come_once_an_interval(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    bar = ProgressBar(file=io.StringIO(), plain_interval_s=0.1, unit="img")
+    start_s = time.perf_counter()
+    while time.perf_counter() - start_s < 0.35:
+        bar.update()
+    assert 1 <= len(caplog.records) <= 3
+    assert re.fullmatch(r"\d+  \d+\.\d img/s", caplog.records[0].getMessage())
+
+
+def test_slow_steps_are_shown_in_seconds_each(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    bar = ProgressBar(total=4, file=io.StringIO(), plain_interval_s=0)
+    bar._display._last_s -= 5  # type: ignore[union-attr]
+    bar.update(2)
+    assert caplog.messages == ["2/4  2.5 s/it  ETA 0:00:05"]
+
+
+def test_a_short_loop_writes_no_line_and_reads_no_values(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    reads: list[int] = []
+    with ProgressBar(total=3, file=io.StringIO(), values=lambda: {"x": len(reads.append(1) or reads)}) as bar:
+        bar.update(3)
+    assert not caplog.records
+    assert not reads
+
+
+def test_piped_stderr_gets_nothing_from_the_bar() -> None:
+    done = run_script(
+        """
+        from torch_frame.tracking.bar import ProgressBar
+        with ProgressBar(total=5, plain_interval_s=0) as bar:
+            for _ in range(5):
+                bar.update()
+        """
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_postfix_and_description_are_shown_at_the_next_draw_or_at_once() -> None:
+    stream = Screen()
+    bar = ProgressBar(total=3, file=stream, interval_s=3600, ncols=200)
+    bar.set_postfix({"lr": 0.1}, acc=0.98765, step=123456, name="a")
+    bar.set_description("epoch 1")
+    assert "lr=" not in stream.getvalue()
+    bar.set_postfix({"lr": 0.1}, acc=0.98765, step=123456, name="a", refresh=True)
+    assert "epoch 1:   0%" in stream.getvalue()
+    assert "lr=0.1, acc=0.9877, step=123456, name=a]" in stream.getvalue()
+    bar.set_description_str("plain", refresh=True)
+    bar.set_postfix_str("my note", refresh=True)
+    assert "plain:   0%" in stream.getvalue()
+    assert stream.getvalue().rstrip().endswith("my note]")
+    bar.close()
+
+
+def test_values_and_postfix_stand_side_by_side() -> None:
+    bar = ProgressBar(disable=True, values=lambda: {"loss": 0.5, "lr": 0.2})
+    bar.set_postfix(lr=0.1, acc=1.0)
+    assert bar.shown() == {"lr": "0.2", "acc": "1", "loss": "0.5"}
+
+
+@pytest.mark.parametrize("value", ["1", "True", "yes"])
+def test_tqdm_disable_turns_it_off(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", value)
+    stream = Screen()
+    with ProgressBar(total=3, file=stream, interval_s=0) as bar:
+        bar.update(3)
+    assert stream.getvalue() == ""
+    assert bar.n == 3
+
+
+@pytest.mark.parametrize("value", ["", "0", "false"])
+def test_tqdm_disable_set_to_no_leaves_it_on(value: str) -> None:
+    script = """
+        from torch_frame.tracking.bar import ProgressBar
+        with ProgressBar(total=3) as bar:
+            bar.update(3)
+        """
+    assert "3/3" in run_on_terminal(script, TQDM_DISABLE=value)
+
+
+def test_tqdms_interval_variable_is_kept_to() -> None:
+    sent = run_on_terminal(
+        """
+        import time
+        from torch_frame.tracking.bar import ProgressBar
+        with ProgressBar(total=30) as bar:
+            for _ in range(30):
+                time.sleep(0.01)
+                bar.update()
+        """,
+        TQDM_MININTERVAL="60",
+    )
+    assert sent.count("/30") == 2  # at the start and at the end
+
+
+def test_disabled_it_counts_and_shows_nothing() -> None:
+    stream = Screen()
+    with ProgressBar(total=3, disable=True, file=stream) as bar:
+        bar.update()
+        bar.set_postfix(loss=1.0, refresh=True)
+    assert bar.n == 1
+    assert stream.getvalue() == ""
+
+
+def test_no_thread_is_left_and_tqdms_settings_are_untouched() -> None:
+    before = tqdm.monitor_interval
+    bar = ProgressBar(total=3, file=Screen())
+    assert not any("TMonitor" in type(thread).__name__ for thread in threading.enumerate())
+    assert tqdm.monitor_interval == before
+    assert TerminalBar.monitor is None
+    bar.close()
+    assert bar._display is None
+
+
+def test_a_bar_does_not_fix_the_start_method_of_processes() -> None:
+    sent = run_on_terminal(
+        """
+        import multiprocessing
+        from torch_frame.tracking.bar import ProgressBar
+        ProgressBar(total=3).close()
+        multiprocessing.set_start_method("spawn")
+        print("free to choose")
+        """
+    )
+    assert "free to choose" in sent
+
+
+def test_a_child_forked_while_a_thread_draws_can_draw_and_log() -> None:
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork on this system")
+    sent = run_on_terminal(
+        """
+        import os, signal, threading, time, warnings
+        from torch_frame.tracking.bar import ProgressBar, TerminalBar
+        warnings.simplefilter("ignore")  # Python 3.12 warns of forks beside threads, which is what we try
+        bar = ProgressBar(total=3)
+        held = threading.Event()
+        def hold():
+            with TerminalBar._lock:
+                held.set()
+                time.sleep(1)
+        threading.Thread(target=hold).start()
+        held.wait()
+        if os.fork() == 0:
+            signal.alarm(20)
+            bar.set_postfix_str("from the child", refresh=True)
+            os._exit(0)
+        assert os.wait()[1] == 0
+        bar.close()
+        """
+    )
+    assert "from the child" in sent
+
+
+def test_the_lock_is_free_after_drawing_failed() -> None:
+    class Refusing(Screen):
+        is_refusing = False
+
+        def write(self, text: str) -> int:
+            if self.is_refusing:
+                raise RuntimeError("this terminal is odd")
+            return super().write(text)
+
+    stream = Refusing()
+    bar = ProgressBar(total=3, file=stream, interval_s=0)
+    stream.is_refusing = True
+    bar.update()
+    gained = []
+
+    def try_lock() -> None:
+        gained.append(TerminalBar._lock.acquire(timeout=5))
+        TerminalBar._lock.release()
+
+    thread = threading.Thread(target=try_lock)
+    thread.start()
+    thread.join()
+    assert gained == [True]
+
+
+class AsciiScreen(io.TextIOWrapper):
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO(), encoding="ascii")
+
+    def isatty(self) -> bool:
+        return True
+
+
+def _fail_to_read() -> dict[str, float]:
+    raise RuntimeError("no value")
+
+
+def _closed_screen() -> Screen:
+    stream = Screen()
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize(
+    ("make_bar", "reason"),
+    [
+        (lambda: ProgressBar(total=3, desc="训练", file=AsciiScreen(), interval_s=0), "UnicodeEncodeError"),
+        (lambda: ProgressBar(total=3, file=Screen(), values=_fail_to_read, interval_s=0), "no value"),
+    ],
+    ids=["encoding", "values"],
+)
+def test_a_bar_that_cannot_be_drawn_turns_itself_off(make_bar, reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "torch_frame")
+    bar = make_bar()
+    for _ in range(3):
+        bar.update()
+    bar.set_postfix(loss=1.0, refresh=True)
+    bar.close()
+    assert bar.n == 3
+    (line,) = caplog.messages
+    assert line.startswith("The progress bar is off: ")
+    assert reason in line
+    assert not list(TerminalBar._instances)
+
+
+def test_a_stream_closed_in_the_middle_turns_it_off(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "torch_frame")
+    stream = Screen()
+    bar = ProgressBar(total=3, file=stream, interval_s=0)
+    stream.close()
+    bar.update(2)
+    bar.close()
+    assert bar.n == 2
+    assert len(caplog.messages) == 1
+
+
+def test_values_that_fail_at_the_end_leave_a_whole_line(caplog: pytest.LogCaptureFixture) -> None:
+    stream = Screen()
+    bar = ProgressBar(total=3, file=stream, values=_fail_to_read, interval_s=3600)
+    bar.update(3)
+    bar.close()
+    assert "3/3" in stream.getvalue()
+    assert stream.getvalue().endswith("\n")
+
+
+@pytest.mark.parametrize("stream", [None, _closed_screen()], ids=["none", "closed"])
+def test_a_missing_or_closed_stderr_is_no_terminal(stream: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert not is_terminal(stream)
+    with ProgressBar(total=3, plain_interval_s=0) as bar:
+        bar.update(3)
+    assert bar.n == 3
+
+
+def test_stderr_closed_by_the_shell_is_no_problem() -> None:
+    code = "from torch_frame.tracking.bar import ProgressBar\nwith ProgressBar(total=1) as b: b.update()\nprint('done')"
+    if os.name == "nt":
+        pytest.skip("needs sh")
+    command = f'exec {sys.executable!r} -c "$CODE" 2>&-'
+    done = subprocess.run(
+        ["sh", "-c", command], env=script_environment(CODE=code), capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, "done\n")
+
+
+def test_an_argument_that_nobody_knows_is_an_error_on_every_stream() -> None:
+    with pytest.raises(TypeError, match="'leav'"):
+        ProgressBar(total=3, file=io.StringIO(), leav=False)
+    with pytest.raises(TypeError, match="mean the same"):
+        ProgressBar(total=3, interval_s=1.0, mininterval=1.0)
+
+
+def test_two_bars_at_once_have_their_own_lines() -> None:
+    stream = Screen()
+    with ProgressBar(total=2, desc="outer", file=stream) as outer:
+        with ProgressBar(total=2, desc="inner", leave=False, file=stream) as inner:
+            inner.update(2)
+        outer.update(2)
+    assert "\x1b[A" in stream.getvalue()
+    assert "outer: 100%" in stream.getvalue()
+
+
+def test_a_notebook_shows_a_widget() -> None:
+    pytest.importorskip("ipykernel")
+    pytest.importorskip("ipywidgets")
+    client = pytest.importorskip("jupyter_client.manager")
+    manager, kernel = client.start_new_kernel(env=script_environment(PYTHONWARNINGS="default"))
+    shown: list[str] = []
+    try:
+        reply = kernel.execute_interactive(
+            "from torch_frame.tracking.bar import ProgressBar\n"
+            "with ProgressBar(total=2, desc='epoch 1') as bar:\n    bar.update(2)",
+            timeout=120,
+            output_hook=lambda message: shown.extend(message["content"].get("data", {})),
+        )
+    finally:
+        kernel.stop_channels()
+        manager.shutdown_kernel(now=True)
+    assert reply["content"]["status"] == "ok"
+    assert "application/vnd.jupyter.widget-view+json" in shown
