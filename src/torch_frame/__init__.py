@@ -1,0 +1,51 @@
+"""torch-frame: a PyTorch training framework.
+
+>>> import torch_frame
+>>> torch_frame.Trainer.__name__
+'Trainer'
+"""
+
+from torch_frame import _collision as _collision  # first: it says so where another package has overwritten this one
+from torch_frame._version import __version__
+from torch_frame.data.seeding import set_random_seed
+from torch_frame.errors import (
+    CheckpointError,
+    NonFiniteError,
+    SettingError,
+    StepOutputError,
+    TorchFrameError,
+    WorkDirError,
+)
+from torch_frame.hooks.base import HookBase
+from torch_frame.hooks.checkpoint import CheckpointerHook
+from torch_frame.hooks.evaluate import EvalHook
+from torch_frame.hooks.logger import LoggerHook
+from torch_frame.tracking.console import logger, setup_logger
+from torch_frame.tracking.history import HistoryBuffer, MetricStorage
+from torch_frame.trainer import Trainer
+from torch_frame.training.ema import EMA
+from torch_frame.training.schedules import LRWarmupScheduler
+from torch_frame.utils import misc
+
+__all__ = [
+    "EMA",
+    "CheckpointError",
+    "CheckpointerHook",
+    "EvalHook",
+    "HistoryBuffer",
+    "HookBase",
+    "LRWarmupScheduler",
+    "LoggerHook",
+    "MetricStorage",
+    "NonFiniteError",
+    "SettingError",
+    "StepOutputError",
+    "TorchFrameError",
+    "Trainer",
+    "WorkDirError",
+    "__version__",
+    "logger",
+    "misc",
+    "set_random_seed",
+    "setup_logger",
+]

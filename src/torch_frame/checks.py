@@ -1,0 +1,123 @@
+"""What can be seen to be wrong before the first step, each in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DataLoader, Dataset
+
+from torch_frame.errors import SettingError
+
+
+def check_arguments(
+    model: Any, optimizer: Any, lr_scheduler: Any, data_loader: Any, max_epochs: Any, accumulation_steps: Any
+) -> None:
+    """The things that a Trainer is made of are what they have to be, and belong together."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {_named(model)}; it has to be a torch.nn.Module object.")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer is {_named(optimizer)}; it has to be a torch.optim.Optimizer object.")
+    if not isinstance(max_epochs, int) or isinstance(max_epochs, bool):
+        raise TypeError(f"max_epochs is {max_epochs!r}; it has to be a whole number.")
+    if max_epochs < 0:
+        raise SettingError(f"max_epochs is {max_epochs}; it cannot be negative.")
+    if not isinstance(accumulation_steps, int) or accumulation_steps < 1:
+        raise SettingError(
+            f"gradient_accumulation_steps is {accumulation_steps!r}; it has to be a positive whole number."
+        )
+    _check_parameters(model, optimizer)
+    if lr_scheduler is not None and getattr(lr_scheduler, "optimizer", optimizer) is not optimizer:
+        raise SettingError(
+            "lr_scheduler was made for another optimizer than the one given, whose learning rate would never change. "
+            "Make it from the same optimizer object."
+        )
+    if lr_scheduler is not None and not hasattr(lr_scheduler, "optimizer"):
+        raise TypeError(f"lr_scheduler is {_named(lr_scheduler)}; it has to be a torch scheduler, or None.")
+    if isinstance(data_loader, Dataset):
+        raise TypeError(
+            f"data_loader is a dataset ({_named(data_loader)}); wrap it: DataLoader(dataset, batch_size=..., shuffle=True)."
+        )
+    if isinstance(data_loader, str | bytes | dict) or not hasattr(data_loader, "__iter__"):
+        raise TypeError(
+            f"data_loader is {_named(data_loader)}; it has to be a DataLoader or another iterable of batches."
+        )
+
+
+def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    if not trainable:
+        raise SettingError("The model has no parameter that requires a gradient, so there is nothing to train.")
+    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not trainable & optimized:
+        raise SettingError(
+            "None of the model's trainable parameters is in the optimizer. Was the optimizer made from another model, "
+            "or before the model was copied or replaced? Make it from this model: Adam(model.parameters(), ...)."
+        )
+
+
+def check_scheduler(lr_scheduler: Any, interval: str, metric: str | None) -> None:
+    """The scheduler's interval and metric go together with what it is."""
+    check_choice("lr_scheduler_interval", interval, ("epoch", "iter"))
+    if isinstance(lr_scheduler, ReduceLROnPlateau):
+        if metric is None:
+            raise SettingError(
+                "ReduceLROnPlateau follows a metric. Name it: Trainer(..., lr_scheduler_metric='eval_loss') or 'total_loss'."
+            )
+        if interval == "iter":
+            raise SettingError("ReduceLROnPlateau steps after an evaluation; leave lr_scheduler_interval at 'epoch'.")
+    elif metric is not None:
+        raise SettingError(
+            f"lr_scheduler_metric is {metric!r}, but only ReduceLROnPlateau follows a metric. Remove it."
+        )
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise SettingError(f"{name} is {value!r}; it has to be one of {', '.join(map(repr, choices))}.")
+
+
+def check_loader(loader: Iterable[Any], epochs_left: int, epoch_len: int | None) -> None:
+    """The loader has batches for each epoch that is left."""
+    if epochs_left <= 0:
+        return
+    if epoch_len == 0:
+        raise SettingError(empty_loader_message(loader, 0))
+    if isinstance(loader, Iterator) and epochs_left > 1:
+        raise SettingError(
+            f"data_loader is an iterator ({_named(loader)}), which is used up after one epoch, "
+            f"but {epochs_left} are to be trained. Pass a DataLoader, a list, or an object whose __iter__ begins anew."
+        )
+
+
+def empty_loader_message(loader: Iterable[Any], epoch: int) -> str:
+    message = f"data_loader yielded no batch in epoch {epoch}."
+    if isinstance(loader, DataLoader):
+        size = length_of(loader.dataset)
+        message += f" Its dataset has {'an unknown number of' if size is None else size} samples"
+        message += f", batch_size is {loader.batch_size}, drop_last is {loader.drop_last}."
+    return message
+
+
+def length_of(loader: Any) -> int | None:
+    """len(loader), or None where it has none."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter is."""
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def _named(value: Any) -> str:
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")

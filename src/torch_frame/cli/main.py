@@ -1,0 +1,54 @@
+"""`torch-frame`: the command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from torch_frame import __version__
+from torch_frame.errors import TorchFrameError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: the words behind `torch-frame`; None: those of this process.
+
+    Returns:
+        The exit status: 0 where all went well, 1 where the command failed, 2 for words it doesn't know.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except (TorchFrameError, ModuleNotFoundError) as error:
+        print(f"torch-frame: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="torch-frame", description="A PyTorch training framework.")
+    parser.add_argument("--version", action="version", version=f"torch-frame {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    demo = commands.add_parser(
+        "demo", help="train on real handwritten digits, kill a second run half way, and resume it"
+    )
+    demo.add_argument("--work-dir", default="demo_runs", help="where the runs go (default: %(default)s)")
+    demo.add_argument("--epochs", type=_positive, default=20, help="epochs of each run (default: %(default)s)")
+    demo.set_defaults(run=_run_demo)
+    return parser
+
+
+def _run_demo(options: argparse.Namespace) -> int:
+    from torch_frame.cli.demo import demo  # scikit-learn and matplotlib are extras
+
+    return demo(options.work_dir, options.epochs)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value

@@ -1,0 +1,1 @@
+"""The only package, with hooks and trainers, that knows of more than one process."""

@@ -1,0 +1,8 @@
+"""What runs beside the loop: one hook a file."""
+
+from torch_frame.hooks.base import HookBase
+from torch_frame.hooks.checkpoint import CheckpointerHook
+from torch_frame.hooks.evaluate import EvalHook
+from torch_frame.hooks.logger import LoggerHook
+
+__all__ = ["CheckpointerHook", "EvalHook", "HookBase", "LoggerHook"]

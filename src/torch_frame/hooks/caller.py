@@ -1,0 +1,91 @@
+"""Calls the hooks, and only those that have something to do."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch_frame.errors import SettingError
+from torch_frame.hooks.base import STAGES, HookBase
+
+_logger = logging.getLogger("torch_frame")
+
+
+class HookCaller:
+    """The registered hooks, in order, and for each stage the methods that are not HookBase's own empty ones.
+
+    Attributes:
+        hooks: in the order they run; those with `runs_last` after all others.
+        stages: stage -> bound methods.
+    """
+
+    def __init__(self) -> None:
+        self.hooks: list[HookBase] = []
+        self.stages: dict[str, list[Callable[..., None]]] = {stage: [] for stage in STAGES}
+        self._unclaimed: dict[str, Any] = {}
+
+    def add(self, hooks: Iterable[HookBase]) -> None:
+        """Register hooks; a state that was restored before they came is handed to them now."""
+        for hook in hooks:
+            if any(hook is other for other in self.hooks):
+                raise SettingError(
+                    f"The same {hook.class_name} object is registered twice; each hook needs its own object."
+                )
+            self.hooks.append(hook)
+        self.hooks.sort(key=lambda hook: getattr(hook, "runs_last", False))  # stable: the order is otherwise kept
+        for stage, methods in self.stages.items():
+            methods[:] = [getattr(hook, stage) for hook in self.hooks if _overrides(hook, stage)]
+        if self._unclaimed:
+            self.load_state_dict(self._unclaimed)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {key: hook.state_dict() for key, hook in self._keyed().items()}
+
+    def load_state_dict(self, states: dict[str, Any]) -> None:
+        """Hand each hook its state; what no hook claims is kept for hooks registered later."""
+        keyed = self._keyed()
+        for key in keyed.keys() & states.keys():
+            keyed[key].load_state_dict(states[key])
+        self._unclaimed = {key: state for key, state in states.items() if key not in keyed}
+
+    def warn_of_unclaimed(self) -> None:
+        """Say which restored states no hook has taken; they are not carried into the next checkpoint."""
+        if self._unclaimed:
+            _logger.warning(
+                "The checkpoint holds the state of hooks that are not registered: %s.", ", ".join(self._unclaimed)
+            )
+
+    def _keyed(self) -> dict[str, HookBase]:
+        """Hooks that have a state, by class name; further ones of a class by `Name#1`, `Name#2`, ..."""
+        keyed: dict[str, HookBase] = {}
+        counts: dict[str, int] = {}
+        for hook in self.hooks:
+            if hook.checkpointable:
+                index = counts[hook.class_name] = counts.get(hook.class_name, -1) + 1
+                keyed[hook.class_name if index == 0 else f"{hook.class_name}#{index}"] = hook
+        return keyed
+
+
+def _overrides(hook: HookBase, stage: str) -> bool:
+    # An instance may carry its own method, too: hook.after_iter = function.
+    return stage in vars(hook) or getattr(type(hook), stage) is not getattr(HookBase, stage)
+
+
+def checked_hooks(hooks: Iterable[HookBase | None]) -> list[HookBase]:
+    """The hooks of a list that may hold None for "not this time".
+
+    Raises:
+        TypeError: for a class instead of an object, or anything that is no hook.
+    """
+    if isinstance(hooks, HookBase):
+        raise TypeError(f"hooks is a single {hooks.class_name}; it has to be a list: hooks=[{hooks.class_name}(...)].")
+    checked = []
+    for hook in hooks:
+        if isinstance(hook, type) and issubclass(hook, HookBase):
+            raise TypeError(f"hooks contains the class {hook.__name__}; make an object of it: {hook.__name__}(...).")
+        if hook is not None and not isinstance(hook, HookBase):
+            raise TypeError(f"hooks contains {hook!r}, which is no hook; derive it from torch_frame.HookBase.")
+        if hook is not None:
+            checked.append(hook)
+    return checked

@@ -1,0 +1,125 @@
+"""CheckpointerHook: when a run is saved, and which files are kept."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from torch_frame.errors import SettingError
+from torch_frame.hooks.base import HookBase
+from torch_frame.tracking.history import HistoryBuffer
+
+_logger = logging.getLogger("torch_frame")
+
+
+class CheckpointerHook(HookBase):
+    """Saves the run every `period` epochs, and after the last one.
+
+    Runs after each epoch, on all ranks. Files in the work dir's `checkpoints`:
+
+    * `latest.pth`, `previous.pth`: the full state, to resume from (`save_last`);
+    * `best.pth`: the weights (EMA's where EMA is on) of the best epoch by `save_metric`; without `save_metric` of the last one,
+      unless another hook with a `save_metric` writes it;
+    * `epoch_N.pth`: the weights of the last `max_to_keep` saved epochs (with `save_metric`: of the last that were best).
+
+    Args:
+        period: epochs between saves.
+        max_to_keep: how many `epoch_N.pth` to keep; None writes none.
+        save_metric: name in `trainer.metric_storage`: a loss of the training step ("total_loss") or an evaluation's result.
+        max_first: higher is better; False: lower is better.
+        save_last: write `latest.pth`.
+
+    Stores: the best value so far and the files it keeps.
+    """
+
+    def __init__(
+        self,
+        period: int = 1,
+        max_to_keep: int | None = None,
+        save_metric: str | None = None,
+        max_first: bool = True,
+        save_last: bool = True,
+    ) -> None:
+        if not isinstance(period, int) or period < 1:
+            raise SettingError(f"period is {period!r}; it has to be a positive number of epochs.")
+        if max_to_keep is not None and (not isinstance(max_to_keep, int) or max_to_keep < 1):
+            raise SettingError(f"max_to_keep is {max_to_keep!r}; it has to be a positive number of files, or None.")
+        self._period = period
+        self._max_to_keep = max_to_keep
+        self.save_metric = save_metric
+        self.max_first = max_first
+        self.save_last = save_last
+        self.cur_best = float("-inf") if max_first else float("inf")
+        self._recent_checkpoints: list[str] = []
+
+    def is_better(self, value: float | HistoryBuffer) -> bool:
+        """Whether `value` (of a HistoryBuffer: its mean) beats the best so far; NaN never does."""
+        return float(value) > self.cur_best if self.max_first else float(value) < self.cur_best
+
+    def check(self) -> None:
+        if self.save_metric is None:
+            return
+        rivals = [h for h in self.trainer.hooks if isinstance(h, CheckpointerHook) and h.save_metric and h is not self]
+        if rivals:
+            raise SettingError(
+                f"Two hooks claim best.pth: {self.class_name}(save_metric={self.save_metric!r}) and "
+                f"{rivals[0].class_name}(save_metric={rivals[0].save_metric!r}). Leave save_metric to one of them."
+            )
+
+    def after_epoch(self) -> None:
+        if self.every_n_epochs(self._period) or self.is_last_epoch():
+            self.save_model()
+
+    def save_model(self) -> None:
+        """Ask for the files that are due; they are written at the next safe point, when all hooks of the epoch have run."""
+        if self.save_last:
+            self.trainer.save_at_safe_point("latest.pth", save_single_model=False)
+        if self.save_metric is not None and not self._is_new_best():
+            return
+        if self._owns_best():
+            self.trainer.save_at_safe_point("best.pth")
+        if self._max_to_keep is not None:
+            self._save_epoch(self._max_to_keep)
+
+    def _is_new_best(self) -> bool:
+        assert self.save_metric is not None
+        value = self._metric_value(self.save_metric)
+        if not self.is_better(value):
+            return False
+        self.cur_best = value
+        _logger.info("%s is the best so far: %.6g", self.save_metric, value)
+        return True
+
+    def _metric_value(self, name: str) -> float:
+        if name not in self.metric_storage:
+            raise SettingError(
+                f"save_metric is {name!r}, but nothing has been logged under this name; there are: "
+                f"{', '.join(sorted(self.metric_storage)) or 'none'}. "
+                f"If a hook logs it, register that hook before {self.class_name}."
+            )
+        return self.metric_storage[name].avg
+
+    def _owns_best(self) -> bool:
+        if self.save_metric is not None:
+            return True
+        return not any(isinstance(hook, CheckpointerHook) and hook.save_metric for hook in self.trainer.hooks)
+
+    def _save_epoch(self, max_to_keep: int) -> None:
+        name = f"epoch_{self.trainer.epoch}.pth"
+        self._recent_checkpoints = [kept for kept in self._recent_checkpoints if kept != name] + [name]
+        outdated, self._recent_checkpoints = (
+            self._recent_checkpoints[:-max_to_keep],
+            self._recent_checkpoints[-max_to_keep:],
+        )
+        self.trainer.save_at_safe_point(
+            name, then_remove=[os.path.join(self.trainer.ckpt_dir, old) for old in outdated]
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"cur_best": self.cur_best, "recent_checkpoints": list(self._recent_checkpoints)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.cur_best = float(state_dict["cur_best"])
+        self._recent_checkpoints = [Path(name).name for name in state_dict["recent_checkpoints"]]

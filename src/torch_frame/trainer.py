@@ -1,0 +1,568 @@
+"""Trainer: the loop, and what a run needs around it.
+
+Read `train`, `train_one_epoch` and `train_one_iter` first: they are a batch's whole way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import os
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torch_frame import checks, state
+from torch_frame.checkpoint.weights import WeightsReport
+from torch_frame.data.move import resolve_device
+from torch_frame.data.prefetch import prefetch_to_device
+from torch_frame.distributed.comm import is_main
+from torch_frame.errors import NonFiniteError, SettingError
+from torch_frame.files import SaveRequests, WorkDir
+from torch_frame.hooks.base import HookBase
+from torch_frame.hooks.caller import HookCaller, checked_hooks
+from torch_frame.hooks.checkpoint import CheckpointerHook
+from torch_frame.hooks.logger import LoggerHook
+from torch_frame.progress import Progress
+from torch_frame.tracking.console import logger, open_run_log
+from torch_frame.tracking.history import MetricStorage
+from torch_frame.training.ema import EMA
+from torch_frame.training.losses import describe, read_losses
+from torch_frame.training.precision import Precision, PrecisionName, choose_precision
+from torch_frame.training.schedules import Interval, LRWarmupScheduler, WarmupMethod
+from torch_frame.training.update import OnNonFinite, Update, check_weight
+from torch_frame.types import Device, Number, StepFn, Values
+
+__all__ = ["MetricStorage", "Trainer", "logger"]
+
+CreateNewDir = Literal["time_s", "time_m", "time_h", "time_d", "count"]
+
+
+class Trainer:
+    """Trains a model, epoch by epoch.
+
+    The model is called with a batch and returns its loss; see `torch_frame.training.losses` for the forms.
+
+    Args:
+        model: called as `model(batch)`, or by `step_fn`.
+        optimizer: of the model's parameters.
+        lr_scheduler: any torch scheduler of that optimizer; None: a constant learning rate.
+        data_loader: a DataLoader, or any iterable of batches that can be iterated again for each epoch; a list too.
+        max_epochs: epochs to train; 0 trains nothing.
+        work_dir: where the run's files go: `checkpoints/`, `tb_logs/`, `log.txt`, `metrics.jsonl`. Made when `train()` begins.
+        clip_grad_norm: clip the gradient to this 2-norm; 0 or less: don't.
+        enable_amp: fp16 with a gradient scaler, on CUDA (1.7's switch; `precision` says more).
+        warmup_method: "constant", "linear", "exp" or None.
+        warmup_iters: length of the warm-up, in updates.
+        warmup_factor: the learning rate begins at this fraction.
+        hooks: see `HookBase`; None: `[CheckpointerHook(), LoggerHook()]`; `[]`: none.
+        use_ema: keep an exponential moving average of the weights, evaluate it and save it as `best.pth`.
+        ema_decay: its decay.
+        create_new_dir: where `work_dir` exists already: None uses it; "time_s", "time_m", "time_h", "time_d" make a new one with
+            the time behind its name, "count" one with a number.
+        step_fn: (model, batch) -> what a model may return; for models that don't hold their loss.
+        device: where the model and batches go; None: where the model is.
+        precision: "fp32", "bf16" or "fp16".
+        gradient_accumulation_steps: batches in an update; an epoch's last window holds what is left.
+        loss_weight: (batch) -> number of items or tokens that its loss is a mean of; weights the batches of a window.
+        lr_scheduler_interval: "epoch" or "iter": the scheduler steps after each epoch, or after each update.
+        lr_scheduler_metric: name of the metric that ReduceLROnPlateau follows.
+        on_nonfinite: "raise" where a loss or a gradient is NaN or infinite, or "skip" that update.
+
+    Attributes:
+        progress: the counters (`torch_frame.progress.Progress`).
+        metric_storage: the run's values by name.
+        model_ema: the `EMA`, or None.
+        lr_scheduler: the scheduler inside its warm-up (`LRWarmupScheduler`).
+
+    >>> import torch
+    >>> model = nn.Linear(2, 1)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> trainer = Trainer(
+    ...     model,
+    ...     optimizer,
+    ...     None,
+    ...     [torch.ones(4, 2)],
+    ...     max_epochs=2,
+    ...     hooks=[],
+    ...     step_fn=lambda model, batch: model(batch).square().mean(),
+    ... )
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        lr_scheduler: Any,
+        data_loader: Iterable[Any],
+        max_epochs: int,
+        work_dir: str | os.PathLike[str] = "work_dir",
+        clip_grad_norm: float = 0.0,
+        enable_amp: bool = False,
+        warmup_method: WarmupMethod | None = None,
+        warmup_iters: int = 1000,
+        warmup_factor: float = 0.001,
+        hooks: Iterable[HookBase | None] | None = None,
+        use_ema: bool = False,
+        ema_decay: float = 0.9999,
+        create_new_dir: CreateNewDir | None = "time_s",
+        *,
+        step_fn: StepFn | None = None,
+        device: Device | None = None,
+        precision: PrecisionName | None = None,
+        gradient_accumulation_steps: int = 1,
+        loss_weight: Callable[[Any], Tensor | float] | None = None,
+        lr_scheduler_interval: Interval = "epoch",
+        lr_scheduler_metric: str | None = None,
+        on_nonfinite: OnNonFinite = "raise",
+    ) -> None:
+        checks.check_arguments(model, optimizer, lr_scheduler, data_loader, max_epochs, gradient_accumulation_steps)
+        checks.check_scheduler(lr_scheduler, lr_scheduler_interval, lr_scheduler_metric)
+        checks.check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
+        self.device = checks.device_of(model) if device is None else resolve_device(device)
+        self.model = model if device is None else model.to(self.device)
+        self.optimizer = optimizer
+        self.data_loader = data_loader
+        self.max_epochs = max_epochs
+        self.step_fn = step_fn
+        self.loss_weight = loss_weight
+        self.model_ema = EMA(model, ema_decay) if use_ema else None
+        self.precision = Precision(choose_precision(precision, enable_amp, self.device), self.device)
+        self.lr_scheduler = LRWarmupScheduler(
+            lr_scheduler, None, warmup_method, warmup_iters, warmup_factor, optimizer=optimizer
+        )
+        self.lr_scheduler_interval = lr_scheduler_interval
+        self.lr_scheduler_metric = lr_scheduler_metric
+        self.gradient_accumulation_steps = gradient_accumulation_steps
+        self.on_nonfinite = on_nonfinite
+        self.updater = Update(
+            self.model,
+            optimizer,
+            self.precision,
+            clip_grad_norm=clip_grad_norm,
+            window_len=gradient_accumulation_steps,
+            on_nonfinite=on_nonfinite,
+            on_cpu=self.device.type == "cpu",
+        )
+
+        self.progress = Progress()
+        self.start_epoch = 0
+        self.metric_storage = MetricStorage()
+        self.metric_storage.declare("lr", smooth=False)
+        self.metric_storage.on_read = self._check_read_values
+        self.resumed_iter: int | None = None
+        self._resumed_from: str | None = None
+        self._resumed_state: Mapping[str, Any] | None = None
+
+        self._work_dir = WorkDir(work_dir, create_new_dir)
+        self._info_params: list[str] = []
+        self._saves = SaveRequests()
+
+        self.hook_caller = HookCaller()
+        self.stages = self.hook_caller.stages
+        self.register_hooks([CheckpointerHook(), LoggerHook()] if hooks is None else hooks)
+
+    # ---------------------------------------------------------------- the loop
+
+    def train(self, console_log_level: int = 2, file_log_level: int = 2) -> None:
+        """Train from where the run stands to `max_epochs`.
+
+        Args:
+            console_log_level: 0..5 = NOTSET, DEBUG, INFO, WARNING, ERROR, FATAL.
+            file_log_level: the same for `log.txt`.
+        """
+        self._check()
+        self._work_dir.claim()
+        log = open_run_log(self.log_file if is_main() else None, console_log_level, file_log_level)
+        failed = True
+        try:
+            self._begin()
+            self.call("before_train")
+            self._restore_rng()
+            while self.progress.epoch < self.max_epochs:
+                self.progress.begin_epoch()
+                if not self.progress.epoch_trained:
+                    self.train_one_epoch()
+                self.call("after_epoch")
+                self._step_plateau()
+                self.progress.end_epoch()
+                self.safe_point()
+            self.call("after_train")
+            failed = False
+        except BaseException as error:
+            self._report(error)
+            raise
+        finally:
+            self._close(failed)
+            log.close()
+
+    def train_one_epoch(self) -> None:
+        """The batches' way: loader -> device -> losses -> update."""
+        if self.progress.inner_iter == 0:
+            self.call("before_epoch")
+        self.model.train()
+        self.updater.refresh()
+        for batch in self.batches():  # on the device, prefetched
+            self.progress.begin_iter()
+            self.call("before_iter")
+            values = self.train_one_iter(batch)  # forward -> losses -> backward -> update
+            self.progress.end_iter()
+            self.record(values)  # nothing is read from the device until somebody looks
+            self.call("after_iter")
+            self.safe_point()
+        self._finish_epoch()
+
+    def train_one_iter(self, batch: Any) -> Mapping[str, Tensor | Number]:
+        """Forward, losses, backward and, where the window is complete, the update.
+
+        Override it for another way to train (several optimizers, say); return the values to record, by name.
+
+        Args:
+            batch: on the model's device.
+
+        Returns:
+            name -> one-element tensor or number, `total_loss` among them.
+        """
+        updater = self.updater
+        updater.begin()
+        with self.precision.autocast():
+            output = self.model(batch) if self.step_fn is None else self.step_fn(self.model, batch)
+        total, values = read_losses(output)
+        try:
+            updater.backward(total, 1.0 if self.loss_weight is None else check_weight(self.loss_weight(batch)))
+            if self._window_complete():
+                for before_update in self.stages["before_update"]:
+                    before_update()
+                updater.step()
+                self._after_step()
+                for after_update in self.stages["after_update"]:
+                    after_update()
+                if updater.grad_norm is not None:
+                    values["grad_norm"] = updater.grad_norm
+        except NonFiniteError as error:
+            raise NonFiniteError(self._nonfinite_message(str(error), describe(values))) from None
+        return values
+
+    def batches(self) -> Iterator[Any]:
+        """The epoch's batches, on the device; a resumed epoch's remaining ones."""
+        self._fetch_started = time.perf_counter()
+        for batch in prefetch_to_device(self._remaining(self.data_loader), self.device):
+            self._data_time = time.perf_counter() - self._fetch_started
+            yield batch
+            self._fetch_started = time.perf_counter()
+
+    def record(self, values: Values) -> None:
+        """Keep a step's values and times for whoever looks at them."""
+        if not isinstance(values, Mapping):
+            raise TypeError(
+                f"train_one_iter returned {type(values).__name__}; it has to return a dict of the values to record, "
+                "for example {'total_loss': loss}."
+            )
+        row: dict[str, Tensor | Number] = {
+            name: _kept(value) if isinstance(value, Tensor) else value for name, value in values.items()
+        }
+        row["data_time"] = self._data_time
+        row["iter_time"] = time.perf_counter() - self._fetch_started
+        row["lr"] = self._lr_used
+        self.metric_storage.record(self.cur_iter, row)
+
+    def call(self, stage: str) -> None:
+        """Run the hooks of a stage."""
+        for run in self.stages[stage]:
+            run()
+
+    # ---------------------------------------------------------------- between the steps
+
+    def _window_complete(self) -> bool:
+        window = self.gradient_accumulation_steps
+        return window == 1 or self.updater.num_micro_batches == window or self.inner_iter + 1 == self.epoch_len
+
+    def _after_step(self) -> None:
+        """What follows an optimizer step: schedule, EMA, count."""
+        self._lr_used = self.lr
+        self.lr_scheduler.step()
+        if self.lr_scheduler_interval == "iter":
+            self.lr_scheduler.step_scheduler()
+        if self.model_ema is not None:
+            self.model_ema.update(self.model)
+        self.progress.num_updates += 1
+
+    def _finish_epoch(self) -> None:
+        if self.updater.window_open:  # the loader yielded fewer batches than its length says, or has none
+            for before_update in self.stages["before_update"]:
+                before_update()
+            self.updater.step()
+            self._after_step()
+            for after_update in self.stages["after_update"]:
+                after_update()
+        if self.progress.inner_iter == 0:
+            raise SettingError(checks.empty_loader_message(self.data_loader, self.epoch))
+        if self.lr_scheduler_interval == "epoch" and not self.lr_scheduler.needs_metric:
+            self.lr_scheduler.step_scheduler()
+        self.progress.end_batches()
+
+    def _step_plateau(self) -> None:
+        name = self.lr_scheduler_metric
+        if name is not None:
+            if name not in self.metric_storage:
+                raise SettingError(
+                    f"lr_scheduler_metric is {name!r}, but nothing has been logged under this name; there are: "
+                    f"{', '.join(sorted(self.metric_storage))}."
+                )
+            self.lr_scheduler.step_scheduler(self.metric_storage[name].avg)
+
+    def _remaining(self, loader: Iterable[Any]) -> Iterable[Any]:
+        """All batches of the epoch, or those that an interrupted one has left."""
+        done = self.progress.inner_iter
+        if done == 0:
+            return loader
+        logger.warning(
+            "Resuming inside an epoch: %d batches are loaded again and left out, which takes its time, "
+            "and batches need not be those of the interrupted epoch.",
+            done,
+        )
+        return itertools.islice(loader, done, None)
+
+    def _check_read_values(self, iters: list[int | None], columns: Mapping[str, list[float]]) -> None:
+        """Values of steps have been read from the device: are losses and gradients finite?"""
+        if self.on_nonfinite == "skip" or self.precision.scaler is not None:
+            return
+        for name in ("total_loss", "grad_norm"):
+            if not math.isfinite(sum(columns.get(name, ()))):
+                bad = next((i for i, value in enumerate(columns[name]) if not math.isfinite(value)), None)
+                if bad is not None:
+                    values = {name: column[bad] for name, column in columns.items() if bad < len(column)}
+                    raise NonFiniteError(self._nonfinite_message(f"{name} is not finite", describe(values), iters[bad]))
+
+    def _nonfinite_message(self, what: str, values: str, iter: int | None = None) -> str:
+        iter = self.cur_iter if iter is None else iter
+        return (
+            f"Training stopped: {what}, in epoch {self.epoch}, iteration {iter} of the run: {values}. "
+            "Look at the learning rate, the data of this batch and the precision; on_nonfinite='skip' leaves such updates out."
+        )
+
+    # ---------------------------------------------------------------- begin and end
+
+    def _check(self) -> None:
+        if checks.device_of(self.model) != self.device:
+            raise SettingError(
+                f"The model was on {self.device} when the Trainer was made and is on {checks.device_of(self.model)} now. "
+                "Move it before, or pass device= to the Trainer."
+            )
+        checks.check_loader(self.data_loader, self.max_epochs - self.progress.epoch, self.epoch_len)
+        for hook in self.hooks:
+            hook.check()
+
+    def _begin(self) -> None:
+        self.start_epoch = self.progress.epoch
+        self._lr_used = self.lr
+        if self.model_ema is not None:
+            self.model_ema.bind(self.model)
+        self.hook_caller.warn_of_unclaimed()
+        line = "-" * 50
+        logger.info("\n%s\nWork directory: %s\n%s", line, self.work_dir, line)
+        if self._resumed_from is not None:
+            logger.info("Resumed from %s, saved after iteration %d.", self._resumed_from, self.progress.iter)
+        if self._info_params:
+            logger.info("\n%s", "\n".join(self._info_params))
+        if self.progress.epoch >= self.max_epochs:
+            logger.info(
+                "Nothing to train: max_epochs is %d, and %d epochs are done.", self.max_epochs, self.progress.epoch
+            )
+        else:
+            logger.info("Training begins at epoch %d of %d.", self.start_epoch + 1, self.max_epochs)
+
+    def _report(self, error: BaseException) -> None:
+        """Tell the hooks of an error; one that fails at it does not hide the error itself."""
+        logger.error("Training ended in epoch %d, iteration %d: %s", self.epoch, self.cur_iter, type(error).__name__)
+        for on_exception in self.stages["on_exception"]:
+            try:
+                on_exception(error)
+            except Exception:
+                logger.exception("A hook's on_exception failed as well")
+
+    def _close(self, failed: bool) -> None:
+        """Close all hooks; the first one that fails is raised, unless training failed before."""
+        first: Exception | None = None
+        for close in self.stages["close"]:
+            try:
+                close()
+            except Exception as error:
+                logger.exception("A hook's close failed")
+                first = first or error
+        if first is not None and not failed:
+            raise first
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def save_at_safe_point(
+        self, file_name: str, save_single_model: bool = True, then_remove: Iterable[str] = ()
+    ) -> None:
+        """Ask for a save; it is carried out when all hooks of the event have run and the counters are advanced.
+
+        Args:
+            file_name: below `ckpt_dir`.
+            save_single_model: the weights alone; False: the whole state.
+            then_remove: files that are not needed any more once this one is written.
+        """
+        self._saves.add(file_name, save_single_model, then_remove)
+
+    def safe_point(self) -> None:
+        """Carry out the saves that were asked for, unless a window of gradients is open."""
+        if not self._saves or self.updater.window_open:
+            return
+        for file_name, save_single_model, outdated in self._saves.take():
+            self.save_checkpoint(file_name, save_single_model)
+            for path in outdated:
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(path)
+
+    def save_checkpoint(self, file_name: str, save_single_model: bool = True, print_info: bool = False) -> None:
+        """Save there and then; the file is complete when this returns.
+
+        Args:
+            file_name: below `ckpt_dir`, or an absolute path. A full state called `latest.pth` keeps the one before it as
+                `previous.pth`.
+            save_single_model: the weights alone (EMA's where EMA is on), a plain `state_dict`; False: the whole state.
+            print_info: log where it was written.
+
+        Raises:
+            CheckpointError: where it cannot be written; the file that was there before is untouched.
+            NonFiniteError: where the weights hold NaN or infinite values.
+        """
+        self._work_dir.claim()
+        path = state.save(self, file_name, save_single_model)
+        if print_info:
+            logger.info("Saved %s", path)
+
+    def load_checkpoint(
+        self, path: str | os.PathLike[str] | None = None, checkpoint: Mapping[str, Any] | None = None
+    ) -> WeightsReport | None:
+        """Continue a saved run, or begin with given weights.
+
+        Args:
+            path: a full state (`latest.pth`): looked for as given, then in the work dir's `checkpoints`, then in those of the
+                newest `<work_dir>_*`. The run goes on in that file's work dir.
+            checkpoint: weights alone, a `state_dict` such as `torch.load("best.pth")` gives; what fits is loaded.
+
+        Returns:
+            For weights, what was loaded and what was not.
+
+        Raises:
+            FileNotFoundError: with all the places looked at.
+            CheckpointError: where the file is damaged, or does not fit this trainer; nothing is changed then.
+        """
+        if checkpoint is not None and path is None:
+            return state.load_weights_only(self, checkpoint)
+        if path is None or checkpoint is not None:
+            raise SettingError("load_checkpoint takes a path (a full state), or checkpoint= (weights): one of the two.")
+        found = self._work_dir.find(path)
+        self._resumed_state = state.load(self, found)
+        self.resumed_iter = self.progress.iter
+        self.start_epoch = self.progress.epoch
+        self._work_dir.move_to(found)
+        self._resumed_from = found
+        return None
+
+    def _restore_rng(self) -> None:
+        if self._resumed_state is not None:
+            state.restore_rng(self, self._resumed_state)
+            self._resumed_state = None
+
+    # ---------------------------------------------------------------- hooks and values
+
+    def register_hooks(self, hooks: Iterable[HookBase | None]) -> None:
+        """Add hooks behind those there are; LoggerHook stays last. None in the list is left out."""
+        hooks = checked_hooks(hooks)
+        for hook in hooks:
+            hook.trainer = weakref.proxy(self)
+        self.hook_caller.add(hooks)
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """`metric_storage.update`: log(iter, name=value, ..., smooth=True, window_size=None)."""
+        self.metric_storage.update(*args, **kwargs)
+
+    def log_param(self, *args: Any, **kwargs: Any) -> None:
+        """Lines to put into the log when training begins: texts, and names with values."""
+        self._info_params += [str(arg) for arg in args] + [f"{name}: {value}" for name, value in kwargs.items()]
+
+    @property
+    def hooks(self) -> list[HookBase]:
+        """The registered hooks, in the order they run."""
+        return list(self.hook_caller.hooks)
+
+    @property
+    def registered_hook_names(self) -> list[str]:
+        return [hook.class_name for hook in self.hook_caller.hooks]
+
+    # ---------------------------------------------------------------- where the run stands
+
+    @property
+    def epoch(self) -> int:
+        """Index of the epoch under way, or of the last one."""
+        return self.progress.current_epoch
+
+    @property
+    def inner_iter(self) -> int:
+        """Index in its epoch of the batch under way, or of the last one."""
+        return self.progress.current_inner_iter
+
+    @property
+    def cur_iter(self) -> int:
+        """Index in the run of the batch under way, or of the last one."""
+        return self.progress.current_iter
+
+    @property
+    def epoch_len(self) -> int | None:
+        """Batches in an epoch; None where the loader has no length."""
+        return checks.length_of(self.data_loader)
+
+    @property
+    def max_iters(self) -> int | None:
+        """Batches in the whole run; None where the loader has no length."""
+        return None if self.epoch_len is None else self.epoch_len * self.max_epochs
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the first parameter group."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def model_or_module(self) -> nn.Module:
+        """The bare model, without the wrapper of DDP or DataParallel."""
+        wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+        return self.model.module if isinstance(self.model, wrappers) else self.model
+
+    @property
+    def model_evaluate(self) -> nn.Module:
+        """The model to evaluate and to use: EMA's where EMA is on."""
+        return self.model_or_module if self.model_ema is None else self.model_ema.model
+
+    @property
+    def work_dir(self) -> str:
+        """Where the run's files go; final once `train()` has begun."""
+        return self._work_dir.path
+
+    @property
+    def ckpt_dir(self) -> str:
+        return os.path.join(self.work_dir, "checkpoints")
+
+    @property
+    def tb_log_dir(self) -> str:
+        return os.path.join(self.work_dir, "tb_logs")
+
+    @property
+    def log_file(self) -> str:
+        return os.path.join(self.work_dir, "log.txt")
+
+
+def _kept(value: Tensor) -> Tensor | float:
+    """A value as it is now: a number where reading costs no wait, else a tensor that nobody changes, without its graph."""
+    if value.device.type == "cpu":
+        return value.item()
+    return value.detach() if value.requires_grad else value.clone()

@@ -1,0 +1,92 @@
+"""What `import torch_frame` gives, what it costs, and the import paths of 1.7."""
+
+import importlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import torch_frame
+
+PACKAGE = Path(torch_frame.__file__).parent
+
+
+def run_python(code: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    search = f"import sys; sys.path.insert(0, {str(path or PACKAGE.parent)!r})\n"
+    return subprocess.run([sys.executable, "-c", search + code], capture_output=True, text=True, check=False)
+
+
+def test_every_exported_name_exists():
+    for name in torch_frame.__all__:
+        assert hasattr(torch_frame, name)
+
+
+@pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        (
+            "torch_frame",
+            "Trainer HookBase CheckpointerHook EvalHook LoggerHook LRWarmupScheduler MetricStorage HistoryBuffer logger misc",
+        ),
+        ("torch_frame.trainer", "Trainer MetricStorage logger"),
+        ("torch_frame.hooks", "HookBase CheckpointerHook EvalHook LoggerHook"),
+        ("torch_frame.lr_scheduler", "LRWarmupScheduler"),
+        (
+            "torch_frame.utils",
+            "EMA HistoryBuffer ProgressBar collect_env get_workspace set_random_seed setup_logger symlink",
+        ),
+        ("torch_frame.utils.dist_utils", "get_rank get_world_size is_dist_avail_and_initialized"),
+        ("torch_frame.utils.misc", "collect_env create_small_table get_workspace set_random_seed symlink"),
+        ("torch_frame.utils.ema", "EMA"),
+        ("torch_frame.utils.history_buffer", "HistoryBuffer"),
+        ("torch_frame.utils.logger", "setup_logger"),
+        ("torch_frame.utils.progress_bar", "ProgressBar"),
+    ],
+)
+def test_import_paths_of_1_7_work(path, names):
+    module = importlib.import_module(path)
+    for name in names.split():
+        assert hasattr(module, name), f"{path}.{name}"
+
+
+def test_import_is_light_and_changes_no_global_state():
+    heavy = [
+        "cv2",
+        "accelerate",
+        "tensorboard",
+        "torchvision",
+        "matplotlib",
+        "sklearn",
+        "transformers",
+        "ray",
+        "pandas",
+    ]
+    result = run_python(
+        "import logging, random, signal\n"
+        "import numpy, torch\n"
+        "def globals_now():\n"
+        "    return (torch.get_rng_state().tolist(), random.getstate(), numpy.random.get_state()[1].tolist(),\n"
+        "            torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype(),\n"
+        "            torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic,\n"
+        "            signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM),\n"
+        "            list(logging.getLogger().handlers), logging.getLogger().level)\n"
+        "before, loaded = globals_now(), set(sys.modules)\n"
+        "import torch_frame\n"
+        "assert globals_now() == before\n"
+        "assert not torch.cuda.is_initialized()\n"
+        f"print([name for name in {heavy} if name in set(sys.modules) - loaded])\n"
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"
+
+
+def test_an_install_overwritten_by_pytorch_frame_is_noticed_at_import(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "torch_frame", ignore=shutil.ignore_patterns("__pycache__"))
+    assert run_python("import torch_frame", tmp_path).returncode == 0
+    (tmp_path / "torch_frame" / "_stype.py").write_text("class stype: ...\n")  # one of the other package's own files
+    result = run_python("import torch_frame", tmp_path)
+    assert result.returncode == 1
+    assert "Two packages share the import name torch_frame" in result.stderr
+    assert "pip uninstall" in result.stderr
