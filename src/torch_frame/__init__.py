@@ -18,9 +18,11 @@ from torch_frame.errors import (
 )
 from torch_frame.hooks.base import HookBase
 from torch_frame.hooks.checkpoint import CheckpointerHook
+from torch_frame.hooks.early_stop import EarlyStoppingHook
 from torch_frame.hooks.evaluate import EvalHook
 from torch_frame.hooks.logger import LoggerHook
 from torch_frame.tracking.console import logger, setup_logger
+from torch_frame.tracking.environment import collect_env
 from torch_frame.tracking.history import HistoryBuffer, MetricStorage
 from torch_frame.trainer import Trainer
 from torch_frame.training.ema import EMA
@@ -31,6 +33,7 @@ __all__ = [
     "EMA",
     "CheckpointError",
     "CheckpointerHook",
+    "EarlyStoppingHook",
     "EvalHook",
     "HistoryBuffer",
     "HookBase",
@@ -44,6 +47,7 @@ __all__ = [
     "Trainer",
     "WorkDirError",
     "__version__",
+    "collect_env",
     "logger",
     "misc",
     "set_random_seed",

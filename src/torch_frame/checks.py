@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, Dataset
 
 from torch_frame.errors import SettingError
+
+_logger = logging.getLogger("torch_frame")
 
 
 def check_arguments(
@@ -76,9 +80,50 @@ def check_scheduler(lr_scheduler: Any, interval: str, metric: str | None) -> Non
         )
 
 
+def check_one_cycle(lr_scheduler: Any, interval: str, updates_per_epoch: int | None, max_epochs: int) -> None:
+    """OneCycleLR was made for as many steps as this run takes: fewer end in an error in mid-run, more never anneal."""
+    if not isinstance(lr_scheduler, OneCycleLR) or updates_per_epoch is None:
+        return
+    steps = {"iter": updates_per_epoch * max_epochs, "epoch": max_epochs}
+    other = "epoch" if interval == "iter" else "iter"
+    total = lr_scheduler.total_steps
+    found = (
+        f"OneCycleLR was made for {total} steps, but with lr_scheduler_interval={interval!r} this run makes {steps[interval]} "
+        f"({max_epochs} epochs, {updates_per_epoch} updates each)."
+    )
+    if total != steps[interval] and total == steps[other]:
+        raise SettingError(f"{found} Pass lr_scheduler_interval={other!r}.")
+    if total < steps[interval]:
+        raise SettingError(f"{found} Make it with total_steps={steps[interval]}.")
+    if total >= steps[interval] + max(updates_per_epoch, 1):
+        _logger.warning("%s Its learning rate will not come down within this run.", found)
+
+
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
         raise SettingError(f"{name} is {value!r}; it has to be one of {', '.join(map(repr, choices))}.")
+
+
+def check_metric_names(wanted: Iterable[tuple[str, str]], known: Iterable[str]) -> None:
+    """After the first step: the names that somebody follows are among those that will be logged.
+
+    Args:
+        wanted: (who follows, name).
+        known: all names there will be.
+    """
+    names = sorted(known)
+    for who, name in wanted:
+        if name not in names:
+            raise SettingError(f"{who} is {name!r}, but nothing logs this name; there are: {', '.join(names)}.")
+
+
+def note_on_device(error: BaseException, device: torch.device) -> None:
+    """Add to torch's error about tensors on two devices what the trainer did; the error itself stays as it is."""
+    if isinstance(error, RuntimeError) and re.search(r"same device|expected device|is on .*, but", str(error)):
+        error.add_note(
+            f"torch-frame: the batch's tensors were moved to {device}, where the model is. The other tensor was made in the step "
+            "(give it device=...), is held by the model without being a buffer or parameter, or sits in an object without .to()."
+        )
 
 
 def check_loader(loader: Iterable[Any], epochs_left: int, epoch_len: int | None) -> None:

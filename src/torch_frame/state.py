@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections.abc import Mapping
@@ -14,7 +13,13 @@ from torch_frame._version import __version__
 from torch_frame.checkpoint import io
 from torch_frame.checkpoint.format import FORMAT, VERSION, is_full_state, plain
 from torch_frame.checkpoint.weights import WeightsReport, bare_state_dict, load_weights
-from torch_frame.data.seeding import loader_generator_states, rng_state, set_loader_generator_states, set_rng_state
+from torch_frame.data.seeding import (
+    loader_generator_states,
+    rng_state,
+    set_loader_generator_states,
+    set_rng_state,
+    start_persistent_workers,
+)
 from torch_frame.errors import CheckpointError, NonFiniteError, SettingError
 from torch_frame.tracking.console import logger
 
@@ -68,7 +73,8 @@ def load_weights_only(trainer: Trainer, checkpoint: Mapping[str, Any]) -> Weight
     report = load_weights(trainer.model_or_module, checkpoint["model"] if is_full_state(checkpoint) else checkpoint)
     if trainer.model_ema is not None:
         trainer.model_ema.reset(trainer.model)
-    logger.log(logging.INFO if report.complete else logging.WARNING, "Loaded weights only: %s", report)
+    if not report.complete:
+        logger.warning("The weights fit in part: %s", report)
     return report
 
 
@@ -116,6 +122,8 @@ def restore(trainer: Trainer, state: Mapping[str, Any]) -> None:
 
 def restore_rng(trainer: Trainer, state: Mapping[str, Any]) -> None:
     """Put the random numbers back; the last thing before the first batch."""
+    if trainer.progress.iter > 0:
+        start_persistent_workers(trainer.data_loader)
     set_loader_generator_states(trainer.data_loader, state["loader_generators"])
     set_rng_state(state["rng"])
 

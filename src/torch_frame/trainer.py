@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_frame import checks, state
+from torch_frame.banner import banner
 from torch_frame.checkpoint.weights import WeightsReport
 from torch_frame.data.move import resolve_device
 from torch_frame.data.prefetch import prefetch_to_device
@@ -29,6 +30,7 @@ from torch_frame.hooks.caller import HookCaller, checked_hooks
 from torch_frame.hooks.checkpoint import CheckpointerHook
 from torch_frame.hooks.logger import LoggerHook
 from torch_frame.progress import Progress
+from torch_frame.tracking.bar import ProgressBar
 from torch_frame.tracking.console import logger, open_run_log
 from torch_frame.tracking.history import MetricStorage
 from torch_frame.training.ema import EMA
@@ -73,9 +75,12 @@ class Trainer:
         lr_scheduler_interval: "epoch" or "iter": the scheduler steps after each epoch, or after each update.
         lr_scheduler_metric: name of the metric that ReduceLROnPlateau follows.
         on_nonfinite: "raise" where a loss or a gradient is NaN or infinite, or "skip" that update.
+        compile: compile the model in place (`nn.Module.compile`), which keeps the names of its weights; a dict is passed to
+            torch.compile. EMA's copy, which is only evaluated, is not compiled.
 
     Attributes:
         progress: the counters (`torch_frame.progress.Progress`).
+        should_stop: set it to True to end the run after the epoch under way.
         metric_storage: the run's values by name.
         model_ema: the `EMA`, or None.
         lr_scheduler: the scheduler inside its warm-up (`LRWarmupScheduler`).
@@ -120,6 +125,7 @@ class Trainer:
         lr_scheduler_interval: Interval = "epoch",
         lr_scheduler_metric: str | None = None,
         on_nonfinite: OnNonFinite = "raise",
+        compile: bool | Mapping[str, Any] = False,
     ) -> None:
         checks.check_arguments(model, optimizer, lr_scheduler, data_loader, max_epochs, gradient_accumulation_steps)
         checks.check_scheduler(lr_scheduler, lr_scheduler_interval, lr_scheduler_metric)
@@ -136,6 +142,8 @@ class Trainer:
         self.lr_scheduler = LRWarmupScheduler(
             lr_scheduler, None, warmup_method, warmup_iters, warmup_factor, optimizer=optimizer
         )
+        if compile is not False:
+            self.model_or_module.compile(**({} if compile is True else compile))
         self.lr_scheduler_interval = lr_scheduler_interval
         self.lr_scheduler_metric = lr_scheduler_metric
         self.gradient_accumulation_steps = gradient_accumulation_steps
@@ -151,17 +159,21 @@ class Trainer:
         )
 
         self.progress = Progress()
+        self.should_stop = False
         self.start_epoch = 0
         self.metric_storage = MetricStorage()
         self.metric_storage.declare("lr", smooth=False)
-        self.metric_storage.on_read = self._check_read_values
+        proxy = weakref.proxy(self)  # the storage must not keep the trainer, and so the model, alive
+        self.metric_storage.on_read = lambda iters, columns: proxy._check_read_values(iters, columns)
         self.resumed_iter: int | None = None
-        self._resumed_from: str | None = None
         self._resumed_state: Mapping[str, Any] | None = None
 
         self._work_dir = WorkDir(work_dir, create_new_dir)
         self._info_params: list[str] = []
+        self._news: list[str] = []  # what happened before there was a log
         self._saves = SaveRequests()
+        self._names_checked = False
+        self.pbar = ProgressBar(disable=True)  # overrides of train_one_iter written for 1.7 put their values there
 
         self.hook_caller = HookCaller()
         self.stages = self.hook_caller.stages
@@ -178,28 +190,28 @@ class Trainer:
         """
         self._check()
         self._work_dir.claim()
-        log = open_run_log(self.log_file if is_main() else None, console_log_level, file_log_level)
         failed = True
-        try:
-            self._begin()
-            self.call("before_train")
-            self._restore_rng()
-            while self.progress.epoch < self.max_epochs:
-                self.progress.begin_epoch()
-                if not self.progress.epoch_trained:
-                    self.train_one_epoch()
-                self.call("after_epoch")
-                self._step_plateau()
-                self.progress.end_epoch()
-                self.safe_point()
-            self.call("after_train")
-            failed = False
-        except BaseException as error:
-            self._report(error)
-            raise
-        finally:
-            self._close(failed)
-            log.close()
+        with open_run_log(self.log_file if is_main() else None, console_log_level, file_log_level):
+            try:
+                self._begin()
+                self.call("before_train")
+                self._restore_rng()
+                while self.progress.epoch < self.max_epochs and not self.should_stop:
+                    self.progress.begin_epoch()
+                    if not self.progress.epoch_trained:
+                        self.train_one_epoch()
+                    self.call("after_epoch")
+                    self._step_plateau()
+                    self._save_if_stopping()
+                    self.progress.end_epoch()
+                    self.safe_point()
+                self.call("after_train")
+                failed = False
+            except BaseException as error:
+                self._report(error)
+                raise
+            finally:
+                self._close(failed)
 
     def train_one_epoch(self) -> None:
         """The batches' way: loader -> device -> losses -> update."""
@@ -210,6 +222,7 @@ class Trainer:
         for batch in self.batches():  # on the device, prefetched
             self.progress.begin_iter()
             self.call("before_iter")
+            self._lr_used = self.lr
             values = self.train_one_iter(batch)  # forward -> losses -> backward -> update
             self.progress.end_iter()
             self.record(values)  # nothing is read from the device until somebody looks
@@ -270,6 +283,8 @@ class Trainer:
         row["iter_time"] = time.perf_counter() - self._fetch_started
         row["lr"] = self._lr_used
         self.metric_storage.record(self.cur_iter, row)
+        if not self._names_checked:
+            self._check_names()
 
     def call(self, stage: str) -> None:
         """Run the hooks of a stage."""
@@ -284,7 +299,6 @@ class Trainer:
 
     def _after_step(self) -> None:
         """What follows an optimizer step: schedule, EMA, count."""
-        self._lr_used = self.lr
         self.lr_scheduler.step()
         if self.lr_scheduler_interval == "iter":
             self.lr_scheduler.step_scheduler()
@@ -315,6 +329,11 @@ class Trainer:
                     f"{', '.join(sorted(self.metric_storage))}."
                 )
             self.lr_scheduler.step_scheduler(self.metric_storage[name].avg)
+
+    def _save_if_stopping(self) -> None:
+        """A run that ends early leaves a `latest.pth`, also where the hook that writes it ran before the decision."""
+        if self.should_stop and any(isinstance(hook, CheckpointerHook) and hook.save_last for hook in self.hooks):
+            self.save_at_safe_point("latest.pth", save_single_model=False)
 
     def _remaining(self, loader: Iterable[Any]) -> Iterable[Any]:
         """All batches of the epoch, or those that an interrupted one has left."""
@@ -355,19 +374,21 @@ class Trainer:
                 "Move it before, or pass device= to the Trainer."
             )
         checks.check_loader(self.data_loader, self.max_epochs - self.progress.epoch, self.epoch_len)
+        checks.check_one_cycle(
+            self.lr_scheduler.scheduler, self.lr_scheduler_interval, self.updates_per_epoch, self.max_epochs
+        )
         for hook in self.hooks:
             hook.check()
 
     def _begin(self) -> None:
         self.start_epoch = self.progress.epoch
-        self._lr_used = self.lr
         if self.model_ema is not None:
             self.model_ema.bind(self.model)
         self.hook_caller.warn_of_unclaimed()
-        line = "-" * 50
-        logger.info("\n%s\nWork directory: %s\n%s", line, self.work_dir, line)
-        if self._resumed_from is not None:
-            logger.info("Resumed from %s, saved after iteration %d.", self._resumed_from, self.progress.iter)
+        logger.info("\n%s", banner(self))
+        for line in self._news:
+            logger.info(line)
+        self._news.clear()
         if self._info_params:
             logger.info("\n%s", "\n".join(self._info_params))
         if self.progress.epoch >= self.max_epochs:
@@ -377,8 +398,20 @@ class Trainer:
         else:
             logger.info("Training begins at epoch %d of %d.", self.start_epoch + 1, self.max_epochs)
 
+    def _check_names(self) -> None:
+        """Once, after the first step: names that are followed exist, unless a hook may yet log what it has not told."""
+        self._names_checked = True
+        logged = [hook.logged_metrics() for hook in self.hooks]
+        known = set(self.metric_storage).union(*(names for names in logged if names is not None))
+        wanted = [pair for hook in self.hooks for pair in hook.followed_metrics()]
+        if self.lr_scheduler_metric is not None:
+            wanted.append(("lr_scheduler_metric", self.lr_scheduler_metric))
+        if None not in logged:
+            checks.check_metric_names(wanted, known)
+
     def _report(self, error: BaseException) -> None:
         """Tell the hooks of an error; one that fails at it does not hide the error itself."""
+        checks.note_on_device(error, self.device)
         logger.error("Training ended in epoch %d, iteration %d: %s", self.epoch, self.cur_iter, type(error).__name__)
         for on_exception in self.stages["on_exception"]:
             try:
@@ -458,7 +491,9 @@ class Trainer:
             CheckpointError: where the file is damaged, or does not fit this trainer; nothing is changed then.
         """
         if checkpoint is not None and path is None:
-            return state.load_weights_only(self, checkpoint)
+            report = state.load_weights_only(self, checkpoint)
+            self._news.append(f"Loaded weights only: {report}.")
+            return report
         if path is None or checkpoint is not None:
             raise SettingError("load_checkpoint takes a path (a full state), or checkpoint= (weights): one of the two.")
         found = self._work_dir.find(path)
@@ -466,7 +501,7 @@ class Trainer:
         self.resumed_iter = self.progress.iter
         self.start_epoch = self.progress.epoch
         self._work_dir.move_to(found)
-        self._resumed_from = found
+        self._news.append(f"Resumed from {found}, saved after iteration {self.progress.iter}.")
         return None
 
     def _restore_rng(self) -> None:
@@ -526,6 +561,11 @@ class Trainer:
     def max_iters(self) -> int | None:
         """Batches in the whole run; None where the loader has no length."""
         return None if self.epoch_len is None else self.epoch_len * self.max_epochs
+
+    @property
+    def updates_per_epoch(self) -> int | None:
+        """Optimizer steps in an epoch; None where the loader has no length."""
+        return None if self.epoch_len is None else -(-self.epoch_len // self.gradient_accumulation_steps)
 
     @property
     def lr(self) -> float:

@@ -20,7 +20,7 @@ from torch_frame.errors import CheckpointError
 FORMAT = "torch_frame.state"
 VERSION = 1
 
-_SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+_SCALARS = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size)
 
 
 def plain(value: Any, place: str = "state") -> Any:

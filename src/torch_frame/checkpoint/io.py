@@ -38,7 +38,7 @@ def write(path: str | os.PathLike[str], checkpoint: Any, *, keep_as: str | os.Pa
             _keep(path, Path(keep_as))
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, pickle.PickleError) as error:
         cause: BaseException = error
         while cause.__context__ is not None and not isinstance(cause, OSError):
             cause = cause.__context__  # torch hides "no space left" behind an error of its own

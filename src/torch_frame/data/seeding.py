@@ -108,6 +108,16 @@ def preserved_rng() -> Generator[None, None, None]:
         _restore(state)
 
 
+def start_persistent_workers(loader: Any) -> None:
+    """Start the workers of a `DataLoader(persistent_workers=True)` now.
+
+    Starting them draws from the global generator, once in a loader's life: a resumed run has to do it before it restores the
+    random numbers of a moment when they had long been started.
+    """
+    if isinstance(loader, DataLoader) and loader.persistent_workers and loader._iterator is None:
+        iter(loader)
+
+
 def loader_generator_states(loader: object) -> dict[str, Tensor]:
     """Returns the states of the `torch.Generator`s that a DataLoader or its samplers were given, keyed by their place.
 

@@ -2,7 +2,8 @@
 
 from torch_frame.hooks.base import HookBase
 from torch_frame.hooks.checkpoint import CheckpointerHook
+from torch_frame.hooks.early_stop import EarlyStoppingHook
 from torch_frame.hooks.evaluate import EvalHook
 from torch_frame.hooks.logger import LoggerHook
 
-__all__ = ["CheckpointerHook", "EvalHook", "HookBase", "LoggerHook"]
+__all__ = ["CheckpointerHook", "EarlyStoppingHook", "EvalHook", "HookBase", "LoggerHook"]

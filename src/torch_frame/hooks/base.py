@@ -89,6 +89,14 @@ class HookBase:
     def check(self) -> None:
         """Before the run begins and before anything is written: raise `SettingError` where the hook cannot do its work."""
 
+    def followed_metrics(self) -> list[tuple[str, str]]:
+        """The metrics that the hook depends on, as (what follows it, name): checked after the first step, where possible."""
+        return []
+
+    def logged_metrics(self) -> set[str] | None:
+        """The names that the hook logs beside the step's own; None: not known before it has."""
+        return None
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of this hook, in plain types and tensors."""
         return {}
@@ -128,7 +136,8 @@ class HookBase:
         return n > 0 and (self.trainer.inner_iter + 1) % n == 0
 
     def is_last_epoch(self) -> bool:
-        return self.trainer.epoch == self.trainer.max_epochs - 1
+        """This epoch is the run's last: `max_epochs` is reached, or somebody has set `trainer.should_stop`."""
+        return self.trainer.epoch >= self.trainer.max_epochs - 1 or self.trainer.should_stop
 
     def is_last_iter(self) -> bool:
         """This batch is the run's last; never where the loader has no length."""

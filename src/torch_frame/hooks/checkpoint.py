@@ -68,6 +68,12 @@ class CheckpointerHook(HookBase):
                 f"{rivals[0].class_name}(save_metric={rivals[0].save_metric!r}). Leave save_metric to one of them."
             )
 
+    def followed_metrics(self) -> list[tuple[str, str]]:
+        return [] if self.save_metric is None else [(f"{self.class_name}'s save_metric", self.save_metric)]
+
+    def logged_metrics(self) -> set[str] | None:
+        return set() if type(self) is CheckpointerHook else None
+
     def after_epoch(self) -> None:
         if self.every_n_epochs(self._period) or self.is_last_epoch():
             self.save_model()

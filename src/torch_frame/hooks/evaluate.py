@@ -60,7 +60,27 @@ class EvalHook(CheckpointerHook):
                 "__iter__ begins anew."
             )
         self._eval_func = eval_func
+        self._score_names: set[str] | None = None
         self.dataloader = dataloader
+
+    def before_train(self) -> None:
+        """Evaluate one batch, so that a wrong name or form is told now and not after the first epoch."""
+        if self.save_metric is None or type(self)._do_eval is not EvalHook._do_eval:
+            return
+        with evaluating(self.trainer.model_evaluate):
+            batch = next(iter(self.dataloader), None)
+            if batch is None:
+                raise SettingError("The evaluation's dataloader is empty.")
+            scores = _checked(self._eval_func(self.trainer.model_evaluate, move_to_device(batch, self.trainer.device)))
+        self._score_names = {self.prefix + name for name in scores}
+        if self.save_metric.removeprefix(self.prefix) not in scores:
+            raise SettingError(
+                f"save_metric is {self.save_metric.removeprefix(self.prefix)!r}, but eval_func returns "
+                f"{', '.join(map(repr, scores)) or 'nothing'}."
+            )
+
+    def logged_metrics(self) -> set[str] | None:
+        return self._score_names
 
     def after_epoch(self) -> None:
         if self.every_n_epochs(self._period) or self.is_last_epoch():

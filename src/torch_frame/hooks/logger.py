@@ -108,6 +108,9 @@ class LoggerHook(HookBase):
                 writer.close()
         self._jsonl = self._tensorboard = None
 
+    def logged_metrics(self) -> set[str] | None:
+        return set() if type(self) is LoggerHook else None
+
     # ------------------------------------------------------------ where it goes
 
     def _write(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Set
 from typing import Any
@@ -35,7 +36,7 @@ class HistoryBuffer:
         self._history: deque[float] = deque(maxlen=window_size)
         self._count = 0
         self._sum = 0.0
-        self._read_pending: Callable[[], None] | None = None
+        self._read_pending: weakref.WeakMethod[Callable[[], None]] | None = None
 
     def update(self, value: Tensor | Number) -> None:
         """Add a value; where the window is full its oldest one leaves."""
@@ -48,9 +49,14 @@ class HistoryBuffer:
             self._sum += value
 
     def _read(self) -> deque[float]:
-        if self._read_pending is not None:
-            self._read_pending()
+        flush = None if self._read_pending is None else self._read_pending()
+        if flush is not None:
+            flush()
         return self._history
+
+    def _take_back_latest(self) -> None:
+        self._sum -= self._history.pop()
+        self._count -= 1
 
     @property
     def latest(self) -> float:
@@ -117,6 +123,7 @@ class MetricStorage(dict[str, HistoryBuffer]):
         self._latest_iter: dict[str, int] = {}
         self._pending: list[tuple[int | None, Mapping[str, Tensor | Number]]] = []
         self._step_names: Set[str] = frozenset()
+        self._restored: set[str] = set()  # names whose latest value is from a checkpoint
         self.on_read: Callable[[list[int | None], Mapping[str, list[float]]], None] | None = None
         """Called with (iters, name -> values) when values have been read from the device; may raise."""
 
@@ -139,6 +146,11 @@ class MetricStorage(dict[str, HistoryBuffer]):
         """
         for name in kwargs:
             self._admit(name, smooth, window_size)
+            if name in self._restored:
+                self._restored.remove(name)
+                if iter == self._latest_iter[name]:  # a run that was saved in after_epoch goes through it again
+                    self[name]._take_back_latest()
+                    self._latest_iter[name] = -1
             self._latest_iter[name] = self._next_iter(name, iter)
         self._pending.append((None, kwargs))
         if len(self._pending) >= ROWS_KEPT_UNREAD:
@@ -183,7 +195,7 @@ class MetricStorage(dict[str, HistoryBuffer]):
             )
         if name not in self:
             buffer = self[name] = HistoryBuffer(window_size or self._default_win_size)
-            buffer._read_pending = self.flush
+            buffer._read_pending = weakref.WeakMethod(self.flush)
             self._latest_iter[name] = -1
 
     def _next_iter(self, name: str, iter: int | None) -> int:
@@ -235,6 +247,7 @@ class MetricStorage(dict[str, HistoryBuffer]):
             self._latest_iter[name] = saved["latest_iter"]
             self[name]._history.extend(saved["window"])
             self[name]._count, self[name]._sum = saved["count"], saved["sum"]
+        self._restored = set(state)
 
 
 def _read_columns(

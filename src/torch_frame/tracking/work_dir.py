@@ -116,6 +116,11 @@ def _make(path: str) -> bool:
         os.mkdir(path)
     except FileExistsError:
         return False
+    except UnicodeEncodeError as error:
+        raise WorkDirError(
+            f"work_dir {path!a} has characters that this system's file names cannot hold ({error.encoding}). "
+            "Set a UTF-8 locale (export LC_ALL=C.UTF-8, or PYTHONUTF8=1), or choose another work_dir."
+        ) from error
     return True
 
 

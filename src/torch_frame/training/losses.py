@@ -10,6 +10,7 @@ A step returns one of
 
 from __future__ import annotations
 
+import functools
 import logging
 import numbers
 from collections.abc import Mapping
@@ -71,6 +72,8 @@ def _from_dict(named: Mapping[str, Any]) -> Losses:
             raise StepOutputError(
                 f"Loss {name!r} has shape {tuple(loss.shape)}; a loss has one element. Reduce it, for example with .mean()."
             )
+        elif not loss.requires_grad:
+            _warn_of_no_graph(name)
         total = loss if total is None else total + loss
     if not isinstance(total, Tensor):
         raise StepOutputError(
@@ -117,6 +120,17 @@ def _checked_total(loss: Tensor, name: str) -> Tensor:
     if not loss.is_floating_point():
         raise StepOutputError(f"A loss is a floating-point tensor, but {name} is {loss.dtype}.")
     return loss
+
+
+@functools.cache
+def _warn_of_no_graph(name: str) -> None:
+    """Once for each name: a term that is sometimes constant (no object in the picture) is nobody's mistake."""
+    _logger.warning(
+        "Loss %r has no graph in this step: it counts in total_loss, but nothing is trained by it. "
+        "If it is a metric, return it beside the losses: (losses, {%r: ...}).",
+        name,
+        name,
+    )
 
 
 def _check_number(name: str, value: Any, kind: str) -> None:

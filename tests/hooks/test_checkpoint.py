@@ -1,0 +1,240 @@
+"""Which files a run keeps, what is in them, and that they follow the right value."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.small_runs import Net, differences, make_batches, make_trainer, weights_of
+from torch_frame import CheckpointerHook, EvalHook, HistoryBuffer, HookBase, SettingError, Trainer
+
+
+class Snapshots(HookBase):
+    """The weights after each epoch, and a metric's values given in advance."""
+
+    def __init__(self, scores: list[float] | None = None) -> None:
+        self.scores = scores
+        self.weights: list[dict[str, Any]] = []
+
+    def after_epoch(self) -> None:
+        self.weights.append(weights_of(self.trainer.model_evaluate))
+        if self.scores is not None:
+            self.log(self.trainer.epoch, score=self.scores[self.trainer.epoch], smooth=False, window_size=1)
+
+
+def files_of(trainer: Trainer) -> set[str]:
+    return set(os.listdir(trainer.ckpt_dir))
+
+
+def load(trainer: Trainer, name: str) -> Any:
+    return torch.load(os.path.join(trainer.ckpt_dir, name), weights_only=True)
+
+
+def train(work_dir: Path, *hooks: HookBase, epochs: int = 4, **kwargs: Any) -> Trainer:
+    trainer = make_trainer(work_dir, max_epochs=epochs, hooks=hooks, **kwargs)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_the_files_hold_what_is_documented(use_ema: bool, tmp_path: Path) -> None:
+    snapshots = Snapshots()
+    trainer = train(tmp_path, snapshots, CheckpointerHook(max_to_keep=2), use_ema=use_ema)
+    assert files_of(trainer) == {"latest.pth", "previous.pth", "best.pth", "epoch_2.pth", "epoch_3.pth"}
+    for name, epoch in {"best.pth": 3, "epoch_2.pth": 2, "epoch_3.pth": 3}.items():
+        assert differences(snapshots.weights[epoch], dict(load(trainer, name))) == []
+    assert load(trainer, "latest.pth")["progress"]["epoch"] == 4
+    assert load(trainer, "previous.pth")["progress"]["epoch"] == 3
+
+
+def test_weights_load_into_the_bare_model(tmp_path: Path) -> None:
+    trainer = train(tmp_path, CheckpointerHook())
+    Net(seed=1).load_state_dict(load(trainer, "best.pth"), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "period", "saved"), [(1, 1, [0]), (4, 1, [0, 1, 2, 3]), (5, 2, [1, 3, 4]), (2, 5, [1]), (3, 3, [2])]
+)
+def test_saves_every_period_and_after_the_last_epoch(
+    epochs: int, period: int, saved: list[int], tmp_path: Path
+) -> None:
+    trainer = train(tmp_path, CheckpointerHook(period, max_to_keep=9), epochs=epochs)
+    assert files_of(trainer) - {"latest.pth", "previous.pth", "best.pth"} == {f"epoch_{n}.pth" for n in saved}
+    assert load(trainer, "latest.pth")["progress"]["epoch"] == epochs
+    if len(saved) > 1:
+        assert load(trainer, "previous.pth")["progress"]["epoch"] == saved[-2] + 1
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_only_the_newest_epochs_are_kept(keep: int, tmp_path: Path) -> None:
+    trainer = train(tmp_path, CheckpointerHook(max_to_keep=keep))
+    kept = {name for name in files_of(trainer) if name.startswith("epoch_")}
+    assert kept == {f"epoch_{n}.pth" for n in range(4 - keep, 4)}
+
+
+def test_save_last_false_writes_no_state(tmp_path: Path) -> None:
+    assert files_of(train(tmp_path, CheckpointerHook(save_last=False))) == {"best.pth"}
+
+
+@pytest.mark.parametrize(
+    ("scores", "max_first", "best"),
+    [
+        ([0.1, 0.9, 0.5, 0.2], True, 1),
+        ([0.1, 0.9, 0.5, 0.05], False, 3),
+        ([0.5, 0.5, 0.5, 0.5], True, 0),
+        ([math.nan, 0.3, math.nan, 0.2], True, 1),
+        ([math.nan, 0.3, math.nan, 0.2], False, 3),
+        ([-3.0, -1.0, -2.0, -5.0], True, 1),
+        ([math.inf, 0.3, 2.0, 0.2], True, 0),
+    ],
+)
+def test_best_follows_a_metric(scores: list[float], max_first: bool, best: int, tmp_path: Path) -> None:
+    snapshots = Snapshots(scores)
+    trainer = train(tmp_path, snapshots, CheckpointerHook(save_metric="score", max_first=max_first))
+    assert differences(snapshots.weights[best], dict(load(trainer, "best.pth"))) == []
+    assert load(trainer, "latest.pth")["progress"]["epoch"] == 4
+
+
+def test_no_best_is_written_where_the_metric_was_never_a_number(tmp_path: Path) -> None:
+    trainer = train(tmp_path, Snapshots([math.nan] * 4), CheckpointerHook(save_metric="score"))
+    assert files_of(trainer) == {"latest.pth", "previous.pth"}
+
+
+def test_best_follows_a_training_loss(tmp_path: Path) -> None:
+    rows: list[float] = []
+
+    class Look(HookBase):
+        def after_epoch(self) -> None:
+            rows.append(self.metric_storage["total_loss"].avg)
+
+    snapshots = Snapshots()
+    hook = CheckpointerHook(save_metric="total_loss", max_first=False)
+    trainer = train(tmp_path, Look(), snapshots, hook)
+    best = rows.index(min(rows))
+    assert differences(snapshots.weights[best], dict(load(trainer, "best.pth"))) == []
+    assert hook.cur_best == pytest.approx(min(rows))
+
+
+def test_with_a_metric_only_the_best_epochs_are_kept(tmp_path: Path) -> None:
+    snapshots = Snapshots([0.1, 0.2, 0.15, 0.3])
+    trainer = train(tmp_path, snapshots, CheckpointerHook(max_to_keep=2, save_metric="score"))
+    assert {name for name in files_of(trainer) if name.startswith("epoch_")} == {"epoch_1.pth", "epoch_3.pth"}
+
+
+@pytest.mark.parametrize("checkpointer_first", [False, True])
+def test_a_plain_checkpointer_leaves_best_to_the_hook_with_a_metric(checkpointer_first: bool, tmp_path: Path) -> None:
+    snapshots = Snapshots()
+    scores = [0.1, 0.9, 0.5, 0.2]
+    evaluation = EvalHook([0], lambda model, batch: {"acc": [scores[evaluation.trainer.epoch]]}, save_metric="acc")
+    hooks = [CheckpointerHook(), evaluation] if checkpointer_first else [evaluation, CheckpointerHook()]
+    trainer = train(tmp_path, snapshots, *hooks)
+    assert differences(snapshots.weights[1], dict(load(trainer, "best.pth"))) == []
+    assert isinstance(evaluation, CheckpointerHook)
+    assert evaluation.save_metric == "eval_acc"
+
+
+def test_a_state_is_complete_whatever_the_order_of_hooks(tmp_path: Path) -> None:
+    evaluation = EvalHook([0], lambda model, batch: {"acc": [0.5]}, save_metric="acc", save_last=False)
+    trainer = train(tmp_path, CheckpointerHook(), evaluation)
+    state = load(trainer, "latest.pth")
+    assert state["metric_storage"]["eval_acc"]["latest_iter"] == 3
+    assert any(hook.get("cur_best") == 0.5 for hook in state["hooks"].values())
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_the_best_so_far_and_the_kept_files_resume(stop: int, tmp_path: Path) -> None:
+    scores = [0.5, 0.9, 0.1, 0.6, 0.8]
+    snapshots = [Snapshots(scores), Snapshots(scores)]
+    train(tmp_path / "run", snapshots[0], CheckpointerHook(max_to_keep=2, save_metric="score"), epochs=stop)
+    hook = CheckpointerHook(max_to_keep=2, save_metric="score")
+    trainer = make_trainer(tmp_path / "run", Net(seed=3), max_epochs=5, hooks=[snapshots[1], hook])
+    trainer.load_checkpoint("latest.pth")
+    trainer.train()
+    weights = snapshots[0].weights + snapshots[1].weights
+    assert differences(weights[1], dict(load(trainer, "best.pth"))) == []
+    assert hook.cur_best == 0.9
+    assert files_of(trainer) == {"latest.pth", "previous.pth", "best.pth", "epoch_0.pth", "epoch_1.pth"}
+
+
+def test_rotation_goes_on_after_a_resume_in_a_moved_folder(tmp_path: Path) -> None:
+    train(tmp_path / "run", CheckpointerHook(max_to_keep=2), epochs=2)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    trainer = make_trainer(tmp_path / "run", max_epochs=4, hooks=[CheckpointerHook(max_to_keep=2)])
+    trainer.load_checkpoint(tmp_path / "moved" / "checkpoints" / "latest.pth")
+    trainer.train()
+    assert {name for name in files_of(trainer) if name.startswith("epoch_")} == {"epoch_2.pth", "epoch_3.pth"}
+
+
+def test_a_metric_that_nobody_logs_is_named_with_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"eval_acc.*total_loss"):
+        train(tmp_path, CheckpointerHook(save_metric="eval_acc"))
+
+
+def test_two_hooks_cannot_both_claim_best(tmp_path: Path) -> None:
+    hooks = [CheckpointerHook(save_metric="total_loss"), EvalHook([0], lambda m, b: {"a": [1.0]}, save_metric="a")]
+    with pytest.raises(SettingError, match=r"best\.pth"):
+        train(tmp_path / "run", *hooks)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "bad", [{"period": 0}, {"period": -1}, {"period": 1.5}, {"max_to_keep": 0}, {"max_to_keep": -2}]
+)
+def test_a_bad_setting_is_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(SettingError):
+        CheckpointerHook(**bad)
+
+
+@pytest.mark.parametrize("max_first", [True, False])
+def test_is_better_takes_a_number_or_a_history(max_first: bool) -> None:
+    hook = CheckpointerHook(save_metric="a", max_first=max_first)
+    hook.cur_best = 1.0
+    history = HistoryBuffer()
+    history.update(2.0)
+    history.update(4.0)
+    assert hook.is_better(history) is max_first
+    assert hook.is_better(0.5) is not max_first
+    assert not hook.is_better(1.0)
+    assert not hook.is_better(math.nan)
+
+
+def test_the_positional_arguments_are_those_of_1_7() -> None:
+    hook = CheckpointerHook(2, 3, "acc", False, False)
+    assert (hook._period, hook._max_to_keep, hook.save_metric, hook.max_first, hook.save_last) == (
+        2,
+        3,
+        "acc",
+        False,
+        False,
+    )
+    assert hook._recent_checkpoints == []
+    assert hook.cur_best == math.inf
+
+
+def test_a_subclass_may_override_save_model(tmp_path: Path) -> None:
+    class Own(CheckpointerHook):
+        def save_model(self) -> None:
+            if self.is_better(self.metric_storage["total_loss"]):
+                self.trainer.save_checkpoint(f"mine_{self.trainer.epoch}.pth")
+
+    trainer = train(tmp_path, Own(), epochs=2)
+    assert files_of(trainer) == {"mine_0.pth", "mine_1.pth"}
+
+
+def test_no_temporary_file_is_left(tmp_path: Path) -> None:
+    train(tmp_path / "run", CheckpointerHook(max_to_keep=1))
+    assert not [path for path in (tmp_path / "run").rglob("*") if "tmp" in path.name]
+
+
+def test_a_loader_without_length_is_saved_each_epoch(tmp_path: Path) -> None:
+    class Stream:
+        def __iter__(self) -> Any:
+            return iter(make_batches(2))
+
+    trainer = train(tmp_path, CheckpointerHook(), data=Stream(), epochs=2)
+    assert load(trainer, "latest.pth")["progress"]["epoch"] == 2

@@ -1,0 +1,244 @@
+"""Evaluation counts every sample once and leaves the training as it was."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from tests.small_runs import Net, differences, make_batches, make_trainer, weights_of
+from torch_frame import EvalHook, HookBase, SettingError, Trainer
+
+
+def squared_errors(model: Any, batch: Any) -> dict[str, Tensor]:
+    x, y = batch
+    return {"error": (model.predict(x) - y).square().flatten()}
+
+
+def evaluate(work_dir: Path, dataloader: Any, eval_func: Any, **kwargs: Any) -> Trainer:
+    settings = {name: kwargs.pop(name) for name in ("model", "max_epochs", "use_ema") if name in kwargs}
+    trainer = make_trainer(work_dir, hooks=[EvalHook(dataloader, eval_func, **kwargs)], **{"max_epochs": 1, **settings})
+    trainer.train()
+    return trainer
+
+
+KINDS = {
+    "tensor": lambda values: torch.tensor(values, dtype=torch.float64),
+    "float32": lambda values: torch.tensor(values),
+    "list": list,
+    "tuple": tuple,
+    "array": np.array,
+    "list_of_tensors": lambda values: [torch.tensor(value, dtype=torch.float64) for value in values],
+    "bool_tensor": lambda values: torch.tensor(values) > 0,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", [[1], [4, 4, 4], [4, 4, 1], [1, 7, 2]], ids=str)
+def test_the_mean_is_over_samples_however_they_are_batched(sizes: list[int], kind: str, tmp_path: Path) -> None:
+    draw = random.Random(0)
+    batches = [[draw.uniform(-1, 1) for _ in range(size)] for size in sizes]
+    trainer = evaluate(tmp_path, batches, lambda model, batch: {"score": KINDS[kind](batch)})
+    flat = [float(value) for batch in batches for value in KINDS[kind](batch)]
+    assert trainer.metric_storage["eval_score"].latest == pytest.approx(math.fsum(flat) / len(flat), rel=1e-15)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 20])
+def test_the_mean_does_not_depend_on_the_batch_size(batch_size: int, tmp_path: Path) -> None:
+    x, y = make_batches(1, 20)[0]
+    loader = DataLoader(TensorDataset(x, y), batch_size=batch_size)
+    model = Net().double()
+    trainer = make_trainer(
+        tmp_path, model, data=[(x.double(), y.double())], max_epochs=1,
+        hooks=[EvalHook([(a.double(), b.double()) for a, b in loader], squared_errors)],
+    )  # fmt: skip
+    trainer.train()
+    expected = (model.predict(x.double()) - y.double()).square().mean().item()
+    assert trainer.metric_storage["eval_error"].latest == pytest.approx(expected, rel=1e-12)
+
+
+def test_many_equal_scores_have_exactly_their_mean(tmp_path: Path) -> None:
+    trainer = evaluate(tmp_path, range(1000), lambda model, batch: {"tenth": [0.1] * 10})
+    assert trainer.metric_storage["eval_tenth"].latest == 0.1
+
+
+class Frozen(Net):
+    """Its batch norm stays in eval mode while the model trains, as in fine-tuning."""
+
+    def __init__(self) -> None:
+        super().__init__(norm=True, dropout=True)
+        self.layers[1].eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Frozen:
+        super().train(mode)
+        self.layers[1].eval()
+        return self
+
+
+def test_each_modules_mode_is_as_before(tmp_path: Path) -> None:
+    modes: list[list[bool]] = []
+
+    class Look(HookBase):
+        def after_epoch(self) -> None:
+            modes.append([module.training for module in self.trainer.model.modules()])
+
+    seen: list[bool] = []
+
+    def scores(model: nn.Module, batch: Any) -> Any:
+        seen.append(any(module.training for module in model.modules()) or torch.is_grad_enabled())
+        return {"a": [1.0]}
+
+    def freeze() -> None:
+        model.layers[3].eval()
+
+    freezer = HookBase()
+    freezer.before_iter = freeze  # type: ignore[method-assign]
+    model = Net(norm=True, dropout=True)
+    hooks = [freezer, Look(), EvalHook(make_batches(1), scores), Look()]
+    make_trainer(tmp_path, model, hooks=hooks).train()
+    assert seen == [False, False]
+    assert modes[0] == modes[1] == [True, True, True, True, True, False, True]
+
+
+def test_a_frozen_batch_norm_keeps_its_statistics(tmp_path: Path) -> None:
+    model = Frozen()
+    before = weights_of(model.layers[1])
+    evaluate(tmp_path, make_batches(2), squared_errors, model=model, max_epochs=2)
+    assert differences(before, weights_of(model.layers[1])) == []
+
+
+def test_modes_come_back_after_an_error(tmp_path: Path) -> None:
+    def fail(model: Any, batch: Any) -> Any:
+        raise ZeroDivisionError
+
+    model = Net(dropout=True)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(tmp_path, make_batches(1), fail, model=model)
+    assert all(module.training for module in model.modules())
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_training_is_the_same_with_and_without_evaluation(num_workers: int, shuffle: bool, tmp_path: Path) -> None:
+    def noisy(model: Any, batch: Any) -> Any:
+        torch.rand(5), np.random.rand(3), random.random()
+        return squared_errors(model, batch)
+
+    x, y = make_batches(1, 12)[0]
+    models = [Net(norm=True, dropout=True), Net(norm=True, dropout=True)]
+    states = []
+    loader = DataLoader(TensorDataset(x, y), batch_size=5, shuffle=shuffle, num_workers=num_workers)
+    for number, hooks in enumerate(([], [EvalHook(loader, noisy)])):
+        random.seed(1), np.random.seed(1), torch.manual_seed(1)
+        make_trainer(tmp_path / str(number), models[number], hooks=hooks, max_epochs=3).train()
+        states.append([torch.get_rng_state(), random.random(), float(np.random.rand())])
+    assert differences(weights_of(models[0]), weights_of(models[1])) == []
+    assert differences(states[0], states[1]) == []
+
+
+def test_emas_model_is_evaluated_where_there_is_one(tmp_path: Path) -> None:
+    evaluated: list[nn.Module] = []
+
+    def scores(model: nn.Module, batch: Any) -> Any:
+        evaluated.append(model)
+        return {"a": [1.0]}
+
+    trainer = evaluate(tmp_path, [0], scores, use_ema=True)
+    assert evaluated == [trainer.model_ema.model]
+    assert trainer.model_evaluate is trainer.model_ema.model
+
+
+@pytest.mark.parametrize(("period", "epochs", "expected"), [(1, 3, [0, 1, 2]), (2, 5, [1, 3, 4]), (9, 2, [1])])
+def test_evaluates_every_period_and_after_the_last_epoch(
+    period: int, epochs: int, expected: list[int], tmp_path: Path
+) -> None:
+    seen: list[int] = []
+
+    class Own(EvalHook):
+        def _do_eval(self) -> None:
+            seen.append(self.trainer.epoch)
+            super()._do_eval()
+
+    make_trainer(tmp_path, max_epochs=epochs, hooks=[Own(make_batches(1), squared_errors, period)]).train()
+    assert seen == expected
+
+
+def test_the_prefix_is_that_of_the_names(tmp_path: Path) -> None:
+    trainer = evaluate(tmp_path, make_batches(1), squared_errors, prefix="val", save_metric="error", max_first=False)
+    assert "val_error" in trainer.metric_storage
+    assert trainer.hooks[0].save_metric == "val_error"  # type: ignore[attr-defined]
+
+
+def test_two_evaluations_with_their_own_prefixes_run_in_one_training(tmp_path: Path) -> None:
+    hooks = [EvalHook(make_batches(1), squared_errors, prefix=prefix) for prefix in ("val", "test")]
+    trainer = make_trainer(tmp_path, hooks=hooks)
+    trainer.train()
+    assert {"val_error", "test_error"} <= set(trainer.metric_storage)
+
+
+def test_the_positional_arguments_are_those_of_1_7() -> None:
+    loader = make_batches(1)
+    hook = EvalHook(loader, squared_errors, 2, 3, "error", False, False, "val")
+    assert (hook._period, hook._max_to_keep, hook.save_metric, hook.max_first, hook.save_last) == (
+        2,
+        3,
+        "val_error",
+        False,
+        False,
+    )
+    assert hook.dataloader is loader
+
+
+def test_a_loader_without_length_is_evaluated(tmp_path: Path) -> None:
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return iter([0.0, 1.0, 2.0, 3.0, 4.0])
+
+    loader = DataLoader(Stream(), batch_size=2)
+    trainer = evaluate(tmp_path, loader, lambda model, batch: {"mean": batch.double()})
+    assert trainer.metric_storage["eval_mean"].latest == 2.0
+
+
+BAD = {
+    "a_mean": lambda model, batch: {"acc": 0.5},
+    "a_scalar_tensor": lambda model, batch: {"acc": torch.tensor(0.5)},
+    "a_matrix": lambda model, batch: {"acc": torch.ones(2, 2)},
+    "a_text": lambda model, batch: {"acc": "0.5"},
+    "a_list": lambda model, batch: [0.5],
+    "nothing": lambda model, batch: None,
+}
+
+
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
+def test_what_is_no_score_for_each_sample_is_refused(bad: Any, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="eval_func returned"):
+        evaluate(tmp_path, [0], bad)
+
+
+def test_an_empty_evaluation_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="no score"):
+        evaluate(tmp_path, [], squared_errors)
+
+
+def test_an_iterator_is_refused() -> None:
+    with pytest.raises(SettingError, match="iterator"):
+        EvalHook(iter(make_batches(2)), squared_errors)
+
+
+def test_an_eval_func_that_cannot_be_called_is_refused() -> None:
+    with pytest.raises(TypeError, match="eval_func"):
+        EvalHook(make_batches(2), "accuracy")  # type: ignore[arg-type]
+
+
+def test_nan_scores_give_nan(tmp_path: Path) -> None:
+    trainer = evaluate(tmp_path, [0], lambda model, batch: {"a": [1.0, math.nan]})
+    assert math.isnan(trainer.metric_storage["eval_a"].latest)
