@@ -20,6 +20,7 @@ BELOW = {
     "trainer": LEAVES | GROUND | {"distributed", "hooks", "files", "checks", "banner", "state"},
     "utils": LEAVES | GROUND | {"distributed"},
     "lr_scheduler": LEAVES,
+    "datasets": LEAVES,
     "report": LEAVES | GROUND,
     "cli": LEAVES | GROUND | {"", "report", "trainer", "hooks"},
     "__init__": LEAVES | GROUND | {"", "_collision", "hooks", "trainer", "utils"},

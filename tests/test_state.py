@@ -357,7 +357,7 @@ def test_a_state_is_never_saved_inside_a_window(tmp_path: Path) -> None:
 
 def test_a_state_loads_without_running_code(tmp_path: Path) -> None:
     run = RUNS["everything"]
-    trainer = run.trainer(tmp_path / "run", LoggerHook(), max_epochs=1)
+    trainer = run.trainer(tmp_path / "run", LoggerHook())
     trainer.train()
     state = torch.load(tmp_path / "run" / "checkpoints" / "latest.pth", weights_only=True)
     assert differences(dict(trainer.model.state_dict()), dict(state["model"])) == []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import logging
+import math
+import numbers
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -15,25 +16,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from torch_frame.errors import SettingError
 
-_logger = logging.getLogger("torch_frame")
 
-
-def check_arguments(
-    model: Any, optimizer: Any, lr_scheduler: Any, data_loader: Any, max_epochs: Any, accumulation_steps: Any
-) -> None:
+def check_arguments(model: Any, optimizer: Any, lr_scheduler: Any, data_loader: Any) -> None:
     """The things that a Trainer is made of are what they have to be, and belong together."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {_named(model)}; it has to be a torch.nn.Module object.")
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer is {_named(optimizer)}; it has to be a torch.optim.Optimizer object.")
-    if not isinstance(max_epochs, int) or isinstance(max_epochs, bool):
-        raise TypeError(f"max_epochs is {max_epochs!r}; it has to be a whole number.")
-    if max_epochs < 0:
-        raise SettingError(f"max_epochs is {max_epochs}; it cannot be negative.")
-    if not isinstance(accumulation_steps, int) or accumulation_steps < 1:
-        raise SettingError(
-            f"gradient_accumulation_steps is {accumulation_steps!r}; it has to be a positive whole number."
-        )
     _check_parameters(model, optimizer)
     if lr_scheduler is not None and getattr(lr_scheduler, "optimizer", optimizer) is not optimizer:
         raise SettingError(
@@ -46,10 +35,31 @@ def check_arguments(
         raise TypeError(
             f"data_loader is a dataset ({_named(data_loader)}); wrap it: DataLoader(dataset, batch_size=..., shuffle=True)."
         )
-    if isinstance(data_loader, str | bytes | dict) or not hasattr(data_loader, "__iter__"):
+    if isinstance(data_loader, str | bytes | dict | type) or not hasattr(data_loader, "__iter__"):
         raise TypeError(
             f"data_loader is {_named(data_loader)}; it has to be a DataLoader or another iterable of batches."
         )
+
+
+def check_numbers(max_epochs: Any, accumulation_steps: Any, clip_grad_norm: Any) -> None:
+    """The counts are counts, and the norm is a number."""
+    if not isinstance(max_epochs, int) or isinstance(max_epochs, bool):
+        raise TypeError(f"max_epochs is {max_epochs!r}; it has to be a whole number.")
+    if max_epochs < 0:
+        raise SettingError(f"max_epochs is {max_epochs}; it cannot be negative.")
+    if not isinstance(accumulation_steps, int) or accumulation_steps < 1:
+        raise SettingError(
+            f"gradient_accumulation_steps is {accumulation_steps!r}; it has to be a positive whole number."
+        )
+    if not isinstance(clip_grad_norm, numbers.Real) or math.isnan(clip_grad_norm):
+        raise SettingError(f"clip_grad_norm is {clip_grad_norm!r}; it has to be a number, 0 for no clipping.")
+
+
+def check_functions(**functions: Any) -> None:
+    """The functions that were given can be called."""
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} is {function!r}; it has to be a function, or None.")
 
 
 def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
@@ -81,22 +91,24 @@ def check_scheduler(lr_scheduler: Any, interval: str, metric: str | None) -> Non
 
 
 def check_one_cycle(lr_scheduler: Any, interval: str, updates_per_epoch: int | None, max_epochs: int) -> None:
-    """OneCycleLR was made for as many steps as this run takes: fewer end in an error in mid-run, more never anneal."""
+    """OneCycleLR was made for as many steps as this run takes: with fewer it fails in mid-run, with more it never anneals.
+
+    A few steps too many, less than an epoch's worth, are let pass.
+    """
     if not isinstance(lr_scheduler, OneCycleLR) or updates_per_epoch is None:
         return
     steps = {"iter": updates_per_epoch * max_epochs, "epoch": max_epochs}
-    other = "epoch" if interval == "iter" else "iter"
+    slack = {"iter": max(updates_per_epoch, 1), "epoch": 1}
     total = lr_scheduler.total_steps
-    found = (
+    if 0 <= total - steps[interval] < slack[interval]:
+        return
+    other = "epoch" if interval == "iter" else "iter"
+    fits_other = 0 <= total - steps[other] < slack[other]
+    cure = f"Pass lr_scheduler_interval={other!r}" if fits_other else f"Make it with total_steps={steps[interval]}"
+    raise SettingError(
         f"OneCycleLR was made for {total} steps, but with lr_scheduler_interval={interval!r} this run makes {steps[interval]} "
-        f"({max_epochs} epochs, {updates_per_epoch} updates each)."
+        f"({max_epochs} epochs, {updates_per_epoch} updates each). {cure}."
     )
-    if total != steps[interval] and total == steps[other]:
-        raise SettingError(f"{found} Pass lr_scheduler_interval={other!r}.")
-    if total < steps[interval]:
-        raise SettingError(f"{found} Make it with total_steps={steps[interval]}.")
-    if total >= steps[interval] + max(updates_per_epoch, 1):
-        _logger.warning("%s Its learning rate will not come down within this run.", found)
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

@@ -19,6 +19,8 @@ class Progress:
     """Batches trained in the whole run."""
     inner_iter: int = 0
     """Batches trained in the epoch under way."""
+    position: int = 0
+    """Where the epoch's data stands behind the last trained batch: in a DataLoader's global order, samples consumed."""
     num_updates: int = 0
     """Optimizer steps taken (with gradient accumulation: complete windows)."""
     epoch_trained: bool = False
@@ -32,10 +34,11 @@ class Progress:
     def begin_iter(self) -> None:
         self.in_iter = True
 
-    def end_iter(self) -> None:
+    def end_iter(self, position: int) -> None:
         """A batch is trained: from now on a saved state counts it; `after_iter` still sees its index."""
         self.iter += 1
         self.inner_iter += 1
+        self.position = position
         self.in_iter = False
 
     def end_batches(self) -> None:
@@ -46,6 +49,7 @@ class Progress:
         """The hooks of `after_epoch` have run."""
         self.epoch += 1
         self.inner_iter = 0
+        self.position = 0
         self.epoch_trained = False
         self.in_epoch = False
 
@@ -69,6 +73,7 @@ class Progress:
             "epoch": self.epoch,
             "iter": self.iter,
             "inner_iter": self.inner_iter,
+            "position": self.position,
             "num_updates": self.num_updates,
             "epoch_trained": self.epoch_trained,
         }
@@ -77,6 +82,7 @@ class Progress:
         self.epoch = int(state["epoch"])
         self.iter = int(state["iter"])
         self.inner_iter = int(state["inner_iter"])
+        self.position = int(state["position"])
         self.num_updates = int(state["num_updates"])
         self.epoch_trained = bool(state["epoch_trained"])
         self.in_epoch = self.in_iter = False

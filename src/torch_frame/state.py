@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from torch_frame._version import __version__
 from torch_frame.checkpoint import io
@@ -94,6 +96,8 @@ def capture(trainer: Trainer) -> dict[str, Any]:
         "precision": trainer.precision.name,
         "metric_storage": trainer.metric_storage.state_dict(),
         "hooks": trainer.hook_caller.state_dict(),
+        "seed": trainer.seed,
+        "data": trainer.source.state_dict(),
         "rng": rng_state(),
         "loader_generators": loader_generator_states(trainer.data_loader),
     }
@@ -118,11 +122,14 @@ def restore(trainer: Trainer, state: Mapping[str, Any]) -> None:
     trainer.metric_storage.load_state_dict(state["metric_storage"])
     trainer.hook_caller.load_state_dict(state["hooks"])
     trainer.progress.load_state_dict(state["progress"])
+    trainer.seed = state["seed"]
 
 
 def restore_rng(trainer: Trainer, state: Mapping[str, Any]) -> None:
     """Put the random numbers back; the last thing before the first batch."""
-    if trainer.progress.iter > 0:
+    if state["data"]:
+        trainer.source.load_state_dict(state["data"])
+    if not trainer.source.is_ours:
         start_persistent_workers(trainer.data_loader)
     set_loader_generator_states(trainer.data_loader, state["loader_generators"])
     set_rng_state(state["rng"])
@@ -180,6 +187,17 @@ def _shortened(lines: list[str], of: str, most: int = 8) -> list[str]:
     return lines if len(lines) <= most else [*lines[:most], f"{len(lines) - most} {of}"]
 
 
+def _running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """What batch norm has gathered. Other buffers may hold infinities on purpose, a mask for instance."""
+    return {
+        f"{name}.{kind}" if name else kind: getattr(module, kind)
+        for name, module in model.named_modules()
+        if isinstance(module, _NormBase)
+        for kind in ("running_mean", "running_var")
+        if getattr(module, kind, None) is not None
+    }
+
+
 def check_finite(trainer: Trainer) -> None:
     """Refuse to write weights that are NaN or infinite over a good checkpoint.
 
@@ -190,9 +208,10 @@ def check_finite(trainer: Trainer) -> None:
     parameters = {
         n: p for n, p in trainer.model_or_module.named_parameters() if p.requires_grad and p.is_floating_point()
     }
+    tensors: dict[str, Tensor] = {**parameters, **_running_statistics(trainer.model_or_module)}
     with torch.no_grad():
-        norms = torch._foreach_norm(list(parameters.values()), math.inf) if parameters else ()
-    for name, norm in zip(parameters, norms, strict=True):
+        norms = torch._foreach_norm(list(tensors.values()), math.inf) if tensors else ()
+    for name, norm in zip(tensors, norms, strict=True):
         if not math.isfinite(norm.item()):
             raise NonFiniteError(
                 f"{name} holds NaN or infinite values, so no checkpoint is written; the last one is untouched. "

@@ -6,7 +6,6 @@ Read `train`, `train_one_epoch` and `train_one_iter` first: they are a batch's w
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import os
 import time
@@ -14,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -22,6 +22,7 @@ from torch_frame.banner import banner
 from torch_frame.checkpoint.weights import WeightsReport
 from torch_frame.data.move import resolve_device
 from torch_frame.data.prefetch import prefetch_to_device
+from torch_frame.data.source import Source, source_of
 from torch_frame.distributed.comm import is_main
 from torch_frame.errors import NonFiniteError, SettingError
 from torch_frame.files import SaveRequests, WorkDir
@@ -75,6 +76,9 @@ class Trainer:
         lr_scheduler_interval: "epoch" or "iter": the scheduler steps after each epoch, or after each update.
         lr_scheduler_metric: name of the metric that ReduceLROnPlateau follows.
         on_nonfinite: "raise" where a loss or a gradient is NaN or infinite, or "skip" that update.
+        seed: of the data's order and augmentation; None: `torch.initial_seed()`. Kept in the checkpoint.
+        take_over: give a plain DataLoader an order and augmentation seeds that are a function of (seed, epoch, position), so that
+            they do not depend on workers and any place is reached directly; False: leave it as torch has it.
         compile: compile the model in place (`nn.Module.compile`), which keeps the names of its weights; a dict is passed to
             torch.compile. EMA's copy, which is only evaluated, is not compiled.
 
@@ -125,9 +129,13 @@ class Trainer:
         lr_scheduler_interval: Interval = "epoch",
         lr_scheduler_metric: str | None = None,
         on_nonfinite: OnNonFinite = "raise",
+        seed: int | None = None,
+        take_over: bool = True,
         compile: bool | Mapping[str, Any] = False,
     ) -> None:
-        checks.check_arguments(model, optimizer, lr_scheduler, data_loader, max_epochs, gradient_accumulation_steps)
+        checks.check_arguments(model, optimizer, lr_scheduler, data_loader)
+        checks.check_numbers(max_epochs, gradient_accumulation_steps, clip_grad_norm)
+        checks.check_functions(step_fn=step_fn, loss_weight=loss_weight)
         checks.check_scheduler(lr_scheduler, lr_scheduler_interval, lr_scheduler_metric)
         checks.check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
         self.device = checks.device_of(model) if device is None else resolve_device(device)
@@ -158,6 +166,9 @@ class Trainer:
             on_cpu=self.device.type == "cpu",
         )
 
+        self.seed = torch.initial_seed() if seed is None else seed
+        self.take_over = take_over
+        self.source = self._source()
         self.progress = Progress()
         self.should_stop = False
         self.start_epoch = 0
@@ -190,6 +201,7 @@ class Trainer:
         """
         self._check()
         self._work_dir.claim()
+        self.source = self._source()  # the seed may be a checkpoint's by now
         failed = True
         with open_run_log(self.log_file if is_main() else None, console_log_level, file_log_level):
             try:
@@ -211,6 +223,7 @@ class Trainer:
                 self._report(error)
                 raise
             finally:
+                self.source.close()
                 self._close(failed)
 
     def train_one_epoch(self) -> None:
@@ -224,7 +237,7 @@ class Trainer:
             self.call("before_iter")
             self._lr_used = self.lr
             values = self.train_one_iter(batch)  # forward -> losses -> backward -> update
-            self.progress.end_iter()
+            self.progress.end_iter(self._position)
             self.record(values)  # nothing is read from the device until somebody looks
             self.call("after_iter")
             self.safe_point()
@@ -251,8 +264,8 @@ class Trainer:
             if self._window_complete():
                 for before_update in self.stages["before_update"]:
                     before_update()
-                updater.step()
-                self._after_step()
+                if updater.step():
+                    self._after_step()
                 for after_update in self.stages["after_update"]:
                     after_update()
                 if updater.grad_norm is not None:
@@ -262,9 +275,11 @@ class Trainer:
         return values
 
     def batches(self) -> Iterator[Any]:
-        """The epoch's batches, on the device; a resumed epoch's remaining ones."""
+        """The epoch's batches, on the device; of a resumed epoch those that are left."""
+        placed = self.source.epoch(self.progress.epoch, self.progress.position)
         self._fetch_started = time.perf_counter()
-        for batch in prefetch_to_device(self._remaining(self.data_loader), self.device):
+        for batch, position in prefetch_to_device(placed, self.device):
+            self._position = position
             self._data_time = time.perf_counter() - self._fetch_started
             yield batch
             self._fetch_started = time.perf_counter()
@@ -310,10 +325,16 @@ class Trainer:
         if self.updater.window_open:  # the loader yielded fewer batches than its length says, or has none
             for before_update in self.stages["before_update"]:
                 before_update()
-            self.updater.step()
-            self._after_step()
+            try:
+                if self.updater.step():
+                    self._after_step()
+            except NonFiniteError as error:
+                latest = {name: buffer.latest for name, buffer in self.metric_storage.items()}
+                raise NonFiniteError(self._nonfinite_message(str(error), describe(latest))) from None
             for after_update in self.stages["after_update"]:
                 after_update()
+            if self.updater.grad_norm is not None:
+                self.log(self.cur_iter, grad_norm=self.updater.grad_norm)
         if self.progress.inner_iter == 0:
             raise SettingError(checks.empty_loader_message(self.data_loader, self.epoch))
         if self.lr_scheduler_interval == "epoch" and not self.lr_scheduler.needs_metric:
@@ -321,31 +342,25 @@ class Trainer:
         self.progress.end_batches()
 
     def _step_plateau(self) -> None:
+        """ReduceLROnPlateau: a step for each new value of its metric."""
         name = self.lr_scheduler_metric
-        if name is not None:
-            if name not in self.metric_storage:
-                raise SettingError(
-                    f"lr_scheduler_metric is {name!r}, but nothing has been logged under this name; there are: "
-                    f"{', '.join(sorted(self.metric_storage))}."
-                )
-            self.lr_scheduler.step_scheduler(self.metric_storage[name].avg)
+        if name is None:
+            return
+        if name in self.metric_storage:
+            self.lr_scheduler.step_by_metric(self.metric_storage[name].avg, self.metric_storage.latest_iters()[name])
+        elif self.epoch == self.max_epochs - 1:
+            raise SettingError(
+                f"lr_scheduler_metric is {name!r}, but nothing has been logged under this name; there are: "
+                f"{', '.join(sorted(self.metric_storage))}."
+            )
 
     def _save_if_stopping(self) -> None:
         """A run that ends early leaves a `latest.pth`, also where the hook that writes it ran before the decision."""
         if self.should_stop and any(isinstance(hook, CheckpointerHook) and hook.save_last for hook in self.hooks):
             self.save_at_safe_point("latest.pth", save_single_model=False)
 
-    def _remaining(self, loader: Iterable[Any]) -> Iterable[Any]:
-        """All batches of the epoch, or those that an interrupted one has left."""
-        done = self.progress.inner_iter
-        if done == 0:
-            return loader
-        logger.warning(
-            "Resuming inside an epoch: %d batches are loaded again and left out, which takes its time, "
-            "and batches need not be those of the interrupted epoch.",
-            done,
-        )
-        return itertools.islice(loader, done, None)
+    def _source(self) -> Source:
+        return source_of(self.data_loader, self.seed, take_over=self.take_over, last_epoch=self.max_epochs - 1)
 
     def _check_read_values(self, iters: list[int | None], columns: Mapping[str, list[float]]) -> None:
         """Values of steps have been read from the device: are losses and gradients finite?"""
@@ -382,6 +397,8 @@ class Trainer:
 
     def _begin(self) -> None:
         self.start_epoch = self.progress.epoch
+        if self.source.is_ours:
+            logger.info("The DataLoader's order and augmentation are functions of seed %d and the position.", self.seed)
         if self.model_ema is not None:
             self.model_ema.bind(self.model)
         self.hook_caller.warn_of_unclaimed()

@@ -78,6 +78,10 @@ def checked_hooks(hooks: Iterable[HookBase | None]) -> list[HookBase]:
     Raises:
         TypeError: for a class instead of an object, or anything that is no hook.
     """
+    if isinstance(hooks, type) and issubclass(hooks, HookBase):
+        raise TypeError(
+            f"hooks is the class {hooks.__name__}; it has to be a list of objects: hooks=[{hooks.__name__}(...)]."
+        )
     if isinstance(hooks, HookBase):
         raise TypeError(f"hooks is a single {hooks.class_name}; it has to be a list: hooks=[{hooks.class_name}(...)].")
     checked = []

@@ -52,6 +52,8 @@ class EarlyStoppingHook(HookBase):
 
     def after_epoch(self) -> None:
         if self.metric not in self.metric_storage:
+            if not self.is_last_epoch():  # an evaluation every few epochs
+                return
             raise SettingError(
                 f"EarlyStoppingHook follows {self.metric!r}, but nothing has been logged under this name; there are: "
                 f"{', '.join(sorted(self.metric_storage)) or 'none'}. Register it behind the hook that logs it."

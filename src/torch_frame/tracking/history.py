@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -122,7 +122,8 @@ class MetricStorage(dict[str, HistoryBuffer]):
         self._smooth: dict[str, bool] = {}
         self._latest_iter: dict[str, int] = {}
         self._pending: list[tuple[int | None, Mapping[str, Tensor | Number]]] = []
-        self._step_names: Set[str] = frozenset()
+        self._step_names: set[str] = set()
+        self._declared: dict[str, bool] = {}
         self._restored: set[str] = set()  # names whose latest value is from a checkpoint
         self.on_read: Callable[[list[int | None], Mapping[str, list[float]]], None] | None = None
         """Called with (iters, name -> values) when values have been read from the device; may raise."""
@@ -163,10 +164,10 @@ class MetricStorage(dict[str, HistoryBuffer]):
             iter: index of the batch in the run.
             values: one-element tensors and numbers; kept until they are read.
         """
-        if values.keys() != self._step_names:
+        if not values.keys() <= self._step_names:
             for name in values:
                 self._admit(name, self._smooth.get(name, True), None)
-            self._step_names = frozenset(values)
+            self._step_names |= values.keys()
         self._pending.append((iter, values))
         if len(self._pending) >= ROWS_KEPT_UNREAD:
             self.flush()
@@ -185,6 +186,7 @@ class MetricStorage(dict[str, HistoryBuffer]):
 
     def declare(self, name: str, *, smooth: bool) -> None:
         """Say how a name that `record` will bring is to be read."""
+        self._declared[name] = smooth
         self._smooth.setdefault(name, smooth)
 
     def _admit(self, name: str, smooth: bool, window_size: int | None) -> None:
@@ -241,7 +243,7 @@ class MetricStorage(dict[str, HistoryBuffer]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.clear()
-        self._pending, self._smooth, self._latest_iter, self._step_names = [], {}, {}, frozenset()
+        self._pending, self._smooth, self._latest_iter, self._step_names = [], dict(self._declared), {}, set()
         for name, saved in state.items():
             self._admit(name, saved["smooth"], saved["window_size"])
             self._latest_iter[name] = saved["latest_iter"]

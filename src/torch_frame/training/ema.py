@@ -51,7 +51,17 @@ class EMA:
         if self._averages:
             torch._foreach_lerp_(self._averages, self._weights, 1.0 - self.decay(self.updates))
         if self._copies:
-            torch._foreach_copy_(self._copies, [owner[name] for owner, name in self._buffers])
+            self._copy_buffers([owner[name] for owner, name in self._buffers])
+
+    def _copy_buffers(self, buffers: list[Tensor]) -> None:
+        copies = [owner[name] for owner, name in self._copies]
+        if all(copy.shape == buffer.shape for copy, buffer in zip(copies, buffers, strict=True)):
+            torch._foreach_copy_(copies, buffers)
+            return
+        for (owner, name), buffer in zip(
+            self._copies, buffers, strict=True
+        ):  # one has been replaced by a larger one, say
+            owner[name] = buffer.detach().clone()
 
     def bind(self, model: nn.Module) -> None:
         """Look up the tensors to follow; needed again only where a model's tensors have been replaced by others.
@@ -61,7 +71,7 @@ class EMA:
         """
         bare = _bare(model)
         averages, weights = dict(self.model.named_parameters()), dict(bare.named_parameters())
-        copies, buffers = dict(self.model.named_buffers()), buffer_slots(bare)
+        copies, buffers = buffer_slots(self.model), buffer_slots(bare)
         differing = sorted((averages.keys() ^ weights.keys()) | (copies.keys() ^ buffers.keys()))
         if differing:
             raise SettingError(

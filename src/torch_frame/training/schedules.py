@@ -83,6 +83,7 @@ class LRWarmupScheduler:
         self.warmup_iters = warmup_iters if warmup_method is not None else 0
         self.warmup_factor = warmup_factor
         self.num_updates = 0
+        self._metric_at: int | None = None
         self.regular_lrs = self._read()
         self._apply_warmup()
 
@@ -99,24 +100,32 @@ class LRWarmupScheduler:
         """An update has been made."""
         was_warming_up = self.warming_up
         self.num_updates += 1
-        if self.epoch_len and self.num_updates % self.epoch_len == 0:
+        if self.epoch_len and self.num_updates % self.epoch_len == 0 and self.scheduler is not None:
             self.step_scheduler()
         elif was_warming_up:
             self._apply_warmup()
 
-    def step_scheduler(self, metric: float | None = None) -> None:
-        """Step the wrapped scheduler; `metric` is what ReduceLROnPlateau looks at."""
-        if self.scheduler is None:
-            return
-        if isinstance(self.scheduler, ReduceLROnPlateau):
-            self._step_wrapped(functools.partial(self.scheduler.step, metric))
-        else:
+    def step_scheduler(self) -> None:
+        """Step the wrapped scheduler: an epoch, or an update, has ended."""
+        if self.scheduler is not None:
             self._step_wrapped(self.scheduler.step)
+
+    def step_by_metric(self, metric: float, at: int) -> None:
+        """Step a ReduceLROnPlateau, unless it has seen this value.
+
+        Args:
+            metric: what it follows.
+            at: when the value is of; each moment counts once.
+        """
+        if at != self._metric_at:
+            self._metric_at = at
+            self._step_wrapped(functools.partial(self.scheduler.step, metric))  # type: ignore[union-attr, call-arg]  # a plateau
 
     def _step_wrapped(self, step: Callable[[], None]) -> None:
         if not self.warming_up and not self._scaled:
             step()
             return
+        self._take_in_new_groups()
         self._write(self.regular_lrs)
         step()
         self.regular_lrs = self._read()
@@ -126,11 +135,16 @@ class LRWarmupScheduler:
         if not self.warmup_iters:
             return
         factor = warmup_factor_at(self.warmup_method, self.num_updates, self.warmup_iters, self.warmup_factor)
+        self._take_in_new_groups()
         self._scaled = factor != 1.0
         self._write([lr if factor == 1.0 else lr * factor for lr in self.regular_lrs])
 
     _scaled = False
     """The optimizer's rates are the scheduler's times a factor, not the scheduler's own."""
+
+    def _take_in_new_groups(self) -> None:
+        """A group that was added during the warm-up comes with a rate of its own."""
+        self.regular_lrs += self._read()[len(self.regular_lrs) :]
 
     def _read(self) -> list[float]:
         return [float(group["lr"]) for group in self.optimizer.param_groups]
@@ -149,6 +163,7 @@ class LRWarmupScheduler:
     def state_dict(self) -> dict[str, Any]:
         return {
             "num_updates": self.num_updates,
+            "metric_at": self._metric_at,
             "regular_lrs": self.regular_lrs if self._scaled else self._read(),
             "warmup": [self.warmup_method, self.warmup_iters, self.warmup_factor],
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
@@ -166,6 +181,7 @@ class LRWarmupScheduler:
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state_dict["scheduler"])
         self.num_updates = state_dict["num_updates"]
+        self._metric_at = state_dict["metric_at"]
         self.regular_lrs = list(state_dict["regular_lrs"])
         self._write(self.regular_lrs)
         self._scaled = False

@@ -1,0 +1,428 @@
+"""Where the trainer's batches come from: a loader whose order and place in it are known, or one that can only be iterated."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, Protocol, Self
+
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
+
+from torch_frame.data.batches import BatchPlace, BatchPlan, Fetched, GivenBatches, Loading, SampleBatches, Streaming
+from torch_frame.data.order import FromSampler, Order, Sequential, Shuffled
+
+_logger = logging.getLogger("torch_frame")
+
+
+Placed = tuple[Any, int]
+"""A batch, and the position where a run goes on that has consumed it."""
+
+
+class Source(Protocol):
+    """What the trainer iterates.
+
+    Attributes:
+        exact: an epoch can be resumed inside, bitwise.
+        is_ours: order and augmentation of a user's loader are replaced by ours.
+    """
+
+    exact: bool
+    is_ours: bool
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Placed]:
+        """The epoch's batches from position `start` on; a position of 0 is the epoch's beginning."""
+        ...
+
+    def close(self) -> None:
+        """End what runs in the background."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+def source_of(loader: Iterable[Any], seed: int, *, take_over: bool = True, last_epoch: int | None = None) -> Source:
+    """How this loader is iterated: see the classes below."""
+    if isinstance(loader, InfiniteDataLoader):
+        own_seed = seed if loader.seed is None else loader.seed
+        return OrderedSource(loader, own_seed, endless=True, last_epoch=last_epoch)
+    if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
+        return StatefulSource(loader)
+    if isinstance(loader, Sequence):
+        return SequenceSource(loader)
+    if take_over and can_take_over(loader):
+        assert isinstance(loader, DataLoader)
+        if isinstance(loader.dataset, IterableDataset):
+            return StreamSource(loader, seed)
+        return OrderedSource(loader, seed, endless=loader.persistent_workers, last_epoch=last_epoch)
+    return ReplaySource(loader)
+
+
+class _Stateless:
+    """A source that has nothing to save beside the position."""
+
+    is_ours = False
+
+    def close(self) -> None:
+        """Nothing runs in the background between epochs."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to take up."""
+
+
+class SequenceSource(_Stateless):
+    """A list of batches: any of them is reached directly."""
+
+    exact = True
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self._batches = batches
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Placed]:
+        return ((self._batches[i], i + 1) for i in range(start, len(self._batches)))
+
+
+class ReplaySource(_Stateless):
+    """Any iterable: to go on inside an epoch, what was consumed is loaded again and left out."""
+
+    exact = False
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self._loader = loader
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Placed]:
+        self._set_epoch(epoch)
+        if start:
+            _logger.warning(
+                "Resuming inside an epoch of a loader whose order is its own: %d batches are loaded again and left out, "
+                "which takes its time, and they need not be those of the interrupted epoch. "
+                "A DataLoader with take_over=True has no such cost.",
+                start,
+            )
+        return islice(((batch, i) for i, batch in enumerate(self._loader, 1)), start, None)
+
+    def _set_epoch(self, epoch: int) -> None:
+        sampler = getattr(self._loader, "sampler", None)
+        if isinstance(sampler, DistributedSampler):
+            sampler.set_epoch(epoch)
+
+
+class StatefulSource(_Stateless):
+    """A loader that knows its own place (torchdata's StatefulDataLoader): it is saved and restored through its `state_dict`."""
+
+    exact = True
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Placed]:
+        return ((batch, i) for i, batch in enumerate(self._loader, start + 1))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"loader": self._loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loader.load_state_dict(state_dict["loader"])
+
+
+class StreamSource(_Stateless):
+    """A DataLoader over an IterableDataset: its order is its own; random numbers are of (seed, epoch, worker, count).
+
+    To go on inside an epoch, what was consumed is loaded again and left out; the batches are those of the interrupted epoch
+    where the dataset yields the same samples again.
+    """
+
+    exact = True
+    is_ours = True
+
+    def __init__(self, loader: DataLoader[Any], seed: int) -> None:
+        self._loader = loader
+        self._seed = seed
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Placed]:
+        if start:
+            _logger.warning(
+                "Resuming inside an epoch of an IterableDataset: %d batches are loaded again and left out, which takes its time.",
+                start,
+            )
+        streaming = Streaming(self._loader.dataset, self._seed, epoch)
+        inner = DataLoader(
+            streaming,
+            batch_size=self._loader.batch_size,
+            drop_last=self._loader.drop_last,
+            collate_fn=self._loader.collate_fn,
+            **_settings(self._loader, self._seed),
+        )
+        return islice(((batch, i) for i, batch in enumerate(inner, 1)), start, None)
+
+
+class OrderedSource(_Stateless):
+    """A map-style DataLoader whose order, augmentation and position are ours: a function of (seed, epoch, position).
+
+    Args:
+        loader: how samples are loaded: dataset, workers, collate function, pinning, ...
+        seed: of the run.
+        endless: workers live for the whole run and fetch across the epoch's border; else an epoch has workers of its own.
+        last_epoch: an endless source fetches nothing beyond it.
+    """
+
+    exact = True
+    is_ours = True
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        seed: int,
+        *,
+        endless: bool,
+        last_epoch: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.plan = plan_of(loader, seed, rank, world_size)
+        self.seed = seed
+        self.last_epoch = last_epoch
+        self._loader = loader
+        self._endless = endless
+        self._cursor: _Cursor | None = None
+        self._stream: Iterator[Fetched] | None = None
+        self._next = (0, 0)
+        self._turn = 0
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Placed]:
+        """The epoch's batches from position `start` on.
+
+        Raises:
+            RuntimeError: in an iteration that goes on after another one has begun.
+        """
+        self._turn += 1
+        turn = self._turn
+        if not self._endless:
+            self.close()
+        try:
+            for fetched in self._from(epoch, start):
+                if turn != self._turn:
+                    raise RuntimeError(
+                        "This loader is iterated anew while an earlier iteration goes on; it can do one at a time."
+                    )
+                yield fetched.batch, fetched.stop
+                if fetched.is_last:
+                    self._next = (epoch + 1, 0)
+                    break
+                self._next = (epoch, fetched.stop)
+        except Exception:
+            self.close()  # workers that failed are not asked again
+            raise
+        finally:
+            if not self._endless and turn == self._turn:
+                self.close()
+
+    def _from(self, epoch: int, start: int) -> Iterator[Fetched]:
+        """Batches of this place, whatever an endless stream has fetched ahead for another."""
+        if self._has_no_batch(epoch, start):
+            return
+        if self._stream is None or self._cursor is None:
+            self._cursor = _Cursor(self.plan, epoch, start, endless=self._endless, last_epoch=self.last_epoch)
+            self._stream = iter(_inner_loader(self._loader, self._cursor, self.seed))
+        elif self._next != (epoch, start):
+            self._cursor.jump(epoch, start)
+        for fetched in self._stream:
+            if fetched.generation == self._cursor.generation:
+                yield fetched
+                if fetched.is_last:
+                    return
+
+    def _has_no_batch(self, epoch: int, start: int) -> bool:
+        if start == 0:
+            with contextlib.suppress(TypeError):
+                return len(self.plan) == 0
+        return next(iter(self.plan.places(epoch, start)), None) is None
+
+    def close(self) -> None:
+        """End the workers; the next epoch starts new ones."""
+        self._stream = self._cursor = None
+
+
+class _Cursor:
+    """The batch sampler behind a stream: goes on where it stands, or jumps."""
+
+    def __init__(
+        self, plan: BatchPlan, epoch: int, start: int, *, endless: bool, last_epoch: int | None = None
+    ) -> None:
+        self.generation = 0
+        self._plan = plan
+        self._endless = endless
+        self._last_epoch = last_epoch
+        self._target = (epoch, start)
+
+    def jump(self, epoch: int, start: int) -> None:
+        """Go on at another place; what is fetched already is of an older generation."""
+        self.generation += 1
+        self._target = (epoch, start)
+
+    def __iter__(self) -> Iterator[BatchPlace]:
+        while True:
+            generation = self.generation
+            epoch, start = self._target
+            self._target = (epoch + 1, 0)
+            for place in self._plan.places(epoch, start):
+                yield place._replace(generation=generation)
+                if self.generation != generation:
+                    break
+            else:
+                if not self._endless or (self._last_epoch is not None and epoch >= self._last_epoch):
+                    return
+
+
+def _inner_loader(loader: DataLoader[Any], cursor: _Cursor, seed: int) -> DataLoader[Any]:
+    """A DataLoader with the user's workers and settings that loads by our places."""
+    loading = Loading(loader.dataset, loader.collate_fn, single=loader.batch_sampler is None, seed=seed)
+    with warnings.catch_warnings():
+        # The user's own loader has said so already.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        return DataLoader(
+            loading,  # type: ignore[arg-type]  # asked through __getitems__ alone
+            batch_sampler=cursor,  # type: ignore[arg-type]  # places instead of lists of indices
+            collate_fn=_as_it_is,
+            **_settings(loader, seed),
+        )
+
+
+def _settings(loader: DataLoader[Any], seed: int) -> dict[str, Any]:
+    """The user's settings of workers and memory, and a generator: torch would draw from the training's random numbers."""
+    settings: dict[str, Any] = {
+        "num_workers": loader.num_workers,
+        "pin_memory": loader.pin_memory,
+        "generator": torch.Generator().manual_seed(seed & (2**63 - 1)),
+    }
+    if loader.num_workers > 0:
+        settings |= {
+            "worker_init_fn": WorkerInit(loader.worker_init_fn),
+            "prefetch_factor": loader.prefetch_factor,
+            "multiprocessing_context": loader.multiprocessing_context,
+            "timeout": loader.timeout,
+            "in_order": getattr(loader, "in_order", True),
+        }
+    return settings
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+class WorkerInit:
+    """Runs first in a worker: signals are the training process's business, which ends its workers itself."""
+
+    def __init__(self, users: Callable[[int], None] | None) -> None:
+        self._users = users
+
+    def __call__(self, worker_id: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if self._users is not None:
+            self._users(worker_id)
+
+
+def plan_of(loader: DataLoader[Any], seed: int, rank: int = 0, world_size: int = 1) -> BatchPlan:
+    """The batches that a loader describes, in an order of ours where its own is random."""
+    if loader.batch_sampler is None:
+        return GivenBatches(_order_of(loader.sampler, seed), single=True)
+    if type(loader.batch_sampler) is not BatchSampler:
+        return GivenBatches(FromSampler(loader.batch_sampler, seed), single=False)
+    sampler = loader.batch_sampler.sampler
+    if isinstance(sampler, DistributedSampler):  # it has split the data itself
+        rank, world_size = 0, 1
+    sizes = loader.batch_sampler.batch_size, loader.batch_sampler.drop_last
+    return SampleBatches(_order_of(sampler, seed), *sizes, rank=rank, world_size=world_size)
+
+
+def _order_of(sampler: Any, seed: int) -> Order:
+    if type(sampler) is SequentialSampler:
+        return Sequential(len(sampler))
+    if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(sampler.data_source):
+        return Shuffled(len(sampler), seed)
+    return FromSampler(sampler, seed)
+
+
+def can_take_over(loader: Iterable[Any]) -> bool:
+    """A DataLoader that is iterated as torch's own class is."""
+    return (
+        isinstance(loader, DataLoader)
+        and type(loader).__iter__ is DataLoader.__iter__
+        and type(loader)._get_iterator is DataLoader._get_iterator
+        and not (isinstance(loader.dataset, IterableDataset) and loader.persistent_workers)
+    )
+
+
+class InfiniteDataLoader(DataLoader[Any]):
+    """A DataLoader whose workers live for the whole run and fetch the next epoch while this one is trained.
+
+    Each `for` over it is an epoch, in an order of its own: a function of (seed, epoch), the same for every number of workers; so
+    is each sample's augmentation, which draws from random numbers seeded with (seed, epoch, position). The dataset's `set_epoch`
+    is called in the workers when an epoch begins. Breaking out of an epoch is fine; the next `for` is the next epoch.
+
+    Args:
+        dataset: map-style.
+        batch_size, shuffle, sampler, ...: as for DataLoader.
+        seed: of order and augmentation; None: `torch.initial_seed()`, or in a Trainer the run's.
+
+    >>> loader = InfiniteDataLoader(range(4), batch_size=2, shuffle=True, seed=0)
+    >>> len(loader), [sorted(torch.cat(list(loader)).tolist()) for epoch in range(2)]
+    (2, [[0, 1, 2, 3], [0, 1, 2, 3]])
+    """
+
+    def __init__(
+        self, dataset: Any, batch_size: int | None = 1, shuffle: bool | None = None, *args: Any, **settings: Any
+    ) -> None:
+        self.seed: int | None = settings.pop("seed", None)
+        if isinstance(dataset, IterableDataset):
+            raise TypeError("InfiniteDataLoader takes a map-style dataset; an IterableDataset has no order to compute.")
+        settings.setdefault("persistent_workers", settings.get("num_workers", 0) > 0)
+        super().__init__(dataset, batch_size, shuffle, *args, **settings)
+        self._source: OrderedSource | None = None
+        self._next_epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next `for` is this epoch."""
+        self._next_epoch = epoch
+
+    def __len__(self) -> int:
+        return len(plan_of(self, 0))
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator of batches, with torch's loader behind it
+        if self._source is None:
+            seed = torch.initial_seed() if self.seed is None else self.seed
+            self._source = OrderedSource(self, seed, endless=True)
+        epoch, self._next_epoch = self._next_epoch, self._next_epoch + 1
+        return (batch for batch, _ in self._source.epoch(epoch))
+
+    def close(self) -> None:
+        """End the workers; another `for` starts new ones."""
+        if self._source is not None:
+            self._source.close()
+            self._source = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

@@ -1,0 +1,286 @@
+"""EMA follows its closed form, copies buffers, and survives checkpoints and wrappers."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, AdamW
+
+from tests.small_runs import Net, copied, differences, make_trainer, weights_of
+from torch_frame import EMA, CheckpointerHook, EvalHook, SettingError, Trainer
+
+
+def ramped(decay: float, n: int) -> float:
+    return decay * (1 - math.exp(-n / 2000))
+
+
+def follow(model: nn.Module, ema: EMA, updates: int) -> list[dict[str, Tensor]]:
+    """Change the weights at random and follow them; returns the weights after each update."""
+    generator = torch.Generator().manual_seed(1)
+    seen = []
+    for _ in range(updates):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+        ema.update(model)
+        seen.append(weights_of(model))
+    return seen
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9999])
+@pytest.mark.parametrize("begin", [0, 1999, 10**6])
+def test_parameters_follow_the_closed_form(decay: float, begin: int) -> None:
+    """ema_n = sum_k w_k (1 - d_k) prod_{j > k} d_j, with d_n = decay (1 - exp(-n / 2000))."""
+    model = Net().double()
+    first = weights_of(model)
+    ema = EMA(model, decay, begin)
+    seen = [first, *follow(model, ema, 20)]
+    decays = [0.0, *(ramped(decay, begin + n) for n in range(1, 21))]
+    for name, value in ema.model.state_dict().items():
+        expected = sum(
+            weights[name] * ((1 - d) * math.prod(decays[k + 1 :]))
+            for k, (weights, d) in enumerate(zip(seen, decays, strict=True))
+        )
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+    assert ema.updates == begin + 20
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.0, 1.5, math.nan])
+def test_a_decay_outside_its_range_is_told(bad: float) -> None:
+    with pytest.raises(SettingError, match="ema_decay"):
+        EMA(Net(), bad)
+
+
+def test_the_average_is_a_model_of_its_own_in_eval_mode_without_gradients() -> None:
+    model = Net(norm=True, dropout=True).train()
+    ema = EMA(model)
+    assert not any(module.training for module in ema.model.modules())
+    assert not any(parameter.requires_grad for parameter in ema.model.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.training
+    assert {p.data_ptr() for p in model.parameters()}.isdisjoint(p.data_ptr() for p in ema.model.parameters())
+
+
+def test_buffers_are_copied_not_averaged(tmp_path: Path) -> None:
+    model = Net(norm=True)
+    trainer = make_trainer(tmp_path, model, use_ema=True)
+    trainer.train()
+    buffers = dict(trainer.model_evaluate.named_buffers())
+    assert set(buffers) == set(dict(model.named_buffers())) != set()
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffers[name], buffer), name
+        assert buffers[name] is not buffer
+    assert model.layers[1].num_batches_tracked == 10
+
+
+class Reassigning(Net):
+    """Puts another tensor in place of its buffer, as codebooks and caches do."""
+
+    def __init__(self, *, grows: bool = False) -> None:
+        super().__init__()
+        self.grows = grows
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, batch: Any) -> Any:
+        self.count = torch.cat([self.count, self.count[-1:] + 1]) if self.grows else self.count + 1
+        return super().forward(batch)
+
+
+@pytest.mark.parametrize("grows", [False, True], ids=["same_shape", "another_shape"])
+def test_a_buffer_that_the_module_assigns_anew_is_followed(grows: bool, tmp_path: Path) -> None:
+    model = Reassigning(grows=grows)
+    trainer = make_trainer(tmp_path, model, use_ema=True)
+    trainer.train()
+    assert model.count[-1] == 10
+    assert torch.equal(trainer.model_evaluate.count, model.count)
+
+
+class Rotary(nn.Module):
+    """Layers that share one table, as language models share rotary frequencies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        table = torch.arange(3.0)
+        self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(2))
+        for layer in self.layers:
+            layer.register_buffer("table", table)
+
+    def forward(self, batch: Any) -> Tensor:
+        x = batch[0]
+        for layer in self.layers:
+            x = layer(x) + layer.table
+        return x.square().mean()
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.second(self.first(batch[0])).square().mean()
+
+
+class OddKinds(nn.Module):
+    """Frozen, fp64 and bf16 parameters, an integer and an empty buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+        self.wide = nn.Linear(3, 3).double()
+        self.narrow = nn.Linear(3, 1).bfloat16()
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+        self.register_buffer("nothing", torch.zeros(0))
+        self.register_buffer("absent", None)
+
+    def forward(self, batch: Any) -> Tensor:
+        self.seen += 1
+        return self.narrow(self.wide(self.frozen(batch[0]).double()).bfloat16()).float().square().mean()
+
+
+@pytest.mark.parametrize("make", [Rotary, Tied, OddKinds])
+def test_models_of_all_kinds_are_followed(make: Any, tmp_path: Path) -> None:
+    model = make()
+    trainer = make_trainer(tmp_path, model, use_ema=True, ema_decay=0.0)
+    trainer.train()
+    assert trainer.model_ema.updates == 10
+    for name, value in trainer.model_evaluate.state_dict().items():  # a decay of 0 keeps the last weights
+        torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-6, atol=1e-6)
+
+
+def test_updates_are_counted_and_not_batches(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, use_ema=True, gradient_accumulation_steps=4)
+    trainer.train()
+    assert trainer.model_ema.updates == trainer.progress.num_updates == 4
+
+
+def test_evaluation_and_best_weights_are_the_average(tmp_path: Path) -> None:
+    model = Net()
+    evaluated: list[nn.Module] = []
+
+    def score(model: nn.Module, batch: Any) -> Any:
+        evaluated.append(model)
+        return {"acc": [1.0]}
+
+    evaluation = EvalHook([0], score, save_metric="acc")
+    trainer = make_trainer(tmp_path / "run", model, use_ema=True, max_epochs=1, hooks=[evaluation])
+    trainer.train()
+    assert all(model is trainer.model_ema.model for model in evaluated)
+    best = torch.load(os.path.join(trainer.ckpt_dir, "best.pth"), weights_only=True)
+    assert differences(copied(best), weights_of(trainer.model_ema.model)) == []
+    assert differences(copied(best), weights_of(model))
+
+
+def test_a_model_changed_afterwards_is_named() -> None:
+    model = Net()
+    ema = EMA(model)
+    model.head = nn.Linear(2, 2)
+    with pytest.raises(SettingError, match=r"head\.(weight|bias)"):
+        ema.update(model)
+
+
+def test_replaced_parameters_are_followed_from_train_on(tmp_path: Path) -> None:
+    model = Net()
+    trainer = make_trainer(tmp_path, model, use_ema=True, ema_decay=0.0)
+    trainer.train()
+    for layer in (model.layers[0], model.layers[2]):
+        layer.weight = nn.Parameter(torch.zeros_like(layer.weight))
+    trainer.optimizer.add_param_group({"params": [model.layers[0].weight, model.layers[2].weight]})
+    trainer.max_epochs = 3
+    trainer.train()
+    torch.testing.assert_close(trainer.model_evaluate.layers[2].weight, model.layers[2].weight)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def ema_trainer(work_dir: Path, epochs: int, model: nn.Module | None = None, **kwargs: Any) -> Trainer:
+    model = Net(norm=True, dropout=True) if model is None else model
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    return make_trainer(
+        work_dir,
+        model,
+        optimizer,
+        max_epochs=epochs,
+        **{"use_ema": True, "hooks": [CheckpointerHook()], "create_new_dir": None, **kwargs},
+    )
+
+
+def test_a_resumed_average_is_bitwise_the_one_of_the_whole_run(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    whole = ema_trainer(tmp_path / "whole", 4)
+    whole.train()
+    torch.manual_seed(0)
+    ema_trainer(tmp_path / "parts", 2).train()
+    resumed = ema_trainer(tmp_path / "parts", 4)
+    resumed.load_checkpoint("latest.pth")
+    resumed.train()
+    assert differences(weights_of(whole.model_evaluate), weights_of(resumed.model_evaluate)) == []
+    assert resumed.model_ema.updates == whole.model_ema.updates == 20
+
+
+def test_weights_alone_begin_the_average_anew(tmp_path: Path) -> None:
+    weights = weights_of(Net(norm=True, dropout=True, seed=3))
+    trainer = ema_trainer(tmp_path, 1)
+    trainer.load_checkpoint(checkpoint=weights)
+    assert differences(weights, weights_of(trainer.model_evaluate)) == []
+    trainer.train()
+    fresh = ema_trainer(tmp_path / "fresh", 1, Net(norm=True, dropout=True, seed=3))
+    assert trainer.model_ema.updates == 5
+    assert fresh.model_ema.updates == 0
+
+
+def test_weights_loaded_in_mid_run_begin_the_average_anew(tmp_path: Path) -> None:
+    trainer = ema_trainer(tmp_path, 1, Net())
+    trainer.train()
+    trainer.load_checkpoint(checkpoint=weights_of(Net(seed=3)))
+    assert differences(weights_of(Net(seed=3)), weights_of(trainer.model_evaluate)) == []
+
+
+# ---------------------------------------------------------------- DDP
+
+
+@pytest.fixture
+def _one_process_group() -> Iterator[None]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_one_process_group")
+def test_a_model_in_ddp_has_the_average_of_the_bare_one(tmp_path: Path) -> None:
+    bare, inner = Net(norm=True), Net(norm=True)
+    model = DistributedDataParallel(inner)
+    trainers = []
+    for name, net in (("bare", bare), ("ddp", model)):
+        trainer = make_trainer(
+            tmp_path / name,
+            net,
+            SGD(net.parameters(), lr=0.05),
+            use_ema=True,
+            hooks=[CheckpointerHook()],
+            create_new_dir=None,
+        )
+        trainer.train()
+        trainers.append(trainer)
+    assert differences(weights_of(bare), weights_of(inner)) == []
+    assert differences(weights_of(trainers[0].model_evaluate), weights_of(trainers[1].model_evaluate)) == []
+    best = torch.load(os.path.join(trainers[1].ckpt_dir, "best.pth"), weights_only=True)
+    assert list(best) == list(bare.state_dict())
+    resumed = make_trainer(tmp_path / "ddp", Net(norm=True), max_epochs=3, use_ema=True, create_new_dir=None)
+    resumed.load_checkpoint("latest.pth")
+    assert differences(weights_of(trainers[1].model_evaluate), weights_of(resumed.model_evaluate)) == []
