@@ -8,6 +8,9 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCUMENTED := torch_frame $(addprefix torch_frame.,trainer hooks.base hooks.checkpoint hooks.evaluate hooks.logger \
+	hooks.early_stop training.losses training.update training.schedules training.ema tracking.history data.order data.batches \
+	data.source checkpoint.io checkpoint.weights report.curves errors progress types)
 BENCHMARKS := $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
 
 # By environment, so that the isolated build of this package is pinned too: up to pip 25.2 builds read PIP_CONSTRAINT,
@@ -41,7 +44,7 @@ bench: $(STAMP) ## run every script in benchmarks/
 
 docs: $(STAMP) ## write the API pages to site/
 	rm -rf site
-	$(BIN)/python -m pdoc --docformat google --output-directory site torch_frame
+	$(BIN)/python -m pdoc --docformat google --output-directory site $(DOCUMENTED)
 
 clean: ## remove caches and build outputs (not .venv, and no run's work_dir)
 	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis

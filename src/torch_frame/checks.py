@@ -156,7 +156,10 @@ def empty_loader_message(loader: Iterable[Any], epoch: int) -> str:
     if isinstance(loader, DataLoader):
         size = length_of(loader.dataset)
         message += f" Its dataset has {'an unknown number of' if size is None else size} samples"
-        message += f", batch_size is {loader.batch_size}, drop_last is {loader.drop_last}."
+        if loader.batch_size is None:
+            message += f", and its sampler's length is {length_of(loader.sampler)}."
+        else:
+            message += f", batch_size is {loader.batch_size}, drop_last is {loader.drop_last}."
     return message
 
 

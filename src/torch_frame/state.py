@@ -148,6 +148,10 @@ def _check_fits(trainer: Trainer, state: Mapping[str, Any]) -> None:
         differences.append(f"precision was {state['precision']}, now it is {trainer.precision.name}")
     if (state["lr_scheduler"]["scheduler"] is None) != (trainer.lr_scheduler.scheduler is None):
         differences.append("an lr_scheduler is there only in one of the two runs")
+    steps_then = (state["lr_scheduler"]["scheduler"] or {}).get("total_steps")
+    steps_now = getattr(trainer.lr_scheduler.scheduler, "total_steps", None)
+    if steps_then != steps_now:
+        differences.append(f"the lr_scheduler was made for {steps_then} steps, now it is for {steps_now}")
     if differences:
         raise CheckpointError(
             "The checkpoint is of another run than this trainer was built for:\n  - "

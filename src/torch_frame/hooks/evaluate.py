@@ -24,8 +24,9 @@ Scores = Mapping[str, Any]
 class EvalHook(CheckpointerHook):
     """Evaluates every `period` epochs and after the last one, logs each score's mean over all samples, then saves.
 
-    Runs after each epoch. The model is EMA's where EMA is on, in eval mode, without gradients; training mode and random numbers
-    of the training are as if there had been no evaluation.
+    Runs after each epoch. The model is EMA's where EMA is on, in eval mode, without gradients, in the precision of its weights
+    (use `torch.autocast` in `eval_func` for another); training mode and random numbers of the training are as if there had been
+    no evaluation.
 
     Args:
         dataloader: any iterable of batches that can be iterated again and again.

@@ -69,6 +69,7 @@ class LoggerHook(HookBase):
     def before_train(self) -> None:
         self._train_started = time.perf_counter()
         self._iter_time_before = self._iter_time_sum()
+        self._iters_before = self.trainer.progress.iter
         resumed_at = self.trainer.resumed_iter
         last_row = None if resumed_at is None else resumed_at - 1
         self._jsonl = JsonlWriter(os.path.join(self.trainer.work_dir, "metrics.jsonl"), keep_until_iter=last_row)
@@ -135,8 +136,7 @@ class LoggerHook(HookBase):
         parts = [f"Epoch {self.trainer.epoch + 1}/{self.trainer.max_epochs}"]
         if "iter_time" in storage:
             if self.trainer.max_iters is not None:
-                left = self.trainer.max_iters - self.trainer.cur_iter - 1
-                parts.append(f"ETA {_duration(storage['iter_time'].avg * left)}")
+                parts.append(f"ETA {_duration(self._seconds_left(self.trainer.max_iters))}")
             parts.append(f"iter_time {storage['iter_time'].avg:.4f}")
         if "data_time" in storage:
             parts.append(f"data_time {storage['data_time'].avg:.4f}")
@@ -147,6 +147,12 @@ class LoggerHook(HookBase):
         for names in self._by_mode().values():
             parts += [f"{name} {storage[name].avg:.4g}" for name in names]
         _logger.info("  ".join(parts))
+
+    def _seconds_left(self, max_iters: int) -> float:
+        """By what an iteration has taken since this process began, evaluation and saves included."""
+        done = self.trainer.progress.iter
+        elapsed = time.perf_counter() - self._train_started
+        return elapsed / max(done - self._iters_before, 1) * (max_iters - done)
 
     def _by_mode(self) -> dict[str, list[str]]:
         """mode -> its names, `total_loss` first."""
