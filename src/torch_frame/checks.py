@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -60,6 +61,34 @@ def check_functions(**functions: Any) -> None:
     for name, function in functions.items():
         if function is not None and not callable(function):
             raise TypeError(f"{name} is {function!r}; it has to be a function, or None.")
+
+
+def check_flags(**flags: Any) -> None:
+    """What is switched on or off is True or False."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool | int) or flag not in (0, 1):
+            raise TypeError(f"{name} is {flag!r}; it has to be True or False.")
+
+
+def check_warmup_and_ema(warmup_iters: Any, warmup_factor: Any, ema_decay: Any) -> None:
+    """They are numbers; their ranges are checked where they are used."""
+    for name, value in (("warmup_iters", warmup_iters), ("warmup_factor", warmup_factor), ("ema_decay", ema_decay)):
+        if not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} is {value!r}; it has to be a number.")
+
+
+def checked_seed(seed: Any, loader: Any) -> int:
+    """The seed of the data: as given, of the generator that the user gave the loader, or torch's own."""
+    if seed is not None:
+        try:
+            return operator.index(seed)
+        except TypeError:
+            raise TypeError(f"seed is {seed!r}; it has to be a whole number, or None.") from None
+    for owner in (loader, getattr(loader, "sampler", None)):
+        generator = getattr(owner, "generator", None)
+        if isinstance(generator, torch.Generator):
+            return generator.initial_seed()
+    return torch.initial_seed()
 
 
 def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:

@@ -91,6 +91,7 @@ def capture(trainer: Trainer) -> dict[str, Any]:
         "model": bare_state_dict(trainer.model_or_module),
         "ema": None if trainer.model_ema is None else trainer.model_ema.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
+        "classes": _classes(trainer),
         "lr_scheduler": trainer.lr_scheduler.state_dict(),
         "grad_scaler": None if trainer.precision.scaler is None else trainer.precision.scaler.state_dict(),
         "precision": trainer.precision.name,
@@ -103,6 +104,11 @@ def capture(trainer: Trainer) -> dict[str, Any]:
     }
     converted: dict[str, Any] = plain(state)
     return converted
+
+
+def _classes(trainer: Trainer) -> dict[str, str]:
+    scheduler = trainer.lr_scheduler.scheduler
+    return {"optimizer": type(trainer.optimizer).__qualname__, "lr_scheduler": type(scheduler).__qualname__}
 
 
 def restore(trainer: Trainer, state: Mapping[str, Any]) -> None:
@@ -128,7 +134,7 @@ def restore(trainer: Trainer, state: Mapping[str, Any]) -> None:
 def restore_rng(trainer: Trainer, state: Mapping[str, Any]) -> None:
     """Put the random numbers back; the last thing before the first batch."""
     if state["data"]:
-        trainer.source.load_state_dict(state["data"])
+        trainer.source.load_state_dict(state["data"], trainer.progress.position)
     if not trainer.source.is_ours:
         start_persistent_workers(trainer.data_loader)
     set_loader_generator_states(trainer.data_loader, state["loader_generators"])
@@ -146,8 +152,9 @@ def _check_fits(trainer: Trainer, state: Mapping[str, Any]) -> None:
         differences.append(f"use_ema was {state['ema'] is not None}, now it is {trainer.model_ema is not None}")
     if state["precision"] != trainer.precision.name:
         differences.append(f"precision was {state['precision']}, now it is {trainer.precision.name}")
-    if (state["lr_scheduler"]["scheduler"] is None) != (trainer.lr_scheduler.scheduler is None):
-        differences.append("an lr_scheduler is there only in one of the two runs")
+    for what, name in _classes(trainer).items():
+        if name != state["classes"][what]:
+            differences.append(f"the {what} was {state['classes'][what]}, now it is {name}")
     steps_then = (state["lr_scheduler"]["scheduler"] or {}).get("total_steps")
     steps_now = getattr(trainer.lr_scheduler.scheduler, "total_steps", None)
     if steps_then != steps_now:

@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -76,7 +75,8 @@ class Trainer:
         lr_scheduler_interval: "epoch" or "iter": the scheduler steps after each epoch, or after each update.
         lr_scheduler_metric: name of the metric that ReduceLROnPlateau follows.
         on_nonfinite: "raise" where a loss or a gradient is NaN or infinite, or "skip" that update.
-        seed: of the data's order and augmentation; None: `torch.initial_seed()`. Kept in the checkpoint.
+        seed: of the data's order and augmentation; None: that of the loader's own generator, if it was given one, else
+            `torch.initial_seed()`. Kept in the checkpoint.
         take_over: give a plain DataLoader an order and augmentation seeds that are a function of (seed, epoch, position), so that
             they do not depend on workers and any place is reached directly; False: leave it as torch has it.
         compile: compile the model in place (`nn.Module.compile`), which keeps the names of its weights; a dict is passed to
@@ -136,6 +136,8 @@ class Trainer:
         checks.check_arguments(model, optimizer, lr_scheduler, data_loader)
         checks.check_numbers(max_epochs, gradient_accumulation_steps, clip_grad_norm)
         checks.check_functions(step_fn=step_fn, loss_weight=loss_weight)
+        checks.check_flags(enable_amp=enable_amp, use_ema=use_ema, take_over=take_over)
+        checks.check_warmup_and_ema(warmup_iters, warmup_factor, ema_decay)
         checks.check_scheduler(lr_scheduler, lr_scheduler_interval, lr_scheduler_metric)
         checks.check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
         self.device = checks.device_of(model) if device is None else resolve_device(device)
@@ -166,7 +168,7 @@ class Trainer:
             on_cpu=self.device.type == "cpu",
         )
 
-        self.seed = torch.initial_seed() if seed is None else seed
+        self.seed = checks.checked_seed(seed, data_loader)
         self.take_over = take_over
         self.source = self._source()
         self.progress = Progress()
@@ -223,6 +225,7 @@ class Trainer:
                 self._report(error)
                 raise
             finally:
+                self.resumed_iter = None  # another train() goes on where this one ended
                 self.source.close()
                 self._close(failed)
 
@@ -389,16 +392,22 @@ class Trainer:
                 "Move it before, or pass device= to the Trainer."
             )
         checks.check_loader(self.data_loader, self.max_epochs - self.progress.epoch, self.epoch_len)
-        checks.check_one_cycle(
-            self.lr_scheduler.scheduler, self.lr_scheduler_interval, self.updates_per_epoch, self.max_epochs
-        )
+        if self.progress.epoch < self.max_epochs:
+            checks.check_one_cycle(
+                self.lr_scheduler.scheduler, self.lr_scheduler_interval, self.updates_per_epoch, self.max_epochs
+            )
         for hook in self.hooks:
             hook.check()
 
     def _begin(self) -> None:
         self.start_epoch = self.progress.epoch
+        self.should_stop = False
+        self.updater.reset()
+        self.metric_storage.allow_repeats()
         if self.source.is_ours:
-            logger.info("The DataLoader's order and augmentation are functions of seed %d and the position.", self.seed)
+            logger.info(
+                "The DataLoader's order and augmentation are functions of seed %d and the position.", self.source.seed
+            )
         if self.model_ema is not None:
             self.model_ema.bind(self.model)
         self.hook_caller.warn_of_unclaimed()
@@ -534,6 +543,15 @@ class Trainer:
         for hook in hooks:
             hook.trainer = weakref.proxy(self)
         self.hook_caller.add(hooks)
+
+    def check_main(self) -> bool:
+        """This is the process that writes and prints (1.7's name)."""
+        return is_main()
+
+    def logger_print(self, string: str, function: Callable[[str], None] = logger.info) -> None:
+        """Log on the main process (1.7's name)."""
+        if is_main():
+            function(string)
 
     def log(self, *args: Any, **kwargs: Any) -> None:
         """`metric_storage.update`: log(iter, name=value, ..., smooth=True, window_size=None)."""

@@ -27,7 +27,8 @@ def write(path: str | os.PathLike[str], checkpoint: Any, *, keep_as: str | os.Pa
         CheckpointError: where the disk is full, the folder cannot be written, ...; the old file is as it was.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed process leaves is used again
+    existed = path.exists()
     try:
         with open(temporary, "wb") as file:
             torch.save(checkpoint, file)
@@ -43,7 +44,8 @@ def write(path: str | os.PathLike[str], checkpoint: Any, *, keep_as: str | os.Pa
         while cause.__context__ is not None and not isinstance(cause, OSError):
             cause = cause.__context__  # torch hides "no space left" behind an error of its own
         raise CheckpointError(
-            f"{path} could not be written: {cause}. The file that was there before is untouched."
+            f"{path} could not be written: {cause}."
+            + (" The file that was there before is untouched." if existed else "")
         ) from error
     finally:
         with contextlib.suppress(OSError):
@@ -57,7 +59,7 @@ def _verify(path: Path) -> None:
 def _keep(path: Path, older: Path) -> None:
     """Give the file a second name, so that there is no moment without `path`."""
     try:
-        temporary = older.with_name(f".{older.name}.{os.getpid()}.tmp")
+        temporary = older.with_name(f".{older.name}.tmp")
         temporary.unlink(missing_ok=True)
         os.link(path, temporary)
         os.replace(temporary, older)
@@ -88,15 +90,24 @@ def read(path: str | os.PathLike[str]) -> Any:
     except FileNotFoundError:
         raise
     except pickle.UnpicklingError as error:
+        if "weights_only" not in str(error) or "Unsupported" not in str(error):
+            raise _damaged(path, error) from error
         raise CheckpointError(
-            f"{path} holds more than tensors and plain types, or is damaged ({_first_line(error)}). torch-frame never runs code "
+            f"{path} holds more than tensors and plain types ({_first_line(error)}). torch-frame never runs code "
             "from a checkpoint, and a state of torch-frame 1.7 contains such. If you trust the file, take the weights out with "
             f"torch.load({str(path)!r}, weights_only=False)['model'] and pass them as load_checkpoint(checkpoint=...)."
         ) from error
     except (OSError, RuntimeError, EOFError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read, it is damaged or no checkpoint ({_first_line(error)})."
-        ) from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: str | os.PathLike[str], error: BaseException) -> CheckpointError:
+    path = Path(path)
+    message = f"{path} cannot be read: it is damaged, or no checkpoint ({_first_line(error)})."
+    previous = path.with_name("previous.pth")
+    if path.name == "latest.pth" and previous.exists():
+        message += f" {previous} is the state that was saved before it: load_checkpoint({str(previous)!r})."
+    return CheckpointError(message)
 
 
 def _first_line(error: BaseException) -> str:

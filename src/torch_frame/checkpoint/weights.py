@@ -91,6 +91,12 @@ def load_weights(model: nn.Module, weights: Any) -> WeightsReport:
         mismatched_shapes=shapes,
     )
     if own and not fitting:
+        inside = [name for name, value in weights.items() if isinstance(value, Mapping)]
+        if inside:
+            raise CheckpointError(
+                f"None of the weights fits this model; the dict holds others under {', '.join(map(repr, inside))}. "
+                f"Pass one of them: load_checkpoint(checkpoint=weights[{inside[0]!r}])."
+            )
         raise CheckpointError(
             f"None of the {len(given)} weights fits this model ({report}). Is it the checkpoint of another model?"
         )

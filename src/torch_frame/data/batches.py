@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
-from torch_frame.data.order import Order, mix
+from torch_frame.data.order import Order, at, mix
 from torch_frame.data.seeding import seed_all
 
 
@@ -172,14 +172,14 @@ class Loading:
         return Fetched(batch, place.epoch, place.stop, place.is_last, place.generation)
 
     def _load(self, place: BatchPlace) -> Any:
-        epoch_key = mix(self._seed, place.epoch, 0xA5)
+        epoch_key = self._epoch_key
         if self._single or getattr(self.dataset, "__getitems__", None):
-            seed_all(mix(epoch_key, place.first))
+            seed_all(at(epoch_key, place.first))
             samples = self.dataset[place.indices] if self._single else self.dataset.__getitems__(place.indices)
         else:
             samples = []
             for position, index in enumerate(place.indices, place.first):
-                seed_all(mix(epoch_key, position))
+                seed_all(at(epoch_key, position))
                 samples.append(self.dataset[index])
             if self._collate_fn is not default_collate:  # which draws nothing
                 seed_all(mix(epoch_key, place.first, 1))
@@ -187,6 +187,7 @@ class Loading:
 
     def _begin_epoch(self, epoch: int) -> None:
         self._epoch = epoch
+        self._epoch_key = mix(self._seed, epoch, 0xA5)
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
 
@@ -217,7 +218,7 @@ class Streaming(IterableDataset[Any]):
         sample, count = None, 0
         while True:
             with kept:
-                seed_all(mix(key, count))
+                seed_all(at(key, count))
                 sample = next(samples, _END)
             if sample is _END:
                 return
@@ -226,6 +227,24 @@ class Streaming(IterableDataset[Any]):
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+
+class StreamCollating:
+    """The collate function of a `Streaming` dataset, with random numbers of (seed, epoch, worker, count of batches)."""
+
+    def __init__(self, collate_fn: Callable[[Any], Any], seed: int, epoch: int) -> None:
+        self._collate_fn = collate_fn
+        self._seed = seed
+        self._epoch = epoch
+        self._count = 0
+
+    def __call__(self, samples: Any) -> Any:
+        worker = get_worker_info()
+        key = mix(self._seed, self._epoch, 0 if worker is None else worker.id, 0x3C)
+        with contextlib.nullcontext() if worker is not None else _TrainingNumbersKept():
+            seed_all(at(key, self._count))
+            self._count += 1
+            return self._collate_fn(samples)
 
 
 _numpy_global: Any = np.random

@@ -15,7 +15,8 @@ import torch
 from torch_frame.data.seeding import rng_state, seed_all, set_rng_state
 
 _MASK = (1 << 64) - 1
-_ROUNDS = 8
+_GOLDEN = 0x9E3779B97F4A7C15
+_ROUNDS = 16
 CHUNK = 4096
 """Positions computed at a time: 0.1 us each, and no pause that anybody sees."""
 
@@ -28,11 +29,16 @@ def mix(*numbers: int) -> int:
     """
     value = 0
     for number in numbers:
-        value = (value + number + 0x9E3779B97F4A7C15) & _MASK
-        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-        value ^= value >> 31
+        value = at(value, number)
     return value
+
+
+def at(key: int, number: int) -> int:
+    """The 64-bit number with this index in the sequence of a key: one step of splitmix64, 0.4 us."""
+    value = (key + number * _GOLDEN + _GOLDEN) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
 
 
 class Permutation:
@@ -150,11 +156,12 @@ class FromSampler:
 
     def indices(self, epoch: int, start: int) -> Iterator[Any]:
         seed = mix(self._seed, epoch, 0x5A)
-        if hasattr(self._sampler, "set_epoch"):
-            self._sampler.set_epoch(epoch)
-        generator = getattr(self._sampler, "generator", None)
-        if isinstance(generator, torch.Generator):
-            generator.manual_seed(seed >> 1)
+        for depth, sampler in enumerate(_with_inner(self._sampler)):
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
+            generator = getattr(sampler, "generator", None)
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(mix(seed, depth) >> 1)
         numbers = _OwnRandomNumbers(seed)
         with numbers:
             running = iter(self._sampler)
@@ -184,6 +191,16 @@ class _OwnRandomNumbers:
     def __exit__(self, *exception: object) -> None:
         self._inside = rng_state()
         set_rng_state(self._outside)
+
+
+def _with_inner(sampler: Any) -> Iterator[Any]:
+    """A sampler and those that it draws from: BatchSampler(RandomSampler(...)), wrappers of a user's."""
+    seen: list[Any] = []
+    while sampler is not None and not any(sampler is other for other in seen):
+        seen.append(sampler)
+        yield sampler
+        inner = (getattr(sampler, name, None) for name in ("sampler", "batch_sampler"))
+        sampler = next((candidate for candidate in inner if candidate is not None), None)
 
 
 def _taken(iterator: Iterator[Any], count: int) -> list[Any]:

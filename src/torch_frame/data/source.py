@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 import signal
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Protocol, Self
 
+import numpy as np
 import torch
 from torch.utils.data import (
     BatchSampler,
@@ -18,9 +21,19 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    get_worker_info,
 )
 
-from torch_frame.data.batches import BatchPlace, BatchPlan, Fetched, GivenBatches, Loading, SampleBatches, Streaming
+from torch_frame.data.batches import (
+    BatchPlace,
+    BatchPlan,
+    Fetched,
+    GivenBatches,
+    Loading,
+    SampleBatches,
+    StreamCollating,
+    Streaming,
+)
 from torch_frame.data.order import FromSampler, Order, Sequential, Shuffled
 
 _logger = logging.getLogger("torch_frame")
@@ -40,6 +53,7 @@ class Source(Protocol):
 
     exact: bool
     is_ours: bool
+    seed: int
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Placed]:
         """The epoch's batches from position `start` on; a position of 0 is the epoch's beginning."""
@@ -51,11 +65,14 @@ class Source(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state_dict: dict[str, Any], start: int) -> None:
+        """Take up a state that was saved at position `start`; the training's random numbers are restored afterwards."""
+        ...
 
 
 def source_of(loader: Iterable[Any], seed: int, *, take_over: bool = True, last_epoch: int | None = None) -> Source:
     """How this loader is iterated: see the classes below."""
+    seed = operator.index(seed)
     if isinstance(loader, InfiniteDataLoader):
         own_seed = seed if loader.seed is None else loader.seed
         return OrderedSource(loader, own_seed, endless=True, last_epoch=last_epoch)
@@ -75,6 +92,7 @@ class _Stateless:
     """A source that has nothing to save beside the position."""
 
     is_ours = False
+    seed = 0
 
     def close(self) -> None:
         """Nothing runs in the background between epochs."""
@@ -82,7 +100,7 @@ class _Stateless:
     def state_dict(self) -> dict[str, Any]:
         return {}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], start: int) -> None:
         """Nothing to take up."""
 
 
@@ -130,15 +148,19 @@ class StatefulSource(_Stateless):
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
+        self._resumed: Iterator[Any] | None = None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Placed]:
-        return ((batch, i) for i, batch in enumerate(self._loader, start + 1))
+        batches, self._resumed = self._resumed or iter(self._loader), None
+        return ((batch, i) for i, batch in enumerate(batches, start + 1))
 
     def state_dict(self) -> dict[str, Any]:
         return {"loader": self._loader.state_dict()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], start: int) -> None:
         self._loader.load_state_dict(state_dict["loader"])
+        if start:  # an iteration under way has drawn its random numbers before those of the checkpoint were saved
+            self._resumed = iter(self._loader)
 
 
 class StreamSource(_Stateless):
@@ -153,7 +175,7 @@ class StreamSource(_Stateless):
 
     def __init__(self, loader: DataLoader[Any], seed: int) -> None:
         self._loader = loader
-        self._seed = seed
+        self.seed = seed
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Placed]:
         if start:
@@ -161,15 +183,17 @@ class StreamSource(_Stateless):
                 "Resuming inside an epoch of an IterableDataset: %d batches are loaded again and left out, which takes its time.",
                 start,
             )
-        streaming = Streaming(self._loader.dataset, self._seed, epoch)
-        inner = DataLoader(
-            streaming,
-            batch_size=self._loader.batch_size,
-            drop_last=self._loader.drop_last,
-            collate_fn=self._loader.collate_fn,
-            **_settings(self._loader, self._seed),
-        )
-        return islice(((batch, i) for i, batch in enumerate(inner, 1)), start, None)
+        streaming = Streaming(self._loader.dataset, self.seed, epoch)
+        with _no_second_warning():
+            inner = DataLoader(
+                streaming,
+                batch_size=self._loader.batch_size,
+                drop_last=self._loader.drop_last,
+                collate_fn=StreamCollating(self._loader.collate_fn, self.seed, epoch),
+                **_settings(self._loader, self.seed),
+            )
+            stream = iter(inner)
+        return islice(((batch, i) for i, batch in enumerate(stream, 1)), start, None)
 
 
 class OrderedSource(_Stateless):
@@ -218,38 +242,45 @@ class OrderedSource(_Stateless):
         turn = self._turn
         if not self._endless:
             self.close()
+        if self._has_no_batch(epoch, start):
+            return
+        stream, generation = self._stream_at(epoch, start)
         try:
-            for fetched in self._from(epoch, start):
-                if turn != self._turn:
-                    raise RuntimeError(
-                        "This loader is iterated anew while an earlier iteration goes on; it can do one at a time."
-                    )
+            while True:
+                self._check_turn(turn)
+                fetched = next(stream)
+                if fetched.generation != generation:  # an endless stream had fetched it for another place
+                    continue
+                self._next = (epoch + 1, 0) if fetched.is_last else (epoch, fetched.stop)
                 yield fetched.batch, fetched.stop
                 if fetched.is_last:
-                    self._next = (epoch + 1, 0)
                     break
-                self._next = (epoch, fetched.stop)
         except Exception:
-            self.close()  # workers that failed are not asked again
+            if turn == self._turn:
+                self.close()  # workers that failed are not asked again
             raise
         finally:
             if not self._endless and turn == self._turn:
                 self.close()
 
-    def _from(self, epoch: int, start: int) -> Iterator[Fetched]:
-        """Batches of this place, whatever an endless stream has fetched ahead for another."""
-        if self._has_no_batch(epoch, start):
-            return
+    def _check_turn(self, turn: int) -> None:
+        if turn != self._turn:
+            raise RuntimeError(
+                "This loader is iterated anew while an earlier iteration goes on; it can do one at a time."
+            )
+
+    def _stream_at(self, epoch: int, start: int) -> tuple[Iterator[Fetched], int]:
+        """The stream, and the generation of what it will bring for this place."""
+        if self._stream is not None and self._cursor is not None and self._next != (epoch, start):
+            self._cursor.jump(epoch, start)
+            if self._cursor.exhausted:
+                self.close()
         if self._stream is None or self._cursor is None:
             self._cursor = _Cursor(self.plan, epoch, start, endless=self._endless, last_epoch=self.last_epoch)
-            self._stream = iter(_inner_loader(self._loader, self._cursor, self.seed))
-        elif self._next != (epoch, start):
-            self._cursor.jump(epoch, start)
-        for fetched in self._stream:
-            if fetched.generation == self._cursor.generation:
-                yield fetched
-                if fetched.is_last:
-                    return
+            with _no_second_warning():
+                self._stream = iter(_inner_loader(self._loader, self._cursor, self.seed))
+        self._next = (epoch, start)
+        return self._stream, self._cursor.generation
 
     def _has_no_batch(self, epoch: int, start: int) -> bool:
         if start == 0:
@@ -259,7 +290,11 @@ class OrderedSource(_Stateless):
 
     def close(self) -> None:
         """End the workers; the next epoch starts new ones."""
+        # By torch's own method and not by letting go: a traceback, or somebody's variable, may hold the iterator.
+        shutdown = getattr(self._stream, "_shutdown_workers", None)
         self._stream = self._cursor = None
+        if shutdown is not None:
+            shutdown()
 
 
 class _Cursor:
@@ -269,6 +304,7 @@ class _Cursor:
         self, plan: BatchPlan, epoch: int, start: int, *, endless: bool, last_epoch: int | None = None
     ) -> None:
         self.generation = 0
+        self.exhausted = False
         self._plan = plan
         self._endless = endless
         self._last_epoch = last_epoch
@@ -290,21 +326,27 @@ class _Cursor:
                     break
             else:
                 if not self._endless or (self._last_epoch is not None and epoch >= self._last_epoch):
+                    self.exhausted = True
                     return
 
 
 def _inner_loader(loader: DataLoader[Any], cursor: _Cursor, seed: int) -> DataLoader[Any]:
     """A DataLoader with the user's workers and settings that loads by our places."""
     loading = Loading(loader.dataset, loader.collate_fn, single=loader.batch_sampler is None, seed=seed)
+    return DataLoader(
+        loading,  # type: ignore[arg-type]  # asked through __getitems__ alone
+        batch_sampler=cursor,  # type: ignore[arg-type]  # places instead of lists of indices
+        collate_fn=_as_it_is,
+        **_settings(loader, seed),
+    )
+
+
+@contextlib.contextmanager
+def _no_second_warning() -> Iterator[None]:
+    """The user's own loader has said already that it has many workers."""
     with warnings.catch_warnings():
-        # The user's own loader has said so already.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
-        return DataLoader(
-            loading,  # type: ignore[arg-type]  # asked through __getitems__ alone
-            batch_sampler=cursor,  # type: ignore[arg-type]  # places instead of lists of indices
-            collate_fn=_as_it_is,
-            **_settings(loader, seed),
-        )
+        yield
 
 
 def _settings(loader: DataLoader[Any], seed: int) -> dict[str, Any]:
@@ -314,13 +356,16 @@ def _settings(loader: DataLoader[Any], seed: int) -> dict[str, Any]:
         "pin_memory": loader.pin_memory,
         "generator": torch.Generator().manual_seed(seed & (2**63 - 1)),
     }
+    if not getattr(loader, "in_order", True):
+        _logger.warning(
+            "in_order=False is not used: the order of batches is a function of the seed. take_over=False keeps it."
+        )
     if loader.num_workers > 0:
         settings |= {
             "worker_init_fn": WorkerInit(loader.worker_init_fn),
             "prefetch_factor": loader.prefetch_factor,
             "multiprocessing_context": loader.multiprocessing_context,
             "timeout": loader.timeout,
-            "in_order": getattr(loader, "in_order", True),
         }
     return settings
 
@@ -330,16 +375,24 @@ def _as_it_is(batch: Any) -> Any:
 
 
 class WorkerInit:
-    """Runs first in a worker: signals are the training process's business, which ends its workers itself."""
+    """Runs first in a worker: Ctrl-C is the training process's business, which ends its workers itself."""
 
     def __init__(self, users: Callable[[int], None] | None) -> None:
         self._users = users
 
     def __call__(self, worker_id: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _numpy_global.set_bit_generator(np.random.MT19937(0))  # a forked worker may have another kind from the user
+        info = get_worker_info()
+        assert info is not None
+        wrapped: Any = info.dataset  # Loading or Streaming; a user's function and dataset look for their own there
+        object.__setattr__(info, "dataset", wrapped.dataset)
         if self._users is not None:
             self._users(worker_id)
+
+
+_numpy_global: Any = np.random
+"""numpy's global generator; its stubs leave out the function that exchanges it."""
 
 
 def plan_of(loader: DataLoader[Any], seed: int, rank: int = 0, world_size: int = 1) -> BatchPlan:
@@ -393,7 +446,8 @@ class InfiniteDataLoader(DataLoader[Any]):
     def __init__(
         self, dataset: Any, batch_size: int | None = 1, shuffle: bool | None = None, *args: Any, **settings: Any
     ) -> None:
-        self.seed: int | None = settings.pop("seed", None)
+        seed = settings.pop("seed", None)
+        self.seed: int | None = None if seed is None else operator.index(seed)
         if isinstance(dataset, IterableDataset):
             raise TypeError("InfiniteDataLoader takes a map-style dataset; an IterableDataset has no order to compute.")
         settings.setdefault("persistent_workers", settings.get("num_workers", 0) > 0)
@@ -411,9 +465,14 @@ class InfiniteDataLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator of batches, with torch's loader behind it
         if self._source is None:
             seed = torch.initial_seed() if self.seed is None else self.seed
-            self._source = OrderedSource(self, seed, endless=True)
+            # A weak reference: with its last strong one a loader ends its workers, and does not wait for the collector.
+            self._source = OrderedSource(weakref.proxy(self), seed, endless=True)
         epoch, self._next_epoch = self._next_epoch, self._next_epoch + 1
-        return (batch for batch, _ in self._source.epoch(epoch))
+        return self._batches(self._source, epoch)
+
+    def _batches(self, source: OrderedSource, epoch: int) -> Iterator[Any]:
+        for batch, _ in source.epoch(epoch):
+            yield batch
 
     def close(self) -> None:
         """End the workers; another `for` starts new ones."""

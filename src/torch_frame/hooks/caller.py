@@ -84,6 +84,8 @@ def checked_hooks(hooks: Iterable[HookBase | None]) -> list[HookBase]:
         )
     if isinstance(hooks, HookBase):
         raise TypeError(f"hooks is a single {hooks.class_name}; it has to be a list: hooks=[{hooks.class_name}(...)].")
+    if not isinstance(hooks, Iterable):
+        raise TypeError(f"hooks is {hooks!r}; it has to be a list of hooks, or None.")
     checked = []
     for hook in hooks:
         if isinstance(hook, type) and issubclass(hook, HookBase):

@@ -100,6 +100,12 @@ class CheckpointerHook(HookBase):
 
     def _metric_value(self, name: str) -> float:
         if name not in self.metric_storage:
+            prefix = getattr(self, "prefix", "")
+            if prefix and name.removeprefix(prefix) in self.metric_storage:
+                raise SettingError(
+                    f"save_metric is {name.removeprefix(prefix)!r}, which {self.class_name} looks for as {name!r}: it puts "
+                    f"its prefix before the name. Log it as {name!r}."
+                )
             raise SettingError(
                 f"save_metric is {name!r}, but nothing has been logged under this name; there are: "
                 f"{', '.join(sorted(self.metric_storage)) or 'none'}. "

@@ -136,7 +136,7 @@ class LoggerHook(HookBase):
         parts = [f"Epoch {self.trainer.epoch + 1}/{self.trainer.max_epochs}"]
         if "iter_time" in storage:
             if self.trainer.max_iters is not None:
-                parts.append(f"ETA {_duration(self._seconds_left(self.trainer.max_iters))}")
+                parts.append(f"ETA {_duration(self._seconds_left())}")
             parts.append(f"iter_time {storage['iter_time'].avg:.4f}")
         if "data_time" in storage:
             parts.append(f"data_time {storage['data_time'].avg:.4f}")
@@ -148,11 +148,11 @@ class LoggerHook(HookBase):
             parts += [f"{name} {storage[name].avg:.4g}" for name in names]
         _logger.info("  ".join(parts))
 
-    def _seconds_left(self, max_iters: int) -> float:
+    def _seconds_left(self) -> float:
         """By what an iteration has taken since this process began, evaluation and saves included."""
-        done = self.trainer.progress.iter
         elapsed = time.perf_counter() - self._train_started
-        return elapsed / max(done - self._iters_before, 1) * (max_iters - done)
+        iters_left = (self.trainer.max_epochs - self.trainer.epoch - 1) * (self.trainer.epoch_len or 0)
+        return elapsed / max(self.trainer.progress.iter - self._iters_before, 1) * iters_left
 
     def _by_mode(self) -> dict[str, list[str]]:
         """mode -> its names, `total_loss` first."""

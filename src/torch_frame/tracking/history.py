@@ -249,7 +249,12 @@ class MetricStorage(dict[str, HistoryBuffer]):
             self._latest_iter[name] = saved["latest_iter"]
             self[name]._history.extend(saved["window"])
             self[name]._count, self[name]._sum = saved["count"], saved["sum"]
-        self._restored = set(state)
+        self.allow_repeats()
+
+    def allow_repeats(self) -> None:
+        """From now on a value for a name's latest moment takes that one's place, once: a run goes through it again."""
+        self.flush()
+        self._restored = set(self)
 
 
 def _read_columns(

@@ -167,7 +167,8 @@ def find_checkpoint(name: str | os.PathLike[str], work_dir: str | os.PathLike[st
         places, siblings = [name], []
     else:
         places = [name, os.path.join(work_dir, "checkpoints", name)]
-        folders = sorted(glob.glob(f"{glob.escape(work_dir)}_*"))
+        # What create_new_dir puts behind a name begins with a digit; exp_large is another experiment than exp.
+        folders = sorted(glob.glob(f"{glob.escape(work_dir)}_[0-9]*"))
         siblings = [os.path.join(folder, "checkpoints", name) for folder in folders]
     newest_sibling = _newest(siblings)
     found = next((place for place in places if os.path.isfile(place)), newest_sibling)

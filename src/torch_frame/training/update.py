@@ -85,6 +85,10 @@ class Update:
         self._norm_covers_all = {id(p) for p in self._optimized} <= {id(p) for p in self._parameters}
         self._buffers = BufferSnapshot(self.model) if self._may_skip else None
 
+    def reset(self) -> None:
+        """Forget a window that was broken off, by an exception for instance."""
+        self.num_micro_batches = 0
+
     # ---------------------------------------------------------------- the window
 
     @property

@@ -1,0 +1,175 @@
+"""Batches: ranks partition each epoch, at every size, and a run goes on with another number of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torch_frame.data.batches import BatchPlace, GivenBatches, SampleBatches
+from torch_frame.data.order import FromSampler, Sequential, Shuffled
+
+SIZES = st.integers(0, 150)
+BATCH_SIZES = st.integers(1, 7)
+WORLD_SIZES = st.integers(1, 5)
+SHORT = st.sampled_from(["wrap", "drop"])
+
+
+def of_all_ranks(
+    order: Any, batch_size: int, world_size: int, epoch: int = 0, start: int = 0, **kwargs: Any
+) -> list[tuple[BatchPlace, ...]]:
+    """The global batches: for each, the places of all ranks, which have to be equally many."""
+    plans = [SampleBatches(order, batch_size, rank=rank, world_size=world_size, **kwargs) for rank in range(world_size)]
+    by_rank = [list(plan.places(epoch, start)) for plan in plans]
+    assert len({len(places) for places in by_rank}) == 1
+    if start == 0:
+        assert {len(plan) for plan in plans} == {len(by_rank[0])}
+    return list(zip(*by_rank, strict=True))
+
+
+@given(SIZES, BATCH_SIZES, WORLD_SIZES, st.booleans(), SHORT, st.integers(0, 3))
+@settings(max_examples=300, deadline=None)
+def test_the_ranks_partition_each_epoch(
+    size: int, batch_size: int, world_size: int, drop_last: bool, short: str, epoch: int
+) -> None:
+    order = Shuffled(size, seed=1)
+    batches = of_all_ranks(order, batch_size, world_size, epoch, drop_last=drop_last, short=short)
+    served = Counter(index for places in batches for place in places for index in place.indices)
+
+    rest = size % (batch_size * world_size)
+    left_out = rest if drop_last or (rest < world_size and short == "drop") else 0
+    assert len(served) == size - left_out
+    expected = list(order.indices(epoch, 0))[: size - left_out]
+    assert set(served) == set(expected)
+    twice = world_size - rest if 0 < rest < world_size and not left_out else 0
+    assert served.total() == size - left_out + twice
+    if twice:  # those of the last batch alone, as evenly as it goes
+        counts = [served[index] for index in expected[-rest:]]
+        assert sum(counts) == world_size
+        assert max(counts) - min(counts) <= 1
+
+
+@given(SIZES, BATCH_SIZES, WORLD_SIZES, st.booleans(), SHORT)
+@settings(max_examples=200, deadline=None)
+def test_a_ragged_end_is_split_as_evenly_as_it_goes(
+    size: int, batch_size: int, world_size: int, drop_last: bool, short: str
+) -> None:
+    batches = of_all_ranks(Shuffled(size, seed=2), batch_size, world_size, drop_last=drop_last, short=short)
+    for places in batches:
+        sizes = [len(place.indices) for place in places]
+        assert max(sizes) - min(sizes) <= 1
+        assert 1 <= min(sizes) <= max(sizes) <= batch_size
+    for places in batches[:-1]:
+        assert {len(place.indices) for place in places} == {batch_size}
+    if drop_last and batches:
+        assert {len(place.indices) for place in batches[-1]} == {batch_size}
+
+
+@given(SIZES, BATCH_SIZES, WORLD_SIZES, st.booleans(), SHORT)
+@settings(max_examples=200, deadline=None)
+def test_the_last_batch_and_no_other_says_so(
+    size: int, batch_size: int, world_size: int, drop_last: bool, short: str
+) -> None:
+    batches = of_all_ranks(Sequential(size), batch_size, world_size, drop_last=drop_last, short=short)
+    flags = [{place.is_last for place in places} for places in batches]
+    assert flags == [{False}] * (len(batches) - 1) + [{True}] * bool(batches)
+
+
+@given(SIZES, BATCH_SIZES, WORLD_SIZES, SHORT)
+@settings(max_examples=200, deadline=None)
+def test_positions_are_those_of_the_global_order_at_every_world_size(
+    size: int, batch_size: int, world_size: int, short: str
+) -> None:
+    order = Shuffled(size, seed=3)
+    expected = list(order.indices(0, 0))
+    batches = of_all_ranks(order, batch_size, world_size, short=short)
+    for places in batches:
+        assert len({place.stop for place in places}) == 1  # where a run goes on is the same on all ranks
+        for place in places:
+            assert place.indices == expected[place.first : place.first + len(place.indices)]
+            assert place.first + len(place.indices) <= place.stop
+    stops = [0] + [places[0].stop for places in batches]
+    assert all(second - first == batch_size * world_size for first, second in list(pairwise(stops))[:-1])
+
+
+@given(SIZES, BATCH_SIZES, WORLD_SIZES, st.booleans(), SHORT, st.data())
+@settings(max_examples=200, deadline=None)
+def test_any_batch_is_reached_directly(
+    size: int, batch_size: int, world_size: int, drop_last: bool, short: str, data: st.DataObject
+) -> None:
+    order = Shuffled(size, seed=4)
+    kwargs: dict[str, Any] = {"drop_last": drop_last, "short": short}
+    batches = of_all_ranks(order, batch_size, world_size, 1, **kwargs)
+    done = data.draw(st.integers(0, len(batches)))
+    start = batches[done - 1][0].stop if done else 0
+    assert of_all_ranks(order, batch_size, world_size, 1, start, **kwargs) == batches[done:]
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4), (3, 5), (5, 1), (1, 3)])
+@given(size=SIZES, batch_size=BATCH_SIZES, later_batch_size=BATCH_SIZES, data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_stop_on_some_ranks_continue_on_others_and_every_sample_comes_exactly_once(
+    before: int, after: int, size: int, batch_size: int, later_batch_size: int, data: st.DataObject
+) -> None:
+    order = Shuffled(size, seed=5)
+    batches = of_all_ranks(order, batch_size, before, 2, short="drop")
+    done = data.draw(st.integers(0, len(batches)))
+    position = batches[done - 1][0].stop if done else 0
+    rest = of_all_ranks(order, later_batch_size, after, 2, position, short="drop")
+    served = Counter(i for places in batches[:done] + rest for place in places for i in place.indices)
+    assert set(served.values()) <= {1}
+    missing = size - len(served)
+    assert missing < after  # dropped: fewer samples than ranks at the very end
+
+    wrapped = of_all_ranks(order, later_batch_size, after, 2, position, short="wrap")
+    all_of_them = {i for places in batches[:done] + wrapped for place in places for i in place.indices}
+    assert all_of_them == set(range(size))
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 4, 5, 8])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_one_rank_has_the_batches_of_a_data_loader(size: int, drop_last: bool) -> None:
+    plan = SampleBatches(Sequential(size), 4, drop_last)
+    expected = [list(range(i, min(i + 4, size))) for i in range(0, size, 4)]
+    if drop_last:
+        expected = [batch for batch in expected if len(batch) == 4]
+    assert [place.indices for place in plan.places(0, 0)] == expected
+    assert len(plan) == len(expected)
+
+
+@given(st.lists(st.integers(1, 5), max_size=12), st.data())
+@settings(deadline=None)
+def test_a_users_own_batches_are_served_as_they_are_from_any_of_them_on(sizes: list[int], data: st.DataObject) -> None:
+    given_batches = [[7] * size for size in sizes]
+    plan = GivenBatches(FromSampler(given_batches, seed=0), single=False)
+    places = list(plan.places(0, 0))
+    assert [place.indices for place in places] == given_batches
+    assert [place.stop for place in places] == [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    assert [place.is_last for place in places] == [False] * (len(sizes) - 1) + [True] * bool(sizes)
+    assert len(plan) == len(places)
+    done = data.draw(st.integers(0, len(sizes)))
+    assert list(plan.places(0, sum(sizes[:done]))) == places[done:]
+
+
+@given(st.integers(0, 30), st.data())
+@settings(deadline=None)
+def test_single_indices_count_one_each(size: int, data: st.DataObject) -> None:
+    plan = GivenBatches(Shuffled(size, seed=0), single=True)
+    places = list(plan.places(0, 0))
+    assert sorted(place.indices for place in places) == list(range(size))
+    assert [place.stop for place in places] == list(range(1, size + 1))
+    assert [place.is_last for place in places] == [False] * (size - 1) + [True] * bool(size)
+    start = data.draw(st.integers(0, size))
+    assert list(plan.places(0, start)) == places[start:]
+
+
+def test_lists_of_indices_under_batch_size_none_count_one_each() -> None:
+    plan = GivenBatches(FromSampler([[0, 1, 2], [3, 4]], seed=0), single=True)
+    assert [(place.first, place.stop, place.indices) for place in plan.places(0, 0)] == [
+        (0, 1, [0, 1, 2]),
+        (1, 2, [3, 4]),
+    ]
