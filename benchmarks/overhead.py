@@ -112,7 +112,7 @@ def ours(batches: list[Any], optimizer_name: str, hooks: Callable[[], list[Any]]
 def terminal() -> Iterator[None]:
     """stderr is a terminal inside, so that bars are drawn as for a person."""
     leader, follower = os.openpty()
-    reader = subprocess.Popen(["cat"], stdin=leader, stdout=subprocess.DEVNULL)
+    reader = subprocess.Popen(["cat"], stdin=leader, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     before = sys.stderr
     sys.stderr = os.fdopen(follower, "w")
     try:

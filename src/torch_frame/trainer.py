@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch_frame import checks, state
 from torch_frame.banner import banner
 from torch_frame.checkpoint.weights import WeightsReport
-from torch_frame.data.move import resolve_device
+from torch_frame.data.move import move_to_device, resolve_device
 from torch_frame.data.prefetch import prefetch_to_device
 from torch_frame.data.source import Source, source_of
 from torch_frame.distributed.comm import is_main
@@ -280,11 +280,14 @@ class Trainer:
     def batches(self) -> Iterator[Any]:
         """The epoch's batches, on the device; of a resumed epoch those that are left."""
         placed = self.source.epoch(self.progress.epoch, self.progress.position)
+        if self.device.type == "cuda":
+            placed = prefetch_to_device(placed, self.device)
         self._fetch_started = time.perf_counter()
-        for batch, position in prefetch_to_device(placed, self.device):
+        for batch, position in placed:
+            moved = move_to_device(batch, self.device)
             self._position = position
             self._data_time = time.perf_counter() - self._fetch_started
-            yield batch
+            yield moved
             self._fetch_started = time.perf_counter()
 
     def record(self, values: Values) -> None:

@@ -202,3 +202,14 @@ def test_missing_tensorboard_gets_a_sentence() -> None:
         """
     )
     assert b"pip install 'torch-frame[tensorboard]'" in done.stdout
+
+
+def test_scalars_written_together_are_read_one_by_one(tmp_path: Path) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    writer = TensorBoardWriter(tmp_path)
+    for step in range(3):
+        writer.write_all({"train/total_loss": step / 2, "train/lr": 0.125}, step)
+    writer.close()
+    events = event_accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/total_loss")] == [(0, 0.0), (1, 0.5), (2, 1.0)]
+    assert [(event.step, event.value) for event in events.Scalars("train/lr")] == [(step, 0.125) for step in range(3)]

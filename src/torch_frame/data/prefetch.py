@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator
-from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -32,7 +31,7 @@ def prefetch_to_device(batches: Iterable[T], device: torch.device) -> Iterator[T
     ['cpu']
     """
     if device.type != "cuda":
-        return map(partial(move_to_device, device=device), batches)
+        return (move_to_device(batch, device) for batch in batches)
     return _on_side_stream(batches, device)
 
 

@@ -113,7 +113,8 @@ class SequenceSource(_Stateless):
         self._batches = batches
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Placed]:
-        return ((self._batches[i], i + 1) for i in range(start, len(self._batches)))
+        batches = self._batches
+        return zip(batches[start:] if start else batches, range(start + 1, len(batches) + 1), strict=False)
 
 
 class ReplaySource(_Stateless):

@@ -128,8 +128,11 @@ class LoggerHook(HookBase):
             counters = {"iter": self.trainer.cur_iter, "epoch": self.trainer.epoch, "time": round(time.time(), 3)}
             self._jsonl.write({**counters, **{name: value for name, (_, value) in new.items()}})
         if self._tensorboard is not None:
+            by_step: dict[int, dict[str, float]] = {}
             for name, (step, value) in new.items():
-                self._tensorboard.write(f"{self._mode_of(name)}/{name}", value, step)
+                by_step.setdefault(step, {})[f"{self._mode_of(name)}/{name}"] = value
+            for step, values in by_step.items():
+                self._tensorboard.write_all(values, step)
 
     def _write_console(self) -> None:
         storage = self.metric_storage
