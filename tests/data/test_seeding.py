@@ -20,6 +20,7 @@ from torch_frame.data.seeding import (
     loader_generator_states,
     preserved_rng,
     rng_state,
+    seed_all,
     set_loader_generator_states,
     set_random_seed,
     set_rng_state,
@@ -288,3 +289,14 @@ def test_cuda_generators_make_the_round_trip(tmp_path: Path) -> None:
     with preserved_rng():
         draws()
     assert draws() == expected
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 + 12345, 2**64 - 1])
+def test_seeding_a_sample_gives_the_numbers_that_each_library_gives_for_the_seed(seed: int) -> None:
+    random.gauss(0, 1)  # leaves a second value behind, which seeding has to forget
+    seed_all(seed)
+    drawn = random.random(), random.gauss(0, 1), np.random.rand(), torch.rand(()).item()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed >> 1)
+    assert drawn == (random.random(), random.gauss(0, 1), np.random.rand(), torch.rand(()).item())

@@ -177,10 +177,10 @@ class Loading:
             seed_all(at(epoch_key, place.first))
             samples = self.dataset[place.indices] if self._single else self.dataset.__getitems__(place.indices)
         else:
-            samples = []
+            samples, dataset = [], self.dataset
             for position, index in enumerate(place.indices, place.first):
                 seed_all(at(epoch_key, position))
-                samples.append(self.dataset[index])
+                samples.append(dataset[index])
             if self._collate_fn is not default_collate:  # which draws nothing
                 seed_all(mix(epoch_key, place.first, 1))
         return self._collate_fn(samples)
