@@ -177,7 +177,7 @@ class Trainer:
         self.metric_storage = MetricStorage()
         self.metric_storage.declare("lr", smooth=False)
         proxy = weakref.proxy(self)  # the storage must not keep the trainer, and so the model, alive
-        self.metric_storage.on_read = lambda iters, columns: proxy._check_read_values(iters, columns)
+        self.metric_storage.on_read = lambda columns: proxy._check_read_values(columns)
         self.resumed_iter: int | None = None
         self._resumed_state: Mapping[str, Any] | None = None
 
@@ -259,11 +259,15 @@ class Trainer:
         """
         updater = self.updater
         updater.begin()
-        with self.precision.autocast():
-            output = self.model(batch) if self.step_fn is None else self.step_fn(self.model, batch)
+        if self.step_fn is None and self.precision.is_full:
+            output = self.model(batch)
+        else:
+            with self.precision.autocast():
+                output = self.model(batch) if self.step_fn is None else self.step_fn(self.model, batch)
         total, values = read_losses(output)
         try:
-            updater.backward(total, 1.0 if self.loss_weight is None else check_weight(self.loss_weight(batch)))
+            weight = 1.0 if self.loss_weight is None else check_weight(self.loss_weight(batch))
+            updater.backward(total, weight)
             if self._window_complete():
                 for before_update in self.stages["before_update"]:
                     before_update()
@@ -292,18 +296,19 @@ class Trainer:
 
     def record(self, values: Values) -> None:
         """Keep a step's values and times for whoever looks at them."""
-        if not isinstance(values, Mapping):
+        if type(values) is not dict and not isinstance(values, Mapping):
             raise TypeError(
                 f"train_one_iter returned {type(values).__name__}; it has to return a dict of the values to record, "
                 "for example {'total_loss': loss}."
             )
-        row: dict[str, Tensor | Number] = {
-            name: _kept(value) if isinstance(value, Tensor) else value for name, value in values.items()
-        }
+        row: dict[str, Tensor | Number] = {**values}
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                row[name] = value.item() if value.is_cpu else _kept(value)
         row["data_time"] = self._data_time
         row["iter_time"] = time.perf_counter() - self._fetch_started
         row["lr"] = self._lr_used
-        self.metric_storage.record(self.cur_iter, row)
+        self.metric_storage.record(self.progress.iter - 1, row)
         if not self._names_checked:
             self._check_names()
 
@@ -368,16 +373,17 @@ class Trainer:
     def _source(self) -> Source:
         return source_of(self.data_loader, self.seed, take_over=self.take_over, last_epoch=self.max_epochs - 1)
 
-    def _check_read_values(self, iters: list[int | None], columns: Mapping[str, list[float]]) -> None:
+    def _check_read_values(self, columns: Mapping[str, tuple[list[int], list[float]]]) -> None:
         """Values of steps have been read from the device: are losses and gradients finite?"""
         if self.on_nonfinite == "skip" or self.precision.scaler is not None:
             return
         for name in ("total_loss", "grad_norm"):
-            if not math.isfinite(sum(columns.get(name, ()))):
-                bad = next((i for i, value in enumerate(columns[name]) if not math.isfinite(value)), None)
+            iters, values = columns.get(name, ([], []))
+            if not math.isfinite(sum(values)):
+                bad = next((iter for iter, value in zip(iters, values, strict=True) if not math.isfinite(value)), None)
                 if bad is not None:
-                    values = {name: column[bad] for name, column in columns.items() if bad < len(column)}
-                    raise NonFiniteError(self._nonfinite_message(f"{name} is not finite", describe(values), iters[bad]))
+                    row = {n: v[i.index(bad)] for n, (i, v) in columns.items() if bad in i}
+                    raise NonFiniteError(self._nonfinite_message(f"{name} is not finite", describe(row), bad))
 
     def _nonfinite_message(self, what: str, values: str, iter: int | None = None) -> str:
         iter = self.cur_iter if iter is None else iter
@@ -639,8 +645,6 @@ class Trainer:
         return os.path.join(self.work_dir, "log.txt")
 
 
-def _kept(value: Tensor) -> Tensor | float:
-    """A value as it is now: a number where reading costs no wait, else a tensor that nobody changes, without its graph."""
-    if value.device.type == "cpu":
-        return value.item()
+def _kept(value: Tensor) -> Tensor:
+    """A value as it is now, unread: a tensor that nobody changes, without its graph."""
     return value.detach() if value.requires_grad else value.clone()

@@ -284,16 +284,29 @@ def test_a_look_in_between_does_not_change_what_is_kept() -> None:
 
 def test_on_read_sees_each_value_once_with_its_iteration() -> None:
     storage = MetricStorage()
-    seen: list[tuple[int | None, float]] = []
+    seen: list[tuple[int, float]] = []
 
-    def on_read(iters: list[int | None], columns: Mapping[str, list[float]]) -> None:
-        seen.extend(zip(iters, columns["loss"], strict=True))
+    def on_read(columns: Mapping[str, tuple[list[int], list[float]]]) -> None:
+        iters, values = columns["loss"]
+        seen.extend(zip(iters, values, strict=True))
 
     storage.on_read = on_read
     record(storage, rows(ROWS_KEPT_UNREAD + 5))
     storage.flush()
     storage.flush()
     assert seen == [(i, float(i)) for i in range(ROWS_KEPT_UNREAD + 5)]
+
+
+def test_values_that_only_some_steps_have_are_read_with_their_iterations() -> None:
+    storage = MetricStorage()
+    seen: dict[str, tuple[list[int], list[float]]] = {}
+    storage.on_read = seen.update
+    for i in range(6):
+        storage.record(i, {"loss": float(i), **({"grad_norm": 10.0 * i} if i % 3 == 2 else {})})
+    storage.flush()
+    assert seen["grad_norm"] == ([2, 5], [20.0, 50.0])
+    assert storage["loss"].global_sum == 15.0
+    assert storage.latest_iters() == {"loss": 5, "grad_norm": 5}
 
 
 def test_an_error_on_reading_loses_no_value() -> None:

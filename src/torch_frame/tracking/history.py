@@ -6,7 +6,8 @@ import statistics
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,8 +46,7 @@ class HistoryBuffer:
     def _extend(self, values: list[float]) -> None:
         self._history.extend(values)
         self._count += len(values)
-        for value in values:  # one after the other: the sum does not depend on when values are read
-            self._sum += value
+        (self._sum,) = deque(accumulate(values, initial=self._sum), maxlen=1)  # one by one, whenever values are read
 
     def _read(self) -> deque[float]:
         flush = None if self._read_pending is None else self._read_pending()
@@ -121,12 +121,13 @@ class MetricStorage(dict[str, HistoryBuffer]):
         self._default_win_size = default_win_size
         self._smooth: dict[str, bool] = {}
         self._latest_iter: dict[str, int] = {}
-        self._pending: list[tuple[int | None, Mapping[str, Tensor | Number]]] = []
-        self._step_names: set[str] = set()
+        self._pending: list[Mapping[str, Tensor | Number]] = []
+        self._step_iters: list[int] = []
+        self._steps: dict[str, list[Any]] = {}  # name -> a value for each of those iterations, None where it had none
         self._declared: dict[str, bool] = {}
         self._restored: set[str] = set()  # names whose latest value is from a checkpoint
-        self.on_read: Callable[[list[int | None], Mapping[str, list[float]]], None] | None = None
-        """Called with (iters, name -> values) when values have been read from the device; may raise."""
+        self.on_read: Callable[[Mapping[str, tuple[list[int], list[float]]]], None] | None = None
+        """Called with name -> (iters, values) when values of training steps have been read from the device; may raise."""
 
     def update(  # type: ignore[override]  # 1.7's signature: this dict is filled through it
         self,
@@ -153,7 +154,7 @@ class MetricStorage(dict[str, HistoryBuffer]):
                     self[name]._take_back_latest()
                     self._latest_iter[name] = -1
             self._latest_iter[name] = self._next_iter(name, iter)
-        self._pending.append((None, kwargs))
+        self._pending.append(kwargs)
         if len(self._pending) >= ROWS_KEPT_UNREAD:
             self.flush()
 
@@ -164,25 +165,48 @@ class MetricStorage(dict[str, HistoryBuffer]):
             iter: index of the batch in the run.
             values: one-element tensors and numbers; kept until they are read.
         """
-        if not values.keys() <= self._step_names:
-            for name in values:
-                self._admit(name, self._smooth.get(name, True), None)
-            self._step_names |= values.keys()
-        self._pending.append((iter, values))
-        if len(self._pending) >= ROWS_KEPT_UNREAD:
+        if values.keys() != self._steps.keys():
+            values = self._aligned(values)
+        columns = self._steps
+        for name, value in values.items():
+            columns[name].append(value)
+        self._step_iters.append(iter)
+        if len(self._step_iters) >= ROWS_KEPT_UNREAD:
             self.flush()
+
+    def _aligned(self, values: Mapping[str, Tensor | Number]) -> Mapping[str, Any]:
+        """A step's values with None for names that other steps had; names that are new have a column from now on."""
+        for name in [name for name in values if name not in self._steps]:
+            self.flush()  # what hooks have logged under such a name comes first
+            self._admit(name, self._smooth.get(name, True), None)
+            self._steps[name] = []
+        return {**dict.fromkeys(self._steps), **values}
 
     def flush(self) -> None:
         """Read what has been recorded, in one transfer."""
-        if not self._pending:
-            return
+        if self._pending:
+            self._flush_updates()
+        if self._step_iters:
+            self._flush_steps()
+
+    def _flush_updates(self) -> None:
         rows, self._pending = self._pending, []
-        columns, latest = _read_columns(rows)
-        for name, column in columns.items():
-            self[name]._extend(column)
-        self._latest_iter.update(latest)
+        columns: dict[str, list[Any]] = {}
+        for row in rows:
+            for name, value in row.items():
+                columns.setdefault(name, []).append(value)
+        for name, values in _read_columns(columns).items():
+            self[name]._extend(values)
+
+    def _flush_steps(self) -> None:
+        unread = {name: _Column(*_without_none(self._step_iters, column)) for name, column in self._steps.items()}
+        self._step_iters, self._steps = [], {name: [] for name in self._steps}
+        columns = _read_columns({name: column.values for name, column in unread.items() if column.iters})
+        for name, values in columns.items():
+            self[name]._extend(values)
+            self._latest_iter[name] = unread[name].iters[-1]
         if self.on_read is not None:
-            self.on_read([iter for iter, _ in rows], columns)
+            self.on_read({name: (unread[name].iters, values) for name, values in columns.items()})
 
     def declare(self, name: str, *, smooth: bool) -> None:
         """Say how a name that `record` will bring is to be read."""
@@ -201,7 +225,7 @@ class MetricStorage(dict[str, HistoryBuffer]):
             self._latest_iter[name] = -1
 
     def _next_iter(self, name: str, iter: int | None) -> int:
-        if name in self._step_names:
+        if name in self._steps:
             self.flush()
         latest = self._latest_iter[name]
         if iter is None:
@@ -243,7 +267,8 @@ class MetricStorage(dict[str, HistoryBuffer]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.clear()
-        self._pending, self._smooth, self._latest_iter, self._step_names = [], dict(self._declared), {}, set()
+        self._pending, self._smooth, self._latest_iter = [], dict(self._declared), {}
+        self._step_iters, self._steps = [], {}
         for name, saved in state.items():
             self._admit(name, saved["smooth"], saved["window_size"])
             self._latest_iter[name] = saved["latest_iter"]
@@ -257,28 +282,30 @@ class MetricStorage(dict[str, HistoryBuffer]):
         self._restored = set(self)
 
 
-def _read_columns(
-    rows: list[tuple[int | None, Mapping[str, Tensor | Number]]],
-) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """The values by name as plain floats, and for each name of a training step when its last value is of.
+class _Column(NamedTuple):
+    """Values of one name that training steps have recorded and nobody has read, and of which iterations they are."""
 
-    Tensors are read in one transfer for each kind (device and dtype), whatever their number.
-    """
-    columns: dict[str, list[Any]] = {}
-    latest: dict[str, int] = {}
+    iters: list[int]
+    values: list[Any]
+
+
+def _without_none(iters: list[int], values: list[Any]) -> tuple[list[int], list[Any]]:
+    if type(None) not in set(map(type, values)):
+        return iters, values
+    kept = [(iter, value) for iter, value in zip(iters, values, strict=True) if value is not None]
+    return [iter for iter, _ in kept], [value for _, value in kept]
+
+
+def _read_columns(columns: Mapping[str, list[Any]]) -> dict[str, list[float]]:
+    """The values as floats; tensors are read in one transfer for each kind (device and dtype), whatever their number."""
     waiting: dict[tuple[torch.device, torch.dtype], list[tuple[list[Any], int, Tensor]]] = {}
-    for iter, row in rows:
-        for name, value in row.items():
-            column = columns.get(name)
-            if column is None:
-                column = columns[name] = []
-            if isinstance(value, Tensor):
-                waiting.setdefault((value.device, value.dtype), []).append((column, len(column), value))
-            column.append(value)
-            if iter is not None:
-                latest[name] = iter
+    for column in columns.values():
+        if not {float, int}.issuperset(map(type, column)):
+            for index, value in enumerate(column):
+                if isinstance(value, Tensor):
+                    waiting.setdefault((value.device, value.dtype), []).append((column, index, value))
     for places in waiting.values():
         numbers = torch.stack([value.detach().reshape(()) for _, _, value in places]).tolist()
         for (column, index, _), number in zip(places, numbers, strict=True):
             column[index] = number
-    return {name: [float(value) for value in column] for name, column in columns.items()}, latest
+    return {name: list(map(float, column)) for name, column in columns.items()}

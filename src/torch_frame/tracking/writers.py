@@ -175,6 +175,10 @@ class TensorBoardWriter:
         scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
         self._writer.file_writer.add_summary(Summary(value=scalars), step)
 
+    def flush(self) -> None:
+        """Returns when everything is in the file, where it outlives this process."""
+        self._writer.flush()
+
     def close(self) -> None:
         """Writes what is pending and closes the file. Closing twice is fine."""
         self._writer.close()

@@ -14,7 +14,7 @@ import functools
 import logging
 import numbers
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -28,11 +28,8 @@ _FORMS = (
 )
 
 
-class Losses(NamedTuple):
-    """A step's outcome: `total` (one element, with its graph) and every named value, `total_loss` first."""
-
-    total: Tensor
-    values: dict[str, Tensor | Number]
+Losses: TypeAlias = tuple[Tensor, dict[str, Tensor | Number]]
+"""A step's outcome: the total (one element, with its graph), and every named value, `total_loss` first."""
 
 
 def read_losses(output: Any) -> Losses:
@@ -42,13 +39,13 @@ def read_losses(output: Any) -> Losses:
         StepOutputError: with what came and what is expected, for anything else.
 
     >>> import torch
-    >>> losses = read_losses({"cls": torch.ones((), requires_grad=True), "l1": 0.5})
-    >>> losses.total.item(), list(losses.values)
+    >>> total, values = read_losses({"cls": torch.ones((), requires_grad=True), "l1": 0.5})
+    >>> total.item(), list(values)
     (1.5, ['total_loss', 'cls', 'l1'])
     """
     if isinstance(output, Tensor):
         total = _checked_total(output, "the loss")
-        return Losses(total, {"total_loss": total})
+        return total, {"total_loss": total}
     if isinstance(output, Mapping):
         return _from_dict(output)
     if isinstance(output, tuple):
@@ -81,7 +78,7 @@ def _from_dict(named: Mapping[str, Any]) -> Losses:
             "nothing can be trained on them. At least one loss has to be a tensor with a graph."
         )
     total = _checked_total(total, f"the sum of the losses {', '.join(map(repr, named))}")
-    return Losses(total, {"total_loss": total, **named})
+    return total, {"total_loss": total, **named}
 
 
 def _from_pair(output: tuple[Any, ...]) -> Losses:
@@ -103,7 +100,7 @@ def _from_pair(output: tuple[Any, ...]) -> Losses:
                 f"Metric {name!r} has shape {tuple(metric.shape)}; a metric of a step has one element. "
                 "Reduce it, for example with .mean()."
             )
-    return Losses(total, {**values, **metrics})
+    return total, {**values, **metrics}
 
 
 def _checked_total(loss: Tensor, name: str) -> Tensor:

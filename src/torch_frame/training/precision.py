@@ -27,6 +27,7 @@ class Precision:
 
     def __init__(self, name: PrecisionName, device: torch.device) -> None:
         self.name = name
+        self.is_full = name == "fp32"
         self.scaler = torch.amp.GradScaler(device.type) if name == "fp16" else None
         self._device_type = device.type
         self._dtype = _DTYPES.get(name)

@@ -98,7 +98,7 @@ class LRWarmupScheduler:
 
     def step(self) -> None:
         """An update has been made."""
-        was_warming_up = self.warming_up
+        was_warming_up = self.num_updates < self.warmup_iters
         self.num_updates += 1
         if self.epoch_len and self.num_updates % self.epoch_len == 0 and self.scheduler is not None:
             self.step_scheduler()

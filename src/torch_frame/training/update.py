@@ -72,6 +72,7 @@ class Update:
         self._first_weight: Tensor | float = 1.0
         self._skips_in_a_row = 0
         self._may_skip = on_nonfinite == "skip" or self._scaler is not None
+        self._reads_losses = on_cpu and not self._may_skip
         self.refresh()
 
     def refresh(self) -> None:
@@ -106,16 +107,13 @@ class Update:
 
     def _zero_grad(self) -> None:
         """What Optimizer.zero_grad does, without its profiling: 1 us instead of 8."""
-        self._notice_new_groups()
+        if len(self.optimizer.param_groups) != self._num_groups:
+            self.refresh()
         if not self._plain_zero_grad:
             self.optimizer.zero_grad()
             return
         for parameter in self._optimized:
             parameter.grad = None
-
-    def _notice_new_groups(self) -> None:
-        if len(self.optimizer.param_groups) != self._num_groups:
-            self.refresh()
 
     def backward(self, loss: Tensor, weight: Tensor | float = 1.0) -> None:
         """Add a micro-batch's gradient to the window's.
@@ -124,7 +122,7 @@ class Update:
             loss: one element, its mean over the micro-batch.
             weight: how many items or tokens that mean is over.
         """
-        if self._on_cpu and not self._may_skip and not math.isfinite(loss.item()):
+        if self._reads_losses and not math.isfinite(loss.item()):
             raise NonFiniteError("the loss is not finite")
         if self.on_nonfinite == "skip":
             self._window_losses.append(loss.detach().reshape(()))
@@ -145,8 +143,6 @@ class Update:
 
     def _correction(self) -> Tensor | float:
         """What the summed gradient is still to be multiplied by."""
-        if self.window_len == 1:
-            return 1.0
         return self._first_weight * self.window_len / self._weight_sum
 
     # ---------------------------------------------------------------- the step
@@ -160,8 +156,9 @@ class Update:
         Raises:
             NonFiniteError: before the weights are touched, on CPU.
         """
-        self._notice_new_groups()
-        correction = self._correction()
+        if len(self.optimizer.param_groups) != self._num_groups:
+            self.refresh()
+        correction = 1.0 if self.window_len == 1 else self._correction()
         self.num_micro_batches = 0
         self.grad_norm = None
         if self._scaler is not None:
@@ -243,17 +240,21 @@ class FiniteCheck:
     def __call__(self, gradients: list[Tensor]) -> bool:
         if not gradients:
             return True
-        if not self._uniform or any(g.is_sparse for g in gradients):
-            return all(bool(_values(g).isfinite().all()) for g in gradients)
-        torch._amp_foreach_non_finite_check_and_unscale_(gradients, self._found, self._one)
+        if not self._uniform:
+            return all(map(_is_finite, gradients))
+        try:
+            torch._amp_foreach_non_finite_check_and_unscale_(gradients, self._found, self._one)
+        except NotImplementedError:  # one of them is sparse
+            return all(map(_is_finite, gradients))
         if self._found.item() == 0.0:
             return True
         self._found.zero_()
         return False
 
 
-def _values(gradient: Tensor) -> Tensor:
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
+def _is_finite(gradient: Tensor) -> bool:
+    values = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return bool(values.isfinite().all())
 
 
 def check_weight(weight: Any) -> Tensor | float:
