@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from itertools import pairwise
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from torch_frame.data import batches
 from torch_frame.data.batches import BatchPlace, GivenBatches, SampleBatches
 from torch_frame.data.order import FromSampler, Sequential, Shuffled
 
@@ -173,3 +175,22 @@ def test_lists_of_indices_under_batch_size_none_count_one_each() -> None:
         (0, 1, [0, 1, 2]),
         (1, 2, [3, 4]),
     ]
+
+
+@pytest.mark.parametrize("drawn", [0, 1, 2, 3, 311, 312, 313, 623, 624, 625, 1248])
+def test_pythons_numbers_are_kept_however_many_the_training_draws_between_batches(drawn: int) -> None:
+    """An independent generator draws the same numbers, and never loads a batch."""
+    random.seed(5)
+    alone = random.Random(5)
+    numbers = batches._PythonNumbers()
+    for turn in range(700):
+        numbers.keep()
+        random.seed(turn)
+        random.random()
+        random.gauss(0, 1)
+        numbers.put_back()
+        for _ in range(drawn):
+            assert random.getrandbits(32) == alone.getrandbits(32)
+        if turn % 5 == 0:  # the second number of a pair is held beside the state
+            assert random.gauss(0, 1) == alone.gauss(0, 1)
+    assert [random.random() for _ in range(700)] == [alone.random() for _ in range(700)]

@@ -322,7 +322,7 @@ class _Cursor:
             epoch, start = self._target
             self._target = (epoch + 1, 0)
             for place in self._plan.places(epoch, start):
-                yield place._replace(generation=generation)
+                yield place._replace(generation=generation) if generation else place
                 if self.generation != generation:
                     break
             else:
