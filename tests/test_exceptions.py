@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -347,7 +348,7 @@ except KeyboardInterrupt:
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C to a whole console")
 @pytest.mark.parametrize("where", ["step", "eval"])
-def test_ctrl_c_ends_a_run_in_order(where: str, tmp_path: Path) -> None:
+def test_a_second_ctrl_c_ends_a_run_at_once_and_in_order(where: str, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(SCRIPT), where],
         cwd=tmp_path,
@@ -360,7 +361,9 @@ def test_ctrl_c_ends_a_run_in_order(where: str, tmp_path: Path) -> None:
     for line in process.stdout:
         if line == "ready\n":
             break
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)  # asks the run to end when the step is done
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)  # ends it now
     output, errors = process.communicate(timeout=60)
     lines = output.splitlines()
     assert lines.index("told KeyboardInterrupt") < lines.index("closed") < lines.index("open []")

@@ -27,7 +27,7 @@ from tests.small_runs import (
     train_by_hand,
     weights_of,
 )
-from torch_frame import HookBase, InfiniteDataLoader, Trainer
+from torch_frame import CheckpointError, HookBase, InfiniteDataLoader, Trainer
 from torch_frame.data.source import source_of
 
 SIZE, EPOCHS, BATCHES = 18, 3, 5
@@ -214,7 +214,7 @@ def test_the_seed_is_the_checkpoints_in_a_resumed_run(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, loader_of("plain"), seed=7, hooks=[SaveLatest(7)])
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    resumed = trainer_of(tmp_path, loader_of("plain"), seed=8)
+    resumed = trainer_of(tmp_path, loader_of("plain"))
     resumed.load_checkpoint(f"{trainer.ckpt_dir}/latest.pth")
     resumed.train()
     whole = trainer_of(tmp_path, loader_of("plain"), seed=7)
@@ -222,6 +222,15 @@ def test_the_seed_is_the_checkpoints_in_a_resumed_run(tmp_path: Path) -> None:
     assert resumed.seed == 7
     loaded = [trainer.data_loader.dataset.loaded for trainer in (resumed, whole)]  # type: ignore[attr-defined]
     assert loaded[0] == loaded[1][SIZE + 2 * 4 :]
+
+
+def test_another_seed_than_the_checkpoints_is_an_error(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, loader_of("plain"), seed=7, hooks=[SaveLatest(7)])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    resumed = trainer_of(tmp_path, loader_of("plain"), seed=8)
+    with pytest.raises(CheckpointError, match="seed was 7, now it is 8"):
+        resumed.load_checkpoint(f"{trainer.ckpt_dir}/latest.pth")
 
 
 # ---------------------------------------------------------------- resumed inside an epoch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -89,6 +90,13 @@ def checked_seed(seed: Any, loader: Any) -> int:
         if isinstance(generator, torch.Generator):
             return generator.initial_seed()
     return torch.initial_seed()
+
+
+def checked_resume(resume: Any) -> str | os.PathLike[str] | None:
+    """None, "auto", or the path of a checkpoint."""
+    if resume is None or (isinstance(resume, str | os.PathLike) and os.fspath(resume)):
+        return resume
+    raise TypeError(f"resume is {resume!r}; it has to be None, 'auto', or the path of a checkpoint such as latest.pth.")
 
 
 def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:

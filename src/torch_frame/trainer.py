@@ -5,12 +5,13 @@ Read `train`, `train_one_epoch` and `train_one_iter` first: they are a batch's w
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import logging
 import math
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -18,18 +19,21 @@ from torch.optim import Optimizer
 
 from torch_frame import checks, state
 from torch_frame.banner import banner
+from torch_frame.checkpoint.background import Background
+from torch_frame.checkpoint.snapshot import HostBuffers
 from torch_frame.checkpoint.weights import WeightsReport
 from torch_frame.data.move import move_to_device, resolve_device
 from torch_frame.data.prefetch import prefetch_to_device
 from torch_frame.data.source import Source, source_of
 from torch_frame.distributed.comm import is_main
 from torch_frame.errors import NonFiniteError, SettingError
-from torch_frame.files import SaveRequests, WorkDir
+from torch_frame.files import SaveRequest, SaveRequests, WorkDir
 from torch_frame.hooks.base import HookBase
 from torch_frame.hooks.caller import HookCaller, checked_hooks
 from torch_frame.hooks.checkpoint import CheckpointerHook
 from torch_frame.hooks.logger import LoggerHook
 from torch_frame.progress import Progress
+from torch_frame.stopping import StopRequested, StopSignals
 from torch_frame.tracking.bar import ProgressBar
 from torch_frame.tracking.console import logger, open_run_log
 from torch_frame.tracking.history import MetricStorage
@@ -77,6 +81,9 @@ class Trainer:
         on_nonfinite: "raise" where a loss or a gradient is NaN or infinite, or "skip" that update.
         seed: of the data's order and augmentation; None: that of the loader's own generator, if it was given one, else
             `torch.initial_seed()`. Kept in the checkpoint.
+        resume: None; "auto": go on from the newest whole checkpoint in `work_dir`, which is used as it is named, or begin anew
+            where there is none; a path: go on from that file, as `load_checkpoint(path)` does. The state is restored when
+            `train()` begins, so that hooks registered until then get theirs.
         take_over: give a plain DataLoader an order and augmentation seeds that are a function of (seed, epoch, position), so that
             they do not depend on workers and any place is reached directly; False: leave it as torch has it.
         compile: compile the model in place (`nn.Module.compile`), which keeps the names of its weights; a dict is passed to
@@ -131,6 +138,7 @@ class Trainer:
         on_nonfinite: OnNonFinite = "raise",
         seed: int | None = None,
         take_over: bool = True,
+        resume: str | os.PathLike[str] | None = None,
         compile: bool | Mapping[str, Any] = False,
     ) -> None:
         checks.check_arguments(model, optimizer, lr_scheduler, data_loader)
@@ -169,6 +177,7 @@ class Trainer:
         )
 
         self.seed = checks.checked_seed(seed, data_loader)
+        self.seed_is_explicit = seed is not None
         self.take_over = take_over
         self.source = self._source()
         self.progress = Progress()
@@ -180,11 +189,17 @@ class Trainer:
         self.metric_storage.on_read = lambda columns: proxy._check_read_values(columns)
         self.resumed_iter: int | None = None
         self._resumed_state: Mapping[str, Any] | None = None
+        self._resume = checks.checked_resume(resume)
 
-        self._work_dir = WorkDir(work_dir, create_new_dir)
+        self._work_dir = WorkDir(work_dir, None if resume == "auto" else create_new_dir)
         self._info_params: list[str] = []
-        self._news: list[str] = []  # what happened before there was a log
+        self._news: list[tuple[int, str]] = []  # (level, what happened before there was a log)
         self._saves = SaveRequests()
+        self._background = Background(on_failure=lambda: proxy._look())
+        self._host_buffers = HostBuffers()
+        self.stop_signals = StopSignals(on_first=lambda: proxy._look())
+        self._something_waits = False  # for the next safe point: a save, a stop signal, a save that failed
+        self.before_after_epoch: Mapping[str, Any] | None = None  # set in after_epoch: what a stop there saves
         self._names_checked = False
         self.pbar = ProgressBar(disable=True)  # overrides of train_one_iter written for 1.7 put their values there
 
@@ -197,37 +212,55 @@ class Trainer:
     def train(self, console_log_level: int = 2, file_log_level: int = 2) -> None:
         """Train from where the run stands to `max_epochs`.
 
+        SIGTERM, SIGUSR1 and Ctrl-C end the run at the next point where its state is whole: `latest.pth` is saved, whatever the
+        hooks, `after_train` is called, and the process ends as by that signal (`SystemExit(143)`, `SystemExit(138)`,
+        `KeyboardInterrupt`). A second Ctrl-C stops at once. Outside the main thread no signal is listened to.
+
         Args:
             console_log_level: 0..5 = NOTSET, DEBUG, INFO, WARNING, ERROR, FATAL.
             file_log_level: the same for `log.txt`.
         """
+        self._restore()
         self._check()
         self._work_dir.claim()
         self.source = self._source()  # the seed may be a checkpoint's by now
         failed = True
-        with open_run_log(self.log_file if is_main() else None, console_log_level, file_log_level):
+        log_file = self.log_file if is_main() else None
+        with open_run_log(log_file, console_log_level, file_log_level), self.stop_signals.listening():
             try:
                 self._begin()
                 self.call("before_train")
                 self._restore_rng()
-                while self.progress.epoch < self.max_epochs and not self.should_stop:
-                    self.progress.begin_epoch()
-                    if not self.progress.epoch_trained:
-                        self.train_one_epoch()
-                    self.call("after_epoch")
-                    self._step_plateau()
-                    self._save_if_stopping()
-                    self.progress.end_epoch()
-                    self.safe_point()
+                try:
+                    while self.progress.epoch < self.max_epochs and not self.should_stop:
+                        self.safe_point()  # a signal may have come before the first step
+                        self.progress.begin_epoch()
+                        if not self.progress.epoch_trained:
+                            self.train_one_epoch()
+                        self.before_after_epoch = state.before_after_epoch(self)
+                        self.call("after_epoch")
+                        self._step_plateau()
+                        self._save_if_stopping()
+                        self.before_after_epoch = None
+                        self.progress.end_epoch()
+                        self.safe_point()
+                except StopRequested:
+                    self._save_for_stop()
                 self.call("after_train")
+                self._background.wait()
                 failed = False
             except BaseException as error:
+                if isinstance(error, KeyboardInterrupt):
+                    self._background.cancel()  # at once: a file that is half written is given up
                 self._report(error)
                 raise
             finally:
                 self.resumed_iter = None  # another train() goes on where this one ended
+                self.before_after_epoch = None
                 self.source.close()
                 self._close(failed)
+        if self.stop_signals.received is not None:
+            self.stop_signals.end()
 
     def train_one_epoch(self) -> None:
         """The batches' way: loader -> device -> losses -> update."""
@@ -287,12 +320,17 @@ class Trainer:
         if self.device.type == "cuda":
             placed = prefetch_to_device(placed, self.device)
         self._fetch_started = time.perf_counter()
+        signals, may_interrupt = self.stop_signals, self.source.interruptible
+        signals.may_interrupt = may_interrupt and not self.updater.window_open
         for batch, position in placed:
+            signals.may_interrupt = False
             moved = move_to_device(batch, self.device)
             self._position = position
             self._data_time = time.perf_counter() - self._fetch_started
             yield moved
             self._fetch_started = time.perf_counter()
+            signals.may_interrupt = may_interrupt and not self.updater.window_open
+        signals.may_interrupt = False
 
     def record(self, values: Values) -> None:
         """Keep a step's values and times for whoever looks at them."""
@@ -421,8 +459,8 @@ class Trainer:
             self.model_ema.bind(self.model)
         self.hook_caller.warn_of_unclaimed()
         logger.info("\n%s", banner(self))
-        for line in self._news:
-            logger.info(line)
+        for level, line in self._news:
+            logger.log(level, line)
         self._news.clear()
         if self._info_params:
             logger.info("\n%s", "\n".join(self._info_params))
@@ -457,6 +495,11 @@ class Trainer:
     def _close(self, failed: bool) -> None:
         """Close all hooks; the first one that fails is raised, unless training failed before."""
         first: Exception | None = None
+        try:
+            self._background.wait()
+        except Exception as error:
+            logger.error("A save in the background failed: %s", error)
+            first = error
         for close in self.stages["close"]:
             try:
                 close()
@@ -479,16 +522,59 @@ class Trainer:
             then_remove: files that are not needed any more once this one is written.
         """
         self._saves.add(file_name, save_single_model, then_remove)
+        self._look()
 
     def safe_point(self) -> None:
-        """Carry out the saves that were asked for, unless a window of gradients is open."""
-        if not self._saves or self.updater.window_open:
+        """Carry out the saves that were asked for and end where a signal asks for it, unless a window of gradients is open."""
+        if self._something_waits and not self.updater.window_open:
+            self._attend()
+
+    def check_stop(self) -> None:
+        """For hooks that work for long in `after_epoch`, between two pieces: end here where a signal asks for it.
+
+        The run is saved as it was before `after_epoch`, and goes through it again when it is resumed.
+        """
+        if self.stop_signals.received is not None and self.before_after_epoch is not None:
+            raise StopRequested
+
+    def _look(self) -> None:
+        self._something_waits = True
+
+    def _attend(self) -> None:
+        self._something_waits = False
+        self._background.raise_failure()
+        if self._saves:
+            self._save(self._saves.take())
+        if self.stop_signals.received is not None:
+            raise StopRequested
+
+    def _save(self, requests: Sequence[SaveRequest]) -> None:
+        """Take a snapshot, and write it while training goes on."""
+        if type(self).save_checkpoint is not Trainer.save_checkpoint:  # a subclass of 1.7 saves in its own way
+            self._save_by_override(requests)
             return
-        for file_name, save_single_model, outdated in self._saves.take():
+        self._write_in_background(requests)
+
+    def _save_by_override(self, requests: Sequence[SaveRequest]) -> None:
+        for file_name, save_single_model, outdated in requests:
             self.save_checkpoint(file_name, save_single_model)
-            for path in outdated:
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(path)
+            state.remove(outdated)
+
+    def _write_in_background(self, requests: Sequence[SaveRequest]) -> None:
+        self._background.wait()  # whose snapshot is in the buffers
+        files = self._host_buffers.copy(state.contents(self, requests))
+        self._background.start(functools.partial(state.write_files, files, self._background.is_cancelled))
+
+    def _save_for_stop(self) -> None:
+        """The last save before the run ends by a signal: complete when this returns."""
+        assert self.stop_signals.received is not None
+        if self.before_after_epoch is not None:
+            self._saves.take()  # asked for in an after_epoch that will be gone through again
+        self._saves.add("latest.pth", save_single_model=False, then_remove=())
+        self._save(self._saves.take())
+        self._background.wait()
+        name = self.stop_signals.received.name
+        logger.warning("%s came: saved after iteration %d as %s/latest.pth.", name, self.progress.iter, self.ckpt_dir)
 
     def save_checkpoint(self, file_name: str, save_single_model: bool = True, print_info: bool = False) -> None:
         """Save there and then; the file is complete when this returns.
@@ -504,9 +590,10 @@ class Trainer:
             NonFiniteError: where the weights hold NaN or infinite values.
         """
         self._work_dir.claim()
-        path = state.save(self, file_name, save_single_model)
+        self._write_in_background([SaveRequest(file_name, save_single_model, [])])
+        self._background.wait()
         if print_info:
-            logger.info("Saved %s", path)
+            logger.info("Saved %s", os.path.join(self.ckpt_dir, file_name))
 
     def load_checkpoint(
         self, path: str | os.PathLike[str] | None = None, checkpoint: Mapping[str, Any] | None = None
@@ -527,17 +614,39 @@ class Trainer:
         """
         if checkpoint is not None and path is None:
             report = state.load_weights_only(self, checkpoint)
-            self._news.append(f"Loaded weights only: {report}.")
+            self._news.append((logging.INFO, f"Loaded weights only: {report}."))
             return report
         if path is None or checkpoint is not None:
             raise SettingError("load_checkpoint takes a path (a full state), or checkpoint= (weights): one of the two.")
+        self._resume = None  # this one is it
         found = self._work_dir.find(path)
-        self._resumed_state = state.load(self, found)
+        self._take_up(found, state.read(found))
+        return None
+
+    def _restore(self) -> None:
+        """What `resume=` asked for, once."""
+        resume, self._resume = self._resume, None
+        if resume == "auto":
+            found = state.newest(self.ckpt_dir, self._news)
+            if found is not None:
+                self._take_up(*found)
+        elif resume is not None:
+            self.load_checkpoint(resume)
+
+    def _take_up(self, path: str, saved: Mapping[str, Any]) -> None:
+        state.restore(self, saved)
+        self._resumed_state = saved
         self.resumed_iter = self.progress.iter
         self.start_epoch = self.progress.epoch
-        self._work_dir.move_to(found)
-        self._news.append(f"Resumed from {found}, saved after iteration {self.progress.iter}.")
-        return None
+        self._work_dir.move_to(path)
+        done = self.progress
+        place = f"epoch {done.epoch + 1}, after {done.inner_iter} of its batches"
+        counts = f"{done.iter} iterations and {done.num_updates} updates in all"
+        self._news.append((logging.INFO, f"Resumed from {path}: {place}; {counts}."))
+        differences = state.environment_differences(self, saved)
+        if differences:
+            text = "The run goes on, but not to the last bit as it would have, because " + "; ".join(differences) + "."
+            self._news.append((logging.WARNING, text))
 
     def _restore_rng(self) -> None:
         if self._resumed_state is not None:

@@ -6,6 +6,7 @@ is turned into those here, or refused with its place in the state.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Set
@@ -18,12 +19,12 @@ from torch import Tensor
 from torch_frame.errors import CheckpointError
 
 FORMAT = "torch_frame.state"
-VERSION = 1
+VERSION = 2
 
 _SCALARS = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size)
 
 
-def plain(value: Any, place: str = "state") -> Any:
+def plain(value: Any, place: str = "state", *, copy_tensors: bool = False) -> Any:
     """`value` with everything turned into what `torch.load(weights_only=True)` reads.
 
     NumPy scalars become Python numbers, arrays tensors, defaultdicts dicts, deques lists,
@@ -32,6 +33,7 @@ def plain(value: Any, place: str = "state") -> Any:
     Args:
         value: any nesting of containers.
         place: where it is, for the message.
+        copy_tensors: the result shares no memory with `value`.
 
     Raises:
         CheckpointError: naming the place of what cannot be saved.
@@ -40,8 +42,11 @@ def plain(value: Any, place: str = "state") -> Any:
     {'lr': 0.5, 'window': [1, 2]}
     """
     kind = type(value)
-    if kind in _SCALARS or isinstance(value, Tensor):
+    if kind in _SCALARS:
         return value
+    if isinstance(value, Tensor):
+        return value.detach().clone() if copy_tensors else value
+    inside = functools.partial(plain, copy_tensors=copy_tensors)
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray) and value.dtype != object:
@@ -49,14 +54,14 @@ def plain(value: Any, place: str = "state") -> Any:
     if isinstance(value, Mapping):
         made = OrderedDict() if isinstance(value, OrderedDict) else {}
         for key, item in value.items():
-            made[plain(key, f"{place} (a key)")] = plain(item, f"{place}[{key!r}]")
+            made[plain(key, f"{place} (a key)")] = inside(item, f"{place}[{key!r}]")
         return made
     if isinstance(value, tuple):
-        return tuple(plain(item, f"{place}[{i}]") for i, item in enumerate(value))
+        return tuple(inside(item, f"{place}[{i}]") for i, item in enumerate(value))
     if isinstance(value, list | deque):
-        return [plain(item, f"{place}[{i}]") for i, item in enumerate(value)]
+        return [inside(item, f"{place}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, Set):
-        return {plain(item, f"{place} (an element)") for item in value}
+        return {inside(item, f"{place} (an element)") for item in value}
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, int | float | str):  # enums and other subclasses of plain types

@@ -5,46 +5,55 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from torch_frame.checkpoint.format import is_full_state
+from torch_frame.checkpoint.seal import SealingFile, verify
 from torch_frame.errors import CheckpointError
 
+_OUR_OWN: dict[Path, tuple[int, int, int]] = {}
+"""Files that this process has written and verified, or read and verified, as they were then (see `_identity`)."""
 
-def write(path: str | os.PathLike[str], checkpoint: Any, *, keep_as: str | os.PathLike[str] | None = None) -> None:
+
+def write(
+    path: str | os.PathLike[str],
+    checkpoint: Any,
+    *,
+    keep_as: str | os.PathLike[str] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> None:
     """Write `checkpoint` so that at every moment `path` is the old file or the whole new one.
 
-    A temporary file beside it is written, synced to the disk, read back, and renamed.
+    A temporary file beside it is written, sealed with a digest, synced to the disk, read back, and renamed.
 
     Args:
         path: the file to write.
         checkpoint: plain types and tensors.
-        keep_as: the file that `path` has been until now is kept under this name.
+        keep_as: the file that `path` has been until now is kept under this name, unless it is damaged.
+        cancelled: asked now and then; where it says True the file is given up.
 
     Raises:
         CheckpointError: where the disk is full, the folder cannot be written, ...; the old file is as it was.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed process leaves is used again
+    temporary = temporary_of(path)  # one name: what a killed process leaves is used again
     existed = path.exists()
     try:
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        _verify(temporary)
+        digest = _write_sealed(temporary, checkpoint, cancelled)
+        _check_written(temporary, digest)
         if keep_as is not None and path.exists():
             _keep(path, Path(keep_as))
         os.replace(temporary, path)
         _sync_folder(path.parent)
+        _OUR_OWN[path.absolute()] = _identity(path)
     except (OSError, RuntimeError, pickle.PickleError) as error:
-        cause: BaseException = error
-        while cause.__context__ is not None and not isinstance(cause, OSError):
-            cause = cause.__context__  # torch hides "no space left" behind an error of its own
         raise CheckpointError(
-            f"{path} could not be written: {cause}."
+            f"{path} could not be written: {_cause_of(error)}."
             + (" The file that was there before is untouched." if existed else "")
         ) from error
     finally:
@@ -52,20 +61,53 @@ def write(path: str | os.PathLike[str], checkpoint: Any, *, keep_as: str | os.Pa
             temporary.unlink(missing_ok=True)
 
 
-def _verify(path: Path) -> None:
+def temporary_of(path: Path) -> Path:
+    """Where a file is written before it gets its name."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _write_sealed(path: Path, checkpoint: Any, cancelled: Callable[[], bool] | None) -> str:
+    with open(path, "wb") as file:
+        sealing = SealingFile(file, cancelled)
+        torch.save(checkpoint, sealing)  # type: ignore[arg-type]  # write and flush are all it calls
+        digest = sealing.seal()
+        os.fsync(file.fileno())
+    return digest
+
+
+def _check_written(path: Path, digest: str) -> None:
+    """Read the file back: its bytes are those that were written, and torch finds its way in them."""
+    verdict, words = verify(path)
+    if verdict != "valid" or digest not in words:
+        raise OSError(f"read back, it is not what was written ({words})")
     torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
+def _cause_of(error: BaseException) -> BaseException:
+    """torch hides "no space left" behind an error of its own."""
+    cause = error
+    while cause.__context__ is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return cause
+
+
 def _keep(path: Path, older: Path) -> None:
-    """Give the file a second name, so that there is no moment without `path`."""
+    """Give the file a second name, so that there is no moment without `path`; a damaged one does not replace a whole one."""
+    if older.exists() and _OUR_OWN.get(path.absolute()) != _identity(path) and verify(path)[0] != "valid":
+        return
     try:
-        temporary = older.with_name(f".{older.name}.tmp")
+        temporary = temporary_of(older)
         temporary.unlink(missing_ok=True)
         os.link(path, temporary)
         os.replace(temporary, older)
         temporary.unlink(missing_ok=True)  # POSIX leaves it where both names are one file already
     except OSError:  # a file system without hard links
         os.replace(path, older)
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _sync_folder(folder: Path) -> None:
@@ -85,29 +127,56 @@ def read(path: str | os.PathLike[str]) -> Any:
         FileNotFoundError: where there is none.
         CheckpointError: where it is damaged, or holds more than plain types and tensors.
     """
+    path = Path(path)
+    verdict, words = _verdict(path)
+    if verdict == "damaged":
+        raise _damaged(path, words)
+    checkpoint = _load(path)
+    if verdict == "none" and is_full_state(checkpoint) and checkpoint.get("sealed"):
+        raise _damaged(path, "its digest has been cut off")
+    if verdict == "valid":
+        _OUR_OWN[path.absolute()] = _identity(path)
+    return checkpoint
+
+
+def _verdict(path: Path) -> tuple[str, str]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return verify(path)
     except FileNotFoundError:
         raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+
+
+def _load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "weights_only" not in str(error) or "Unsupported" not in str(error):
-            raise _damaged(path, error) from error
+            raise _damaged(path, _first_line(error)) from error
         raise CheckpointError(
-            f"{path} holds more than tensors and plain types ({_first_line(error)}). torch-frame never runs code "
-            "from a checkpoint, and a state of torch-frame 1.7 contains such. If you trust the file, take the weights out with "
-            f"torch.load({str(path)!r}, weights_only=False)['model'] and pass them as load_checkpoint(checkpoint=...)."
+            f"{path} holds more than tensors and plain types{_wanted(error)}, and torch-frame never runs code from a checkpoint. "
+            f"If it is a state of torch-frame 1.7, 'torch-frame convert {path} NEW.pth' reads it without running any. If it is a "
+            "whole pickled model, save the model's weights where it was made: torch.save(model.state_dict(), ...)."
         ) from error
     except (OSError, RuntimeError, EOFError) as error:
-        raise _damaged(path, error) from error
+        raise _damaged(path, _first_line(error)) from error
 
 
-def _damaged(path: str | os.PathLike[str], error: BaseException) -> CheckpointError:
-    path = Path(path)
-    message = f"{path} cannot be read: it is damaged, or no checkpoint ({_first_line(error)})."
+def _damaged(path: Path, what: str) -> CheckpointError:
+    message = f"{path} is damaged, or no checkpoint: {what}."
     previous = path.with_name("previous.pth")
     if path.name == "latest.pth" and previous.exists():
-        message += f" {previous} is the state that was saved before it: load_checkpoint({str(previous)!r})."
+        message += (
+            f" {previous} is the state that was saved before it: load_checkpoint({str(previous)!r}), "
+            "or resume='auto', which takes the newest whole one."
+        )
     return CheckpointError(message)
+
+
+def _wanted(error: BaseException) -> str:
+    name = re.search(r"GLOBAL (\S+)", str(error))
+    return "" if name is None else f" ({name[1]})"
 
 
 def _first_line(error: BaseException) -> str:

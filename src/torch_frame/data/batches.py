@@ -43,7 +43,14 @@ class Fetched(NamedTuple):
 
 
 class BatchPlan(Protocol):
-    """The batches of each epoch."""
+    """The batches of each epoch.
+
+    Attributes:
+        num_samples: in an epoch, on all ranks together; of a user's own batches their number.
+    """
+
+    @property
+    def num_samples(self) -> int: ...
 
     def __len__(self) -> int: ...
 
@@ -84,6 +91,10 @@ class SampleBatches:
         whole, rest = divmod(len(self._order), self._batch_size * self._world_size)
         return whole + (rest > 0 and self._takes_ragged(rest))
 
+    @property
+    def num_samples(self) -> int:
+        return len(self._order)
+
     def _takes_ragged(self, size: int) -> bool:
         return not self._drop_last and (size >= self._world_size or self._short == "wrap")
 
@@ -123,6 +134,10 @@ class GivenBatches:
         self._single = single
 
     def __len__(self) -> int:
+        return len(self._order)
+
+    @property
+    def num_samples(self) -> int:
         return len(self._order)
 
     def places(self, epoch: int, start: int) -> Iterator[BatchPlace]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
+import multiprocessing
 import operator
+import os
 import signal
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -49,11 +53,17 @@ class Source(Protocol):
     Attributes:
         exact: an epoch can be resumed inside, bitwise.
         is_ours: order and augmentation of a user's loader are replaced by ours.
+        interruptible: a wait for a batch may be broken off; what was fetched is fetched again.
+        length: of an epoch, as (number, of what), or None where it is not known.
     """
 
     exact: bool
     is_ours: bool
+    interruptible: bool
     seed: int
+
+    @property
+    def length(self) -> tuple[int, str] | None: ...
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Placed]:
         """The epoch's batches from position `start` on; a position of 0 is the epoch's beginning."""
@@ -92,6 +102,7 @@ class _Stateless:
     """A source that has nothing to save beside the position."""
 
     is_ours = False
+    interruptible = True
     seed = 0
 
     def close(self) -> None:
@@ -116,6 +127,10 @@ class SequenceSource(_Stateless):
         batches = self._batches
         return zip(batches[start:] if start else batches, range(start + 1, len(batches) + 1), strict=False)
 
+    @property
+    def length(self) -> tuple[int, str]:
+        return len(self._batches), "batches"
+
 
 class ReplaySource(_Stateless):
     """Any iterable: to go on inside an epoch, what was consumed is loaded again and left out."""
@@ -136,6 +151,10 @@ class ReplaySource(_Stateless):
             )
         return islice(((batch, i) for i, batch in enumerate(self._loader, 1)), start, None)
 
+    @property
+    def length(self) -> tuple[int, str] | None:
+        return _batches_of(self._loader)
+
     def _set_epoch(self, epoch: int) -> None:
         sampler = getattr(self._loader, "sampler", None)
         if isinstance(sampler, DistributedSampler):
@@ -146,6 +165,7 @@ class StatefulSource(_Stateless):
     """A loader that knows its own place (torchdata's StatefulDataLoader): it is saved and restored through its `state_dict`."""
 
     exact = True
+    interruptible = False  # it may have counted what was never handed out
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
@@ -154,6 +174,10 @@ class StatefulSource(_Stateless):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Placed]:
         batches, self._resumed = self._resumed or iter(self._loader), None
         return ((batch, i) for i, batch in enumerate(batches, start + 1))
+
+    @property
+    def length(self) -> tuple[int, str] | None:
+        return _batches_of(self._loader)
 
     def state_dict(self) -> dict[str, Any]:
         return {"loader": self._loader.state_dict()}
@@ -177,6 +201,16 @@ class StreamSource(_Stateless):
     def __init__(self, loader: DataLoader[Any], seed: int) -> None:
         self._loader = loader
         self.seed = seed
+        self._ending: Ending | None = None
+
+    def close(self) -> None:
+        """The workers of an iteration end with it; they may be ended by force from now on."""
+        if self._ending is not None:
+            self._ending.come()
+
+    @property
+    def length(self) -> tuple[int, str] | None:
+        return _batches_of(self._loader)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Placed]:
         if start:
@@ -185,13 +219,15 @@ class StreamSource(_Stateless):
                 start,
             )
         streaming = Streaming(self._loader.dataset, self.seed, epoch)
+        self.close()
+        self._ending = Ending(self._loader)
         with _no_second_warning():
             inner = DataLoader(
                 streaming,
                 batch_size=self._loader.batch_size,
                 drop_last=self._loader.drop_last,
                 collate_fn=StreamCollating(self._loader.collate_fn, self.seed, epoch),
-                **_settings(self._loader, self.seed),
+                **_settings(self._loader, self.seed, self._ending),
             )
             stream = iter(inner)
         return islice(((batch, i) for i, batch in enumerate(stream, 1)), start, None)
@@ -227,11 +263,19 @@ class OrderedSource(_Stateless):
         self._endless = endless
         self._cursor: _Cursor | None = None
         self._stream: Iterator[Fetched] | None = None
+        self._ending: Ending | None = None
         self._next = (0, 0)
         self._turn = 0
 
     def __len__(self) -> int:
         return len(self.plan)
+
+    @property
+    def length(self) -> tuple[int, str] | None:
+        try:
+            return self.plan.num_samples, "samples"
+        except TypeError:  # a sampler without a length
+            return None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Placed]:
         """The epoch's batches from position `start` on.
@@ -279,7 +323,8 @@ class OrderedSource(_Stateless):
         if self._stream is None or self._cursor is None:
             self._cursor = _Cursor(self.plan, epoch, start, endless=self._endless, last_epoch=self.last_epoch)
             with _no_second_warning():
-                self._stream = iter(_inner_loader(self._loader, self._cursor, self.seed))
+                self._ending = Ending(self._loader)
+                self._stream = iter(_inner_loader(self._loader, self._cursor, self.seed, self._ending))
         self._next = (epoch, start)
         return self._stream, self._cursor.generation
 
@@ -294,6 +339,8 @@ class OrderedSource(_Stateless):
         # By torch's own method and not by letting go: a traceback, or somebody's variable, may hold the iterator.
         shutdown = getattr(self._stream, "_shutdown_workers", None)
         self._stream = self._cursor = None
+        if self._ending is not None:
+            self._ending.come()
         if shutdown is not None:
             shutdown()
 
@@ -331,15 +378,22 @@ class _Cursor:
                     return
 
 
-def _inner_loader(loader: DataLoader[Any], cursor: _Cursor, seed: int) -> DataLoader[Any]:
+def _inner_loader(loader: DataLoader[Any], cursor: _Cursor, seed: int, ending: Ending) -> DataLoader[Any]:
     """A DataLoader with the user's workers and settings that loads by our places."""
     loading = Loading(loader.dataset, loader.collate_fn, single=loader.batch_sampler is None, seed=seed)
     return DataLoader(
         loading,  # type: ignore[arg-type]  # asked through __getitems__ alone
         batch_sampler=cursor,  # type: ignore[arg-type]  # places instead of lists of indices
         collate_fn=_as_it_is,
-        **_settings(loader, seed),
+        **_settings(loader, seed, ending),
     )
+
+
+def _batches_of(loader: Any) -> tuple[int, str] | None:
+    try:
+        return len(loader), "batches"
+    except (TypeError, NotImplementedError):
+        return None
 
 
 @contextlib.contextmanager
@@ -350,7 +404,7 @@ def _no_second_warning() -> Iterator[None]:
         yield
 
 
-def _settings(loader: DataLoader[Any], seed: int) -> dict[str, Any]:
+def _settings(loader: DataLoader[Any], seed: int, ending: Ending) -> dict[str, Any]:
     """The user's settings of workers and memory, and a generator: torch would draw from the training's random numbers."""
     settings: dict[str, Any] = {
         "num_workers": loader.num_workers,
@@ -363,7 +417,7 @@ def _settings(loader: DataLoader[Any], seed: int) -> dict[str, Any]:
         )
     if loader.num_workers > 0:
         settings |= {
-            "worker_init_fn": WorkerInit(loader.worker_init_fn),
+            "worker_init_fn": WorkerInit(loader.worker_init_fn, ending),
             "prefetch_factor": loader.prefetch_factor,
             "multiprocessing_context": loader.multiprocessing_context,
             "timeout": loader.timeout,
@@ -375,14 +429,52 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-class WorkerInit:
-    """Runs first in a worker: Ctrl-C is the training process's business, which ends its workers itself."""
+class Ending:
+    """What a loader's workers are told by the training process: their end has come.
 
-    def __init__(self, users: Callable[[int], None] | None) -> None:
+    A signal that asks the run to end reaches the workers too, and they are still needed: they ignore it. But torch and
+    multiprocessing end workers by the same SIGTERM, so a worker has to know which of the two it is.
+    """
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._has_come: Any = None  # a semaphore: raised once, never taken for long
+        if loader.num_workers > 0:
+            context: Any = loader.multiprocessing_context or multiprocessing
+            self._has_come = context.Semaphore(0)
+            atexit.register(self.come)  # before multiprocessing's own, which was registered when it was imported
+
+    def come(self) -> None:
+        """Say so; the training process alone does."""
+        if self._has_come is not None:
+            self._has_come.release()
+            atexit.unregister(self.come)
+
+    def has_come(self) -> bool:
+        """Whether it has been said."""
+        if not self._has_come.acquire(block=False):
+            return False
+        self._has_come.release()
+        return True
+
+
+class WorkerInit:
+    """Runs first in a worker: signals that ask the run to end are the training process's business, which ends its workers.
+
+    Args:
+        users: the user's `worker_init_fn`.
+        ending: says when SIGTERM is meant for the worker.
+    """
+
+    def __init__(self, users: Callable[[int], None] | None, ending: Ending) -> None:
         self._users = users
+        self._ending = ending
 
     def __call__(self, worker_id: int) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for name in ("SIGINT", "SIGUSR1"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
+        if os.name != "nt":  # there SIGTERM is no signal that anybody could catch
+            self._watch_for_sigterm()
         _numpy_global.set_bit_generator(np.random.MT19937(0))  # a forked worker may have another kind from the user
         info = get_worker_info()
         assert info is not None
@@ -390,6 +482,24 @@ class WorkerInit:
         object.__setattr__(info, "dataset", wrapped.dataset)
         if self._users is not None:
             self._users(worker_id)
+
+    def _watch_for_sigterm(self) -> None:
+        """In a thread: python runs a handler between two instructions, and a wait that has just begun may last seconds."""
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, _nothing)
+        threading.Thread(target=self._end_when_told, args=(reading, os.getppid()), daemon=True).start()
+
+    def _end_when_told(self, signals: int, parent: int) -> None:
+        while True:
+            number = os.read(signals, 1)[0]
+            if number == signal.SIGTERM and (self._ending.has_come() or os.getppid() != parent):
+                os._exit(0)  # as torch's own handler does: the training process takes another status for a failure
+
+
+def _nothing(number: int, frame: Any) -> None:
+    """A handler that ignores: with SIG_IGN nobody would be woken."""
 
 
 _numpy_global: Any = np.random

@@ -52,7 +52,10 @@ class HookBase:
 
     Attributes:
         trainer: the trainer, from `register_hooks` on (a weak reference: hooks and trainer do not keep each other alive).
+        idle_stages: stages that this object does not need although its class has them; they are not called.
     """
+
+    idle_stages: frozenset[str] = frozenset()
 
     trainer: Trainer = None  # type: ignore[assignment]  # set when the hook is registered
 

@@ -68,6 +68,8 @@ class HookCaller:
 
 
 def _overrides(hook: HookBase, stage: str) -> bool:
+    if stage in hook.idle_stages:
+        return False
     # An instance may carry its own method, too: hook.after_iter = function.
     return stage in vars(hook) or getattr(type(hook), stage) is not getattr(HookBase, stage)
 

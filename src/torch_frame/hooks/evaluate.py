@@ -66,6 +66,7 @@ class EvalHook(CheckpointerHook):
 
     def before_train(self) -> None:
         """Evaluate one batch, so that a wrong name or form is told now and not after the first epoch."""
+        super().before_train()
         if self.save_metric is None or type(self)._do_eval is not EvalHook._do_eval:
             return
         with evaluating(self.trainer.model_evaluate):
@@ -103,6 +104,7 @@ class EvalHook(CheckpointerHook):
         total = _length(self.dataloader)
         with evaluating(model), ProgressBar(total=total, desc=self.prefix.rstrip("_"), leave=False) as bar:
             for batch in self.dataloader:
+                self.trainer.check_stop()
                 result = self._eval_func(model, move_to_device(batch, self.trainer.device))
                 for name, of_samples in _checked(result).items():
                     scores.setdefault(name, []).append(of_samples)

@@ -74,6 +74,9 @@ class LoggerHook(HookBase):
         self._train_started = time.perf_counter()
         self._iter_time_before = self._iter_time_sum()
         self._iters_before = self.trainer.progress.iter
+        self._until_write = (
+            self._period - self.trainer.progress.inner_iter % self._period
+        )  # inside a resumed epoch, too
         resumed_at = self.trainer.resumed_iter
         last_row = None if resumed_at is None else resumed_at - 1
         self._jsonl = JsonlWriter(os.path.join(self.trainer.work_dir, "metrics.jsonl"), keep_until_iter=last_row)

@@ -1,0 +1,78 @@
+"""Signals that ask a run to end: it finishes what cannot be left open, saves, and ends."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, NoReturn
+
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+)  # SIGUSR1 is what SLURM sends some time before the end: --signal=USR1@120
+_WAITING_MODULES = ("multiprocessing.connection", "multiprocessing.queues", "selectors", "queue", "threading")
+
+
+class StopRequested(BaseException):
+    """The run is to end here, with its state as it is. Not an Exception: nobody's `except Exception` is meant."""
+
+
+class StopSignals:
+    """Notes the first signal; the trainer looks at it at its safe points, in evaluation, and where it waits for data.
+
+    A second Ctrl-C stops at once. A signal that is ignored (nohup, a background job's SIGINT) stays ignored.
+
+    Args:
+        on_first: called in the handler, so that somebody comes and looks.
+
+    Attributes:
+        received: the first signal of this run, or None.
+        may_interrupt: the process waits for data and nothing is open, so the wait itself may be broken off.
+    """
+
+    def __init__(self, on_first: Callable[[], None]) -> None:
+        self.received: signal.Signals | None = None
+        self.may_interrupt = False
+        self._on_first = on_first
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handlers of ours inside, in the main thread; elsewhere python allows none, and nothing is done."""
+        self.received = None
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before: dict[int, Any] = {}
+        try:
+            for number in SIGNALS:
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: set by C code, not ours to replace
+                    before[number] = signal.signal(number, self._handle)
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self.received = signal.Signals(number)
+        self._on_first()
+        if self.may_interrupt and _is_waiting(frame):
+            raise StopRequested
+
+    def end(self) -> NoReturn:
+        """End as the signal would have ended the process: 130 for Ctrl-C, 143 for SIGTERM, 138 for SIGUSR1."""
+        assert self.received is not None
+        number, self.received = self.received, None
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + number)
+
+
+def _is_waiting(frame: FrameType | None) -> bool:
+    """The signal came while a queue or a pipe was waited for, and not amid code that has something half done."""
+    return frame is not None and frame.f_globals.get("__name__") in _WAITING_MODULES
