@@ -38,6 +38,16 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--work-dir", default="demo_runs", help="where the runs go (default: %(default)s)")
     demo.add_argument("--epochs", type=_positive, default=20, help="epochs of each run (default: %(default)s)")
     demo.set_defaults(run=_run_demo)
+    convert = commands.add_parser(
+        "convert", help="write a checkpoint of torch-frame 1.7 as one that load_checkpoint continues"
+    )
+    convert.add_argument("old", metavar="OLD.pth", help="a latest.pth of 1.7; it stays as it is")
+    convert.add_argument("new", metavar="NEW.pth", help="the file to write")
+    convert.add_argument(
+        "--ema", metavar="BEST.pth", help="EMA's weights of the same epoch, which 1.7 kept in best.pth"
+    )
+    convert.add_argument("--force", action="store_true", help="write over NEW.pth where it exists")
+    convert.set_defaults(run=_run_convert)
     return parser
 
 
@@ -45,6 +55,12 @@ def _run_demo(options: argparse.Namespace) -> int:
     from torch_frame.cli.demo import demo  # scikit-learn and matplotlib are extras
 
     return demo(options.work_dir, options.epochs)
+
+
+def _run_convert(options: argparse.Namespace) -> int:
+    from torch_frame.cli.convert import convert  # each command imports what it needs alone
+
+    return convert(options.old, options.new, ema=options.ema, force=options.force)
 
 
 def _positive(text: str) -> int:
