@@ -49,14 +49,6 @@ def save_as_17(old: Any, path: Path) -> None:
             archive.writestr(name, part.replace(record, b"ctorch_frame.utils.history_buffer\nHistoryBuffer\n"))
 
 
-def load(trainer: Trainer, path: Path) -> None:
-    """`load_checkpoint` of a converted file, what 1.7 did not save filled in from the trainer's own state."""
-    converted = io.read(path)
-    own = state.capture(trainer)
-    io.write(path, {**converted, **{key: own[key] for key in converted["unknown"]}})
-    trainer.load_checkpoint(path)
-
-
 def flat(weights: Any) -> dict[str, Any]:
     return {name: torch.as_tensor(value, dtype=torch.float64).flatten().tolist() for name, value in weights.items()}
 
@@ -69,7 +61,7 @@ def test_a_run_goes_on_as_it_did_in_1_7(name: str, tmp_path: Path) -> None:
     new = converted_file(name, tmp_path, ema=ema)
     hooks = [] if name == "inside" else run.hooks()
     trainer = run.trainer(tmp_path / "run", [rates, *hooks])
-    load(trainer, new)
+    trainer.load_checkpoint(new)
     assert trainer.lr == pytest.approx(record["lrs"][EPOCHS_DONE[name] * EPOCH_LEN][0], rel=1e-12)
     if (
         name == "inside"
@@ -92,15 +84,6 @@ def test_a_run_goes_on_as_it_did_in_1_7(name: str, tmp_path: Path) -> None:
     best = getattr(hooks[0], "cur_best", None)
     assert best == pytest.approx(record["best"], rel=1e-3)  # 1.7 averaged batch norm's statistics too
     assert trainer.progress.iter == trainer.progress.num_updates == EPOCHS * EPOCH_LEN
-
-
-@pytest.mark.xfail(strict=False, reason="load_checkpoint does not take None for what a state does not know yet")
-@pytest.mark.parametrize("name", RUNS)
-def test_load_checkpoint_takes_the_file_as_it_is(name: str, tmp_path: Path) -> None:
-    trainer = RUNS[name].trainer(tmp_path / "run", [])
-    trainer.load_checkpoint(converted_file(name, tmp_path))
-    trainer.train()
-    assert trainer.progress.epoch == EPOCHS
 
 
 @pytest.mark.parametrize("name", EPOCHS_DONE)
@@ -207,7 +190,7 @@ def test_a_gradient_scaler_means_fp16_and_is_restored(tmp_path: Path) -> None:
     convert.convert(tmp_path / "old.pth", tmp_path / "new.pth")
     trainer = RUNS["step"].trainer(tmp_path / "run", [])
     with pytest.raises(CheckpointError, match="precision was fp16, now it is fp32"):
-        load(trainer, tmp_path / "new.pth")
+        trainer.load_checkpoint(tmp_path / "new.pth")
     fitting = Trainer(
         trainer.model, trainer.optimizer, trainer.lr_scheduler.scheduler, [1], 6, tmp_path, hooks=[], precision="fp16"
     )

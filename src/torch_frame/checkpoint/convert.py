@@ -103,8 +103,8 @@ def converted(old: Mapping[str, Any], ema: Mapping[str, Any] | None = None) -> C
         state = {
             "format": FORMAT,
             "version": VERSION,
+            "sealed": True,
             "torch_frame": __version__,
-            "torch": None,
             "converted_from": CONVERTED_FROM,
             "progress": progress.state_dict(),
             "model": _bare(old["model"]),
@@ -114,12 +114,15 @@ def converted(old: Mapping[str, Any], ema: Mapping[str, Any] | None = None) -> C
             "lr_scheduler": _schedule(old["lr_scheduler"]),
             "grad_scaler": old.get("grad_scaler"),
             "precision": "fp16" if "grad_scaler" in old else "fp32",
+            "seed": None,
+            "loader_seed": None,
+            "data": None,
+            "data_length": None,
+            "environment": None,
+            "loader_generators": None,
             "metric_storage": _metrics(old["metric_storage"], progress.iter),
             "hooks": {name: _hook(name, kept, left_out) for name, kept in old.get("hooks", {}).items()},
-            "seed": None,
-            "data": None,
             "rng": None,
-            "loader_generators": None,
         }
         unknown = tuple(key for key, value in state.items() if value is None and key != "grad_scaler")
         return Conversion(plain({**state, "unknown": list(unknown)}), unknown, left_out, saved_inside)

@@ -10,10 +10,12 @@ from torch import Tensor
 from torch_frame.checkpoint import convert as checkpoint
 
 _WITHOUT = {
-    "torch": "which torch it was saved with",
+    "environment": "torch, device and threads it was saved with",
     "ema": "with use_ema the average begins anew from the weights; --ema takes it from the best.pth of that epoch",
     "classes": "whether optimizer and scheduler are the same classes is not checked",
     "seed": "the new trainer's own",
+    "loader_seed": "an InfiniteDataLoader's own",
+    "data_length": "whether the data is as long as it was is not checked",
     "data": "nothing is needed at an epoch's beginning",
     "rng": "random numbers go on from where the process is: continued, but not bitwise",
     "loader_generators": "generators that the loader was given begin anew",

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return int(options.run(options))
-    except (TorchFrameError, ModuleNotFoundError) as error:
+    except (TorchFrameError, ModuleNotFoundError, OSError) as error:
         print(f"torch-frame: {error}", file=sys.stderr)
         return 1
 
@@ -48,6 +48,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--force", action="store_true", help="write over NEW.pth where it exists")
     convert.set_defaults(run=_run_convert)
+    inspect = commands.add_parser("inspect", help="say what a checkpoint file holds, and whether it is whole")
+    inspect.add_argument("file", metavar="FILE")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    inspect.add_argument("--weights", action="store_true", help="list each tensor of the model as well")
+    inspect.set_defaults(run=_run_inspect)
     return parser
 
 
@@ -61,6 +66,12 @@ def _run_convert(options: argparse.Namespace) -> int:
     from torch_frame.cli.convert import convert  # each command imports what it needs alone
 
     return convert(options.old, options.new, ema=options.ema, force=options.force)
+
+
+def _run_inspect(options: argparse.Namespace) -> int:
+    from torch_frame.cli.inspect import inspect
+
+    return inspect(options.file, as_json=options.json, weights=options.weights)
 
 
 def _positive(text: str) -> int:
