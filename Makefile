@@ -10,8 +10,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCUMENTED := torch_frame $(addprefix torch_frame.,trainer hooks.base hooks.checkpoint hooks.evaluate hooks.logger \
 	hooks.early_stop training.losses training.update training.schedules training.ema tracking.history data.order data.batches \
-	data.source metrics.metric metrics.detection metrics.voc checkpoint.io checkpoint.seal checkpoint.weights \
-	checkpoint.convert checkpoint.inspect stopping report.curves errors progress types)
+	data.source metrics.metric metrics.detection metrics.voc metrics.object_detection checkpoint.io checkpoint.seal \
+	checkpoint.weights checkpoint.convert checkpoint.inspect stopping report.curves errors progress types)
 BENCHMARKS := $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
 
 # By environment, so that the isolated build of this package is pinned too: up to pip 25.2 builds read PIP_CONSTRAINT,

@@ -28,7 +28,8 @@ def test_every_exported_name_exists():
     [
         (
             "torch_frame",
-            "Trainer HookBase CheckpointerHook EvalHook LoggerHook LRWarmupScheduler MetricStorage HistoryBuffer logger misc",
+            "Trainer HookBase CheckpointerHook EvalHook LoggerHook LRWarmupScheduler MetricStorage HistoryBuffer logger "
+            "misc metric",
         ),
         ("torch_frame.trainer", "Trainer MetricStorage logger"),
         ("torch_frame.hooks", "HookBase CheckpointerHook EvalHook LoggerHook"),
@@ -39,6 +40,7 @@ def test_every_exported_name_exists():
         ),
         ("torch_frame.utils.dist_utils", "get_rank get_world_size is_dist_avail_and_initialized"),
         ("torch_frame.utils.misc", "collect_env create_small_table get_workspace set_random_seed symlink"),
+        ("torch_frame.utils.metric", "BaseMetric ModelMetric ObjDetMAPMetric"),
         ("torch_frame.utils.ema", "EMA"),
         ("torch_frame.utils.history_buffer", "HistoryBuffer"),
         ("torch_frame.utils.logger", "setup_logger"),
@@ -62,6 +64,8 @@ def test_import_is_light_and_changes_no_global_state():
         "transformers",
         "ray",
         "pandas",
+        "hotcoco",
+        "torchmetrics",
     ]
     result = run_python(
         "import logging, random, signal\n"

@@ -29,7 +29,7 @@ from torch_frame.tracking.history import HistoryBuffer, MetricStorage
 from torch_frame.trainer import Trainer
 from torch_frame.training.ema import EMA
 from torch_frame.training.schedules import LRWarmupScheduler
-from torch_frame.utils import misc
+from torch_frame.utils import metric, misc
 
 __all__ = [
     "EMA",
@@ -53,6 +53,7 @@ __all__ = [
     "__version__",
     "collect_env",
     "logger",
+    "metric",
     "misc",
     "set_random_seed",
     "setup_logger",

@@ -15,12 +15,15 @@ from torch_frame.metrics import (
     MeanAveragePrecision,
     Metric,
     ModelMetric,
+    ObjDetMAPMetric,
     is_torchmetrics,
     results_of,
 )
 
 
-@pytest.mark.parametrize("metric", [MeanAveragePrecision(["a"])], ids=lambda metric: type(metric).__name__)
+@pytest.mark.parametrize(
+    "metric", [MeanAveragePrecision(["a"]), ObjDetMAPMetric({"a": 0})], ids=lambda metric: type(metric).__name__
+)
 def test_ours_follow_the_protocol(metric):
     assert isinstance(metric, Metric)
     assert not is_torchmetrics(metric)

@@ -2,6 +2,7 @@
 
 from torch_frame.metrics.detection import MeanAveragePrecision, PrecisionRecall
 from torch_frame.metrics.metric import BaseMetric, Metric, ModelMetric, is_torchmetrics, results_of
+from torch_frame.metrics.object_detection import ObjDetMAPMetric
 from torch_frame.metrics.voc import VocAP, voc_average_precision
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "MeanAveragePrecision",
     "Metric",
     "ModelMetric",
+    "ObjDetMAPMetric",
     "PrecisionRecall",
     "VocAP",
     "is_torchmetrics",

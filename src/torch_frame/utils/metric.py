@@ -1,0 +1,6 @@
+"""Import path of torch-frame 1.7; see `torch_frame.metrics`."""
+
+from torch_frame.metrics.metric import BaseMetric, ModelMetric
+from torch_frame.metrics.object_detection import ObjDetMAPMetric
+
+__all__ = ["BaseMetric", "ModelMetric", "ObjDetMAPMetric"]
