@@ -22,6 +22,7 @@ from torch_frame.hooks.base import HookBase
 from torch_frame.hooks.checkpoint import CheckpointerHook
 from torch_frame.hooks.early_stop import EarlyStoppingHook
 from torch_frame.hooks.evaluate import EvalHook
+from torch_frame.hooks.evaluate_total import EvalTotalHook
 from torch_frame.hooks.logger import LoggerHook
 from torch_frame.tracking.console import logger, setup_logger
 from torch_frame.tracking.environment import collect_env
@@ -37,6 +38,7 @@ __all__ = [
     "CheckpointerHook",
     "EarlyStoppingHook",
     "EvalHook",
+    "EvalTotalHook",
     "HistoryBuffer",
     "HookBase",
     "InfiniteDataLoader",

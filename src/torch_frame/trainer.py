@@ -31,6 +31,7 @@ from torch_frame.files import SaveRequest, SaveRequests, WorkDir
 from torch_frame.hooks.base import HookBase
 from torch_frame.hooks.caller import HookCaller, checked_hooks
 from torch_frame.hooks.checkpoint import CheckpointerHook
+from torch_frame.hooks.evaluate import EvaluationHook
 from torch_frame.hooks.logger import LoggerHook
 from torch_frame.progress import Progress
 from torch_frame.stopping import StopRequested, StopSignals
@@ -261,6 +262,20 @@ class Trainer:
                 self._close(failed)
         if self.stop_signals.received is not None:
             self.stop_signals.end()
+
+    def evaluate(self) -> dict[str, float]:
+        """Run the evaluations of the registered hooks now; nothing is logged or saved, training is undisturbed.
+
+        Returns:
+            full name -> value, such as "eval_acc". What is no number is in each hook's `results`.
+
+        Raises:
+            SettingError: where no hook evaluates.
+        """
+        hooks = [hook for hook in self.hooks if isinstance(hook, EvaluationHook)]
+        if not hooks:
+            raise SettingError("No hook evaluates. Register one: hooks=[EvalHook(...)] or EvalTotalHook(...).")
+        return {name: value for hook in hooks for name, value in hook.evaluate().items()}
 
     def train_one_epoch(self) -> None:
         """The batches' way: loader -> device -> losses -> update."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import time
 from numbers import Real
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch_frame.hooks.base import HookBase
 from torch_frame.tracking.history import HistoryBuffer
 
 _logger = logging.getLogger("torch_frame")
+_LOWER_IS_BETTER = re.compile(r"(^|_)(loss|error|err|mae|mse|rmse|perplexity|ppl|wer|cer|nll)(_|$)", re.IGNORECASE)
 
 
 class CheckpointerHook(HookBase):
@@ -86,6 +88,12 @@ class CheckpointerHook(HookBase):
             raise SettingError(
                 f"Two hooks claim best.pth: {self.class_name}(save_metric={self.save_metric!r}) and "
                 f"{rivals[0].class_name}(save_metric={rivals[0].save_metric!r}). Leave save_metric to one of them."
+            )
+        if self.max_first and _LOWER_IS_BETTER.search(self.save_metric):
+            _logger.warning(
+                "save_metric is %r and max_first is True: best.pth will be of the epoch in which it is highest. "
+                "Where lower is better, pass max_first=False.",
+                self.save_metric,
             )
 
     def followed_metrics(self) -> list[tuple[str, str]]:

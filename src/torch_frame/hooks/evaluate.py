@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,12 +21,106 @@ Scores = Mapping[str, Any]
 """name -> the scores of a batch's samples: a list of numbers, a 1-d array or a 1-d tensor."""
 
 
-class EvalHook(CheckpointerHook):
+class EvaluationHook(CheckpointerHook):
+    """Base of hooks that evaluate: when they do, under which conditions, and what follows from the scores.
+
+    Runs after each `period`-th epoch and after the last one, or, with `period_unit="iter"`, after each `period`-th batch of the
+    run and after the last one. The model is EMA's where EMA is on, in eval mode, without gradients, in the precision of its
+    weights (use `torch.autocast` in your function for another); training mode and random numbers of the training are as if there
+    had been no evaluation.
+
+    Subclasses write `evaluate` and `trial`.
+
+    Args:
+        period: epochs, or batches, between evaluations.
+        max_to_keep, max_first, save_last: as for CheckpointerHook.
+        save_metric: the full name that `best.pth` follows; None: no metric decides.
+        period_unit: "epoch" or "iter".
+        inference_mode: evaluate in `torch.inference_mode`, which is a little faster than `no_grad`; a tensor that the model
+            caches meanwhile (a grid of YOLOX) cannot be used in training afterwards.
+        progress_bar: show one.
+
+    Stores: what CheckpointerHook stores.
+    """
+
+    def __init__(
+        self,
+        period: int,
+        max_to_keep: int | None,
+        save_metric: str | None,
+        max_first: bool,
+        save_last: bool,
+        *,
+        period_unit: Literal["epoch", "iter"] = "epoch",
+        inference_mode: bool = False,
+        progress_bar: bool = True,
+    ) -> None:
+        super().__init__(period, max_to_keep, save_metric, max_first, save_last)
+        if period_unit not in ("epoch", "iter"):
+            raise SettingError(f"period_unit is {period_unit!r}; it has to be 'epoch' or 'iter'.")
+        self.period_unit = period_unit
+        self.inference_mode = inference_mode
+        self.progress_bar = progress_bar
+        self._score_names: set[str] | None = None
+        own_after_iter = type(self).after_iter is EvaluationHook.after_iter
+        self.idle_stages = frozenset({"after_iter"} if period_unit == "epoch" and own_after_iter else ())
+
+    def evaluate(self) -> dict[str, float]:
+        """Evaluate now: full name -> value. Nothing is logged or saved."""
+        raise NotImplementedError(f"{self.class_name} has no evaluate().")
+
+    def trial(self) -> set[str] | None:
+        """The full names of the scores, found out on one batch; None: not known."""
+        raise NotImplementedError(f"{self.class_name} has no trial().")
+
+    def before_train(self) -> None:
+        """Evaluate one batch, so that a wrong name or form is told now and not after the first epoch."""
+        super().before_train()
+        if self.save_metric is None or type(self)._do_eval is not EvaluationHook._do_eval:
+            return
+        self._score_names = self.trial()
+        if self._score_names is not None and self.save_metric not in self._score_names:
+            own = getattr(self, "prefix", "")
+            prefix = own if self.save_metric.startswith(own) else ""
+            names = sorted(name.removeprefix(prefix) for name in self._score_names)
+            raise SettingError(
+                f"save_metric is {self.save_metric.removeprefix(prefix)!r}, but the evaluation yields "
+                f"{', '.join(map(repr, names)) or 'nothing'}."
+            )
+
+    def logged_metrics(self) -> set[str] | None:
+        return self._score_names
+
+    def after_iter(self) -> None:
+        if self.period_unit == "iter" and (self.every_n_iters(self._period) or self.is_last_iter()):
+            self._do_eval()
+            self.save_model()
+
+    def after_epoch(self) -> None:
+        if self.period_unit == "epoch" and (self.every_n_epochs(self._period) or self.is_last_epoch()):
+            self._do_eval()
+            self.save_model()
+
+    def _do_eval(self) -> None:
+        """Run the evaluation and log what it yields."""
+        step = self.trainer.epoch if self.period_unit == "epoch" else self.trainer.cur_iter
+        self.log(step, **self.evaluate(), smooth=False, window_size=1)
+
+    def batches(self, dataloader: Iterable[Any], desc: str) -> Iterator[Any]:
+        """A loader's batches on the model's device, with a bar; a signal that ends the run is noticed between two of them."""
+        total = _length(dataloader)
+        with ProgressBar(total=total, desc=desc, leave=False, disable=not self.progress_bar) as bar:
+            for batch in dataloader:
+                self.trainer.check_stop()
+                yield move_to_device(batch, self.trainer.device)
+                bar.update()
+
+
+class EvalHook(EvaluationHook):
     """Evaluates every `period` epochs and after the last one, logs each score's mean over all samples, then saves.
 
-    Runs after each epoch. The model is EMA's where EMA is on, in eval mode, without gradients, in the precision of its weights
-    (use `torch.autocast` in `eval_func` for another); training mode and random numbers of the training are as if there had been
-    no evaluation.
+    See `EvaluationHook` for when it runs and what it leaves undisturbed; `EvalTotalHook` for scores that are no mean over
+    samples.
 
     Args:
         dataloader: any iterable of batches that can be iterated again and again.
@@ -35,6 +129,7 @@ class EvalHook(CheckpointerHook):
         max_to_keep, max_first, save_last: as for CheckpointerHook.
         save_metric: the name, as `eval_func` returns it, that `best.pth` follows; None: no metric decides.
         prefix: scores are logged as `<prefix>_<name>`.
+        settings: `period_unit`, `inference_mode`, `progress_bar` of EvaluationHook.
 
     Stores: what CheckpointerHook stores.
     """
@@ -49,78 +144,64 @@ class EvalHook(CheckpointerHook):
         max_first: bool = True,
         save_last: bool = True,
         prefix: str = "eval",
+        **settings: Any,
     ) -> None:
         self.prefix = f"{prefix}_"
         full_name = None if save_metric is None else self.prefix + save_metric
-        super().__init__(period, max_to_keep, full_name, max_first, save_last)
+        super().__init__(period, max_to_keep, full_name, max_first, save_last, **settings)
         if not callable(eval_func):
             raise TypeError(f"eval_func is {eval_func!r}; it has to be a function of (model, batch).")
-        if isinstance(dataloader, Iterator):
-            raise SettingError(
-                "dataloader is an iterator, which is used up after one evaluation. Pass a DataLoader, a list, or an object whose "
-                "__iter__ begins anew."
-            )
+        check_dataloader(dataloader)
         self._eval_func = eval_func
-        self._score_names: set[str] | None = None
         self.dataloader = dataloader
 
-    def before_train(self) -> None:
-        """Evaluate one batch, so that a wrong name or form is told now and not after the first epoch."""
-        super().before_train()
-        if self.save_metric is None or type(self)._do_eval is not EvalHook._do_eval:
-            return
-        with evaluating(self.trainer.model_evaluate):
-            batch = next(iter(self.dataloader), None)
-            if batch is None:
-                raise SettingError("The evaluation's dataloader is empty.")
+    def trial(self) -> set[str]:
+        with evaluating(self.trainer.model_evaluate, self.inference_mode):
+            batch = first_batch(self.dataloader)
             scores = _checked(self._eval_func(self.trainer.model_evaluate, move_to_device(batch, self.trainer.device)))
-        self._score_names = {self.prefix + name for name in scores}
-        if self.save_metric.removeprefix(self.prefix) not in scores:
-            raise SettingError(
-                f"save_metric is {self.save_metric.removeprefix(self.prefix)!r}, but eval_func returns "
-                f"{', '.join(map(repr, scores)) or 'nothing'}."
-            )
+        return {self.prefix + name for name in scores}
 
-    def logged_metrics(self) -> set[str] | None:
-        return self._score_names
-
-    def after_epoch(self) -> None:
-        if self.every_n_epochs(self._period) or self.is_last_epoch():
-            self._do_eval()
-            self.save_model()
-
-    def _do_eval(self) -> None:
-        """Run the evaluation and log its means."""
-        means = self._mean_scores(self.trainer.model_evaluate)
-        self.log(
-            self.trainer.epoch,
-            **{self.prefix + name: mean for name, mean in means.items()},
-            smooth=False,
-            window_size=1,
-        )
-
-    def _mean_scores(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
+        model = self.trainer.model_evaluate
         scores: dict[str, list[Any]] = {}
-        total = _length(self.dataloader)
-        with evaluating(model), ProgressBar(total=total, desc=self.prefix.rstrip("_"), leave=False) as bar:
-            for batch in self.dataloader:
-                self.trainer.check_stop()
-                result = self._eval_func(model, move_to_device(batch, self.trainer.device))
-                for name, of_samples in _checked(result).items():
+        with evaluating(model, self.inference_mode):
+            for batch in self.batches(self.dataloader, self.prefix.rstrip("_")):
+                for name, of_samples in _checked(self._eval_func(model, batch)).items():
                     scores.setdefault(name, []).append(of_samples)
-                bar.update()
         if not scores:
             raise SettingError(
                 "The evaluation yielded no score: its dataloader is empty, or eval_func returned no names."
             )
-        return {name: _mean(parts) for name, parts in scores.items()}
+        return {self.prefix + name: _mean(parts) for name, parts in scores.items()}
+
+
+def check_dataloader(dataloader: Any) -> None:
+    """An evaluation's loader can be iterated again and again."""
+    if isinstance(dataloader, Iterator):
+        raise SettingError(
+            "dataloader is an iterator, which is used up after one evaluation. Pass a DataLoader, a list, or an object whose "
+            "__iter__ begins anew."
+        )
+    if not isinstance(dataloader, Iterable) and not hasattr(dataloader, "__getitem__"):
+        raise TypeError(f"dataloader is {dataloader!r}; it has to be a DataLoader or another iterable of batches.")
+
+
+def first_batch(dataloader: Iterable[Any]) -> Any:
+    """The first batch.
+
+    Raises:
+        SettingError: where there is none.
+    """
+    for batch in dataloader:
+        return batch
+    raise SettingError("The evaluation's dataloader is empty.")
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module, inference_mode: bool = False) -> Iterator[None]:
     """Eval mode and no gradients inside; each module's mode and all random-number states as before afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    with preserved_rng(), torch.no_grad():
+    with preserved_rng(), torch.inference_mode() if inference_mode else torch.no_grad():
         model.eval()
         try:
             yield

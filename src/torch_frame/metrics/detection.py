@@ -98,6 +98,8 @@ class MeanAveragePrecision:
     (1.0, -1.0, 1.0, -1.0)
     """
 
+    higher_is_better = True
+
     def __init__(
         self,
         classes: Sequence[Any],

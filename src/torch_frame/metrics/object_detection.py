@@ -40,6 +40,8 @@ class ObjDetMAPMetric(ModelMetric):
     {'ap_cat': 1.0, 'ap_dog': -1.0, 'map': 1.0}
     """
 
+    higher_is_better = True
+
     def __init__(
         self,
         class2idx: Mapping[str, int],

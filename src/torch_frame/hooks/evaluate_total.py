@@ -1,0 +1,265 @@
+"""EvalTotalHook: metrics that are computed once all data has been seen."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from torch_frame.data.move import move_to_device
+from torch_frame.errors import SettingError
+from torch_frame.hooks.evaluate import EvaluationHook, check_dataloader, evaluating, first_batch
+from torch_frame.metrics.metric import results_of
+
+
+class EvalTotalHook(EvaluationHook):
+    """Shows all batches to one or several metrics, computes them, logs every result that is one number, then saves.
+
+    See `EvaluationHook` for when it runs and what it leaves undisturbed; `EvalHook` for scores of single samples.
+
+    A metric is one of torch_frame.metrics, one of torchmetrics, a `MetricCollection`, or one of 1.7 (`update(model, batch)` and
+    `evaluate()`). With `inputs` it is updated with what that function returns, and the model runs once for all metrics; without,
+    with `update(model, batch)`.
+
+    Args:
+        dataloader: an iterable of batches that can be iterated again and again, or several: {prefix: dataloader}.
+        eval_metric: a metric, a list of metrics, or {name: metric}, where results are called `<name>_<result>` (a metric with a
+            single result gives it the name alone).
+        period: epochs, or batches with `period_unit="iter"`, between evaluations.
+        max_to_keep, max_first, save_last: as for CheckpointerHook.
+        save_metric: the result that `best.pth` follows, without prefix where there is one dataloader, with it where there are
+            several; None: no metric decides.
+        prefix: results are logged as `<prefix>_<result>`.
+        inputs: (model, batch) -> the arguments of the metrics' `update`: a tuple, a dict of keyword arguments, or a single one.
+        settings: `period_unit`, `inference_mode`, `progress_bar` of EvaluationHook.
+
+    Attributes:
+        results: of the last evaluation, as the metrics returned them: {prefix: {name: value}}, matrices and lists included.
+
+    Stores: what CheckpointerHook stores.
+
+    A detection hook in three lines:
+
+    >>> from torch_frame.metrics import MeanAveragePrecision
+    >>> loader = []  # batches of (images, image ids, truth): lists of dicts with boxes, labels
+    >>> hook = EvalTotalHook(
+    ...     loader,
+    ...     MeanAveragePrecision(["cat", "dog"]),
+    ...     save_metric="map",
+    ...     inputs=lambda model, batch: (batch[1], model(batch[0]), batch[2]),
+    ... )
+    """
+
+    def __init__(
+        self,
+        dataloader: Iterable[Any] | Mapping[str, Iterable[Any]],
+        eval_metric: Any,
+        period: int = 1,
+        max_to_keep: int | None = None,
+        save_metric: str | None = None,
+        max_first: bool = True,
+        save_last: bool = True,
+        prefix: str = "eval",
+        *,
+        inputs: Callable[[nn.Module, Any], Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        self.prefix = f"{prefix}_"
+        self.dataloaders = dict(dataloader) if isinstance(dataloader, Mapping) else {prefix: dataloader}
+        for loader in self.dataloaders.values():
+            check_dataloader(loader)
+        self._metrics = _named(eval_metric, has_inputs=inputs is not None)
+        if inputs is not None and not callable(inputs):
+            raise TypeError(f"inputs is {inputs!r}; it has to be a function of (model, batch), or None.")
+        self._inputs = inputs
+        self.results: dict[str, dict[str, Any]] = {}
+        super().__init__(period, max_to_keep, self._full_name(save_metric), max_first, save_last, **settings)
+
+    @property
+    def dataloader(self) -> Iterable[Any]:
+        """The dataloader; of several the first."""
+        return next(iter(self.dataloaders.values()))
+
+    def _full_name(self, save_metric: str | None) -> str | None:
+        if save_metric is None:
+            return None
+        if len(self.dataloaders) == 1:
+            return f"{next(iter(self.dataloaders))}_{save_metric}"
+        if not any(save_metric.startswith(f"{prefix}_") for prefix in self.dataloaders):
+            raise SettingError(
+                f"save_metric is {save_metric!r}, but there are several dataloaders; begin it with one of their names: "
+                f"{', '.join(repr(f'{prefix}_{save_metric}') for prefix in self.dataloaders)}."
+            )
+        return save_metric
+
+    def check(self) -> None:
+        super().check()
+        if self.save_metric is None:
+            return
+        for metric in self._metrics_of(self.save_metric):
+            higher = getattr(metric, "higher_is_better", None)
+            if higher is not None and higher is not self.max_first:
+                raise SettingError(
+                    f"save_metric is {self.save_metric!r}, of which {'higher' if higher else 'lower'} is better, but max_first "
+                    f"is {self.max_first}: best.pth would be the worst. Pass max_first={higher}."
+                )
+
+    def _metrics_of(self, full_name: str) -> list[Any]:
+        """Whose result this is: of a collection, or of several metrics, the one with that name, else all that there are."""
+        name = next(full_name.removeprefix(f"{p}_") for p in self.dataloaders if full_name.startswith(f"{p}_"))
+        parts = [part for given, metric in self._metrics for part in _parts(given, metric)]
+        matching = [metric for known, metric in parts if known == name]
+        return matching or ([parts[0][1]] if len(parts) == 1 else [])
+
+    def trial(self) -> set[str] | None:
+        names: set[str] = set()
+        with evaluating(self.trainer.model_evaluate, self.inference_mode), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of metrics that one batch is not enough for
+            for prefix, loader in self.dataloaders.items():
+                self._reset()
+                self._update(move_to_device(first_batch(loader), self.trainer.device))
+                try:
+                    names |= self._scalars(prefix, self._compute()).keys()
+                except Exception:  # one batch may be too little for it; a real evaluation will tell
+                    return None
+                finally:
+                    self._reset()
+        return names
+
+    def evaluate(self) -> dict[str, float]:
+        scalars: dict[str, float] = {}
+        with evaluating(self.trainer.model_evaluate, self.inference_mode):
+            for prefix, loader in self.dataloaders.items():
+                self._reset()
+                try:
+                    if not self._update_all(loader, prefix):
+                        raise SettingError(f"The evaluation's dataloader ({prefix}) is empty.")
+                    self.results[prefix] = _kept(self._compute())
+                finally:
+                    self._reset()
+                scalars |= self._scalars(prefix, self.results[prefix])
+        return scalars
+
+    def _update_all(self, loader: Iterable[Any], prefix: str) -> bool:
+        seen = False
+        for batch in self.batches(loader, prefix):
+            self._update(batch)
+            seen = True
+        return seen
+
+    def _update(self, batch: Any) -> None:
+        model = self.trainer.model_evaluate
+        if self._inputs is None:
+            for _, metric in self._metrics:
+                metric.update(model, batch)
+            return
+        arguments = self._inputs(model, batch)
+        for _, metric in self._metrics:
+            if isinstance(arguments, Mapping):
+                metric.update(**arguments)
+            elif isinstance(arguments, tuple):
+                metric.update(*arguments)
+            else:
+                metric.update(arguments)
+
+    def _compute(self) -> dict[str, Any]:
+        results: dict[str, Any] = {}
+        for given, metric in self._metrics:
+            for name, value in _renamed(given, metric, results_of(metric)).items():
+                if name in results:
+                    raise SettingError(
+                        f"Two metrics of one evaluation yield {name!r}. Name them: eval_metric={{'first': ..., 'second': ...}}."
+                    )
+                results[name] = value
+        return results
+
+    def _scalars(self, prefix: str, results: Mapping[str, Any]) -> dict[str, float]:
+        numbers = {name: _number(value) for name, value in results.items()}
+        return {f"{prefix}_{name}": number for name, number in numbers.items() if number is not None}
+
+    def _reset(self) -> None:
+        for _, metric in self._metrics:
+            if isinstance(metric, nn.Module):  # torchmetrics: its state lives where the model's outputs are
+                metric.to(self.trainer.device)
+            if hasattr(metric, "reset"):
+                metric.reset()
+
+
+def _named(eval_metric: Any, *, has_inputs: bool) -> list[tuple[str | None, Any]]:
+    """(name or None, metric) of what was given.
+
+    Raises:
+        TypeError: for a class, or something that is no metric.
+    """
+    named: list[tuple[str | None, Any]]
+    if isinstance(eval_metric, Mapping) and not _is_metric(eval_metric):
+        named = list(eval_metric.items())
+    elif isinstance(eval_metric, Sequence):
+        named = [(None, metric) for metric in eval_metric]
+    else:
+        named = [(None, eval_metric)]
+    for _, metric in named:
+        if isinstance(metric, type):
+            raise TypeError(
+                f"eval_metric is the class {metric.__name__}; make an object of it: {metric.__name__}(...)."
+            )
+        if not _is_metric(metric):
+            raise TypeError(
+                f"eval_metric is {metric!r}; it has to have update() and compute(), or update() and 1.7's evaluate()."
+            )
+        if not has_inputs and isinstance(metric, nn.Module):
+            raise TypeError(
+                f"{type(metric).__name__} is updated with predictions and truth. Say where they come from: "
+                "inputs=lambda model, batch: (model(batch[0]), batch[1])."
+            )
+    if not named:
+        raise SettingError("eval_metric is empty; give at least one metric.")
+    return named
+
+
+def _is_metric(metric: Any) -> bool:
+    """A plain dict has `update` as well, but nothing to compute."""
+    has = {name for name in ("update", "compute", "evaluate") if callable(getattr(metric, name, None))}
+    return "update" in has and len(has) > 1
+
+
+def _parts(given: str | None, metric: Any) -> list[tuple[str | None, Any]]:
+    """A collection's metrics by the names of their results; of another one the name that it was given."""
+    if isinstance(metric, Mapping | nn.ModuleDict):
+        return [(name if given is None else f"{given}_{name}", part) for name, part in metric.items()]
+    return [(given or type(metric).__name__, metric)]
+
+
+def _renamed(given: str | None, metric: Any, results: dict[str, Any]) -> dict[str, Any]:
+    if given is None:
+        return results
+    if list(results) == [type(metric).__name__]:
+        return {given: next(iter(results.values()))}
+    return {f"{given}_{name}": value for name, value in results.items()}
+
+
+def _kept(results: dict[str, Any]) -> dict[str, Any]:
+    """The results as they are now, whatever the metric does with its tensors next."""
+    return {name: copy.deepcopy(_detached(value)) for name, value in results.items()}
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _number(value: Any) -> float | None:
+    """A result that is one number; of a list of numbers, as metrics of 1.7 return, the mean; None for anything else."""
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        size = value.numel() if isinstance(value, Tensor) else value.size
+        return float(value.item()) if size == 1 and not torch.is_complex(torch.as_tensor(value)) else None
+    if isinstance(value, Real):
+        return float(value)
+    if isinstance(value, list) and value and all(isinstance(item, Real) for item in value):
+        return float(np.mean(value))
+    return None
