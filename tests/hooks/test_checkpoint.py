@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from tests.small_runs import Net, differences, make_batches, make_trainer, weights_of
-from torch_frame import CheckpointerHook, EvalHook, HistoryBuffer, HookBase, SettingError, Trainer
+from torch_frame import CheckpointerHook, CheckpointError, EvalHook, HistoryBuffer, HookBase, SettingError, Trainer
 
 
 class Snapshots(HookBase):
@@ -238,3 +239,110 @@ def test_a_loader_without_length_is_saved_each_epoch(tmp_path: Path) -> None:
 
     trainer = train(tmp_path, CheckpointerHook(), data=Stream(), epochs=2)
     assert load(trainer, "latest.pth")["progress"]["epoch"] == 2
+
+
+# ---------------------------------------------------------------- inside epochs
+
+
+class SavedAt(HookBase):
+    """The iterations at which latest.pth has become a new file, as seen by the next batch."""
+
+    def __init__(self) -> None:
+        self.iters: list[int] = []
+
+    def before_iter(self) -> None:
+        self.trainer._background.wait()
+        path = os.path.join(self.trainer.ckpt_dir, "latest.pth")
+        if os.path.exists(path):
+            done = load(self.trainer, "latest.pth")["progress"]["iter"]
+            if done not in self.iters:
+                self.iters.append(done)
+
+
+@pytest.mark.parametrize(("accumulate", "expected"), [(1, [3, 5, 6, 9]), (2, [4, 5, 7, 9])])
+def test_every_n_iters_saves_at_the_next_safe_point(accumulate: int, expected: list[int], tmp_path: Path) -> None:
+    saved = SavedAt()
+    train(
+        tmp_path,
+        CheckpointerHook(every_n_iters=3),
+        saved,
+        epochs=2,
+        gradient_accumulation_steps=accumulate,
+    )
+    assert saved.iters == expected, "after 3, 6 and 9 batches or where that window ends, and at the epoch's end (5)"
+
+
+def test_every_n_minutes_saves_when_the_time_has_come(tmp_path: Path) -> None:
+    def step(model: Any, batch: Any) -> Any:
+        time.sleep(0.02)
+        return model(batch)
+
+    saved = SavedAt()
+    train(
+        tmp_path,
+        CheckpointerHook(period=9, every_n_minutes=0.05 / 60),
+        saved,
+        epochs=2,
+        data=make_batches(10),
+        step_fn=step,
+    )
+    assert 3 <= len(saved.iters) <= 9
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"every_n_iters": 0},
+        {"every_n_iters": 2.5},
+        {"every_n_minutes": -1},
+        {"every_n_iters": 5, "save_last": False},
+    ],
+)
+def test_wrong_intervals_are_told(settings: dict[str, Any]) -> None:
+    with pytest.raises(SettingError, match="every_n_"):
+        CheckpointerHook(**settings)
+
+
+def test_policies_of_several_hooks_stand_beside_each_other(tmp_path: Path) -> None:
+    """The best by one metric, the last two, every third epoch for ever: none of them knows of the others."""
+
+    class Every(CheckpointerHook):
+        def save_model(self) -> None:
+            self.trainer.save_at_safe_point(f"kept_{self.trainer.epoch}.pth")
+
+    trainer = train(
+        tmp_path,
+        Snapshots([0.1, 0.9, 0.3, 0.4, 0.5, 0.2]),
+        CheckpointerHook(save_metric="score"),
+        CheckpointerHook(max_to_keep=2, every_n_iters=2),
+        Every(period=3),
+        epochs=6,
+    )
+    assert files_of(trainer) == {
+        *("latest.pth", "previous.pth", "best.pth"),
+        *("epoch_4.pth", "epoch_5.pth"),
+        *("kept_2.pth", "kept_5.pth"),
+    }
+
+
+def test_a_failed_save_is_told_at_the_next_safe_point_and_nothing_old_is_removed(tmp_path: Path) -> None:
+    class Break(HookBase):
+        """From the third epoch on the folder has something in the way of epoch_N.pth."""
+
+        def before_epoch(self) -> None:
+            if self.trainer.epoch == 2:
+                self.trainer._background.wait()
+                os.mkdir(os.path.join(self.trainer.ckpt_dir, "epoch_2.pth"))
+
+    def step(model: Any, batch: Any) -> Any:
+        time.sleep(0.03)
+        return model(batch)
+
+    hooks = [CheckpointerHook(max_to_keep=1), Break()]
+    trainer = make_trainer(tmp_path, max_epochs=9, hooks=hooks, step_fn=step)
+    with pytest.raises(CheckpointError, match=r"epoch_2\.pth could not be written"):
+        trainer.train()
+    assert trainer.progress.iter <= 16, "at the next safe point, not at the run's end"
+    assert "epoch_1.pth" in files_of(trainer)
+    assert load(trainer, "latest.pth")["progress"]["epoch"] == 2
+    assert not [name for name in files_of(trainer) if name.endswith(".tmp")]

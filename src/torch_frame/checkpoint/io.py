@@ -152,7 +152,8 @@ def _load(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "unsupported" not in str(error).lower():
+        words = str(error).lower()
+        if "unsupported" not in words or "unsupported operand" in words:
             raise _damaged(path, _first_line(error)) from error
         raise CheckpointError(
             f"{path} holds more than tensors and plain types{_wanted(error)}, and torch-frame never runs code from a checkpoint. "
