@@ -8,9 +8,9 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-DOCUMENTED := torch_frame $(addprefix torch_frame.,trainer hooks.base hooks.checkpoint hooks.evaluate hooks.logger \
+DOCUMENTED := torch_frame $(addprefix torch_frame.,trainer hooks.base hooks.checkpoint hooks.evaluate hooks.evaluate_total hooks.logger \
 	hooks.early_stop training.losses training.update training.schedules training.ema tracking.history data.order data.batches \
-	data.source metrics.metric metrics.detection metrics.voc metrics.object_detection checkpoint.io checkpoint.seal \
+	data.source data.infinite metrics.metric metrics.detection metrics.voc metrics.object_detection checkpoint.io checkpoint.seal \
 	checkpoint.weights checkpoint.convert checkpoint.inspect stopping report.curves errors progress types)
 BENCHMARKS := $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
 

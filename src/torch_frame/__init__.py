@@ -7,9 +7,9 @@
 
 from torch_frame import _collision as _collision  # first: it says so where another package has overwritten this one
 from torch_frame._version import __version__
+from torch_frame.data.infinite import InfiniteDataLoader
 from torch_frame.data.repeat import RepeatDataset
 from torch_frame.data.seeding import set_random_seed
-from torch_frame.data.source import InfiniteDataLoader
 from torch_frame.errors import (
     CheckpointError,
     NonFiniteError,

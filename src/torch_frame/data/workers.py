@@ -1,0 +1,130 @@
+"""The worker processes of a loader: their settings, and who may end them."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, get_worker_info
+
+_logger = logging.getLogger("torch_frame")
+
+
+@contextlib.contextmanager
+def no_second_warning() -> Iterator[None]:
+    """The user's own loader has said already that it has many workers."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        yield
+
+
+def worker_settings(loader: DataLoader[Any], seed: int, ending: Ending) -> dict[str, Any]:
+    """The user's settings of workers and memory, and a generator: torch would draw from the training's random numbers."""
+    settings: dict[str, Any] = {
+        "num_workers": loader.num_workers,
+        "pin_memory": loader.pin_memory,
+        "generator": torch.Generator().manual_seed(seed & (2**63 - 1)),
+    }
+    if not getattr(loader, "in_order", True):
+        _logger.warning(
+            "in_order=False is not used: the order of batches is a function of the seed. take_over=False keeps it."
+        )
+    if loader.num_workers > 0:
+        settings |= {
+            "worker_init_fn": WorkerInit(loader.worker_init_fn, ending),
+            "prefetch_factor": loader.prefetch_factor,
+            "multiprocessing_context": loader.multiprocessing_context,
+            "timeout": loader.timeout,
+        }
+    return settings
+
+
+def as_it_is(batch: Any) -> Any:
+    return batch
+
+
+class Ending:
+    """What a loader's workers are told by the training process: their end has come.
+
+    A signal that asks the run to end reaches the workers too, and they are still needed: they ignore it. But torch and
+    multiprocessing end workers by the same SIGTERM, so a worker has to know which of the two it is.
+    """
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._has_come: Any = None  # a semaphore: raised once, never taken for long
+        if loader.num_workers > 0:
+            context: Any = loader.multiprocessing_context or multiprocessing
+            self._has_come = context.Semaphore(0)
+            atexit.register(self.come)  # before multiprocessing's own, which was registered when it was imported
+
+    def come(self) -> None:
+        """Say so; the training process alone does."""
+        if self._has_come is not None:
+            self._has_come.release()
+            atexit.unregister(self.come)
+
+    def has_come(self) -> bool:
+        """Whether it has been said."""
+        if not self._has_come.acquire(block=False):
+            return False
+        self._has_come.release()
+        return True
+
+
+class WorkerInit:
+    """Runs first in a worker: signals that ask the run to end are the training process's business, which ends its workers.
+
+    Args:
+        users: the user's `worker_init_fn`.
+        ending: says when SIGTERM is meant for the worker.
+    """
+
+    def __init__(self, users: Callable[[int], None] | None, ending: Ending) -> None:
+        self._users = users
+        self._ending = ending
+
+    def __call__(self, worker_id: int) -> None:
+        for name in ("SIGINT", "SIGUSR1"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
+        if os.name != "nt":  # there SIGTERM is no signal that anybody could catch
+            self._watch_for_sigterm()
+        _numpy_global.set_bit_generator(np.random.MT19937(0))  # a forked worker may have another kind from the user
+        info = get_worker_info()
+        assert info is not None
+        wrapped: Any = info.dataset  # Loading or Streaming; a user's function and dataset look for their own there
+        object.__setattr__(info, "dataset", wrapped.dataset)
+        if self._users is not None:
+            self._users(worker_id)
+
+    def _watch_for_sigterm(self) -> None:
+        """In a thread: python runs a handler between two instructions, and a wait that has just begun may last seconds."""
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, _nothing)
+        threading.Thread(target=self._end_when_told, args=(reading, os.getppid()), daemon=True).start()
+
+    def _end_when_told(self, signals: int, parent: int) -> None:
+        while True:
+            number = os.read(signals, 1)[0]
+            if number == signal.SIGTERM and (self._ending.has_come() or os.getppid() != parent):
+                os._exit(0)  # as torch's own handler does: the training process takes another status for a failure
+
+
+def _nothing(number: int, frame: Any) -> None:
+    """A handler that ignores: with SIG_IGN nobody would be woken."""
+
+
+_numpy_global: Any = np.random
+"""numpy's global generator; its stubs leave out the function that exchanges it."""
