@@ -529,3 +529,24 @@ def test_nothing_runs_on_when_an_iteration_was_broken_off_and_the_source_closed(
 def test_any_whole_number_is_a_seed(seed: int) -> None:
     loader = make_loader("plain", Augmented(6), batch_size=2, shuffle=True)
     assert not differences(served(loader, seed=seed), served(loader, seed=int(seed)))
+
+
+class NormalNumbers(Dataset[Any]):
+    """Draws an odd number of normal numbers, of which numpy and python keep the second one of a pair."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> float:
+        return float(np.random.randn()) + random.gauss(0, 1)
+
+
+@pytest.mark.parametrize("drawn", [1, 2, 3])
+def test_the_second_of_a_pair_of_normal_numbers_is_still_the_trainings(drawn: int) -> None:
+    np.random.seed(3)
+    random.seed(3)
+    alone, python_alone = np.random.RandomState(3), random.Random(3)
+    for _ in source_of(DataLoader(NormalNumbers(), batch_size=2), seed=0).epoch(0):
+        for _ in range(drawn):
+            assert np.random.randn() == alone.randn()
+            assert random.gauss(0, 1) == python_alone.gauss(0, 1)
