@@ -4,6 +4,7 @@
 
 PYTHON ?= python3
 ARGS ?=
+FAULTS_SEED := $(or $(FAULTS_SEED),$(shell date +%s))
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,7 +20,7 @@ BENCHMARKS := $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
 PIP_INSTALL := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
 	$(BIN)/python -m pip install
 
-.PHONY: help demo test lint format bench docs clean
+.PHONY: help demo test faults lint format bench docs clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile
@@ -29,6 +30,10 @@ demo: $(STAMP) ## train a small model on the CPU
 
 test: $(STAMP) ## run the tests and doctests (the slow ones: make test ARGS="-m slow")
 	$(BIN)/python -m pytest $(ARGS)
+
+faults: $(STAMP) ## kill, signal and damage runs at 200 random places and more (again: make faults FAULTS_SEED=seed)
+	@echo "FAULTS_SEED=$(FAULTS_SEED)"
+	FAULTS_SEED=$(FAULTS_SEED) $(BIN)/python -m pytest tests/faults -m "slow or not slow" $(ARGS)
 
 lint: $(STAMP) ## check style, format and types
 	$(BIN)/python -m ruff check .
