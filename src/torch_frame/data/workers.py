@@ -61,24 +61,25 @@ class Ending:
     """
 
     def __init__(self, loader: DataLoader[Any]) -> None:
-        self._has_come: Any = None  # a semaphore: raised once, never taken for long
+        self._permits: Any = (
+            None  # a semaphore: one for each worker, taken for good, so that none hides it from another
+        )
+        self._num_workers = loader.num_workers
         if loader.num_workers > 0:
             context: Any = loader.multiprocessing_context or multiprocessing
-            self._has_come = context.Semaphore(0)
+            self._permits = context.Semaphore(0)
             atexit.register(self.come)  # before multiprocessing's own, which was registered when it was imported
 
     def come(self) -> None:
         """Say so; the training process alone does."""
-        if self._has_come is not None:
-            self._has_come.release()
+        if self._permits is not None:
+            for _ in range(self._num_workers):
+                self._permits.release()
             atexit.unregister(self.come)
 
     def has_come(self) -> bool:
-        """Whether it has been said."""
-        if not self._has_come.acquire(block=False):
-            return False
-        self._has_come.release()
-        return True
+        """Whether it has been said; a worker that hears so ends, and does not ask again."""
+        return bool(self._permits.acquire(block=False))
 
 
 class WorkerInit:
