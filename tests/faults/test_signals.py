@@ -103,9 +103,17 @@ FEW = [
     Case("waiting in a window", "TERM", False, Config("plain", 2, "fork")),
     Case("waiting for the workers", "INT", True, SPAWN),
 ]
+
+
+def _with_workers_for(phase: str, config: Config) -> Config:
+    if phase == "waiting for the workers":  # forked ones are there at once
+        return SPAWN
+    return FORK if phase.startswith("waiting") and config.workers == 0 else config
+
+
 CONFIGS = [FORK, Config("plain", 0), SPAWN, Config("plain", 2, "fork"), Config("persistent", 2, "spawn")]
 ALL = [
-    Case(phase, name, to_group, FORK if phase.startswith("waiting") and config.workers == 0 else config)
+    Case(phase, name, to_group, _with_workers_for(phase, config))
     for (phase, name, to_group), config in zip(
         itertools.product(PHASES, STATUS, (False, True)), itertools.cycle(CONFIGS), strict=False
     )
