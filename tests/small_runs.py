@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
 
 import torch_frame
-from torch_frame import Trainer
+from torch_frame import HookBase, Trainer
 
 LIBRARY = str(Path(torch_frame.__file__).parent)
 ROOT = Path(__file__).parents[1]
@@ -58,6 +58,22 @@ class DictNet(Net):
         x, y = batch
         predicted = self.predict(x)
         return {"mse": F.mse_loss(predicted, y), "l1": 0.3 * F.l1_loss(predicted, y), "off": 0.0}
+
+
+class CountingHook(HookBase):
+    """Counts epochs, and keeps the count in the checkpoint."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def after_epoch(self) -> None:
+        self.count += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.count = state_dict["count"]
 
 
 def make_batches(num: int = 5, size: int = 4, *, last: int | None = None, seed: int = 0) -> list[tuple[Tensor, Tensor]]:

@@ -12,24 +12,8 @@ import torch
 from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.small_runs import Net, differences, make_batches, make_trainer, raised_by, weights_of
+from tests.small_runs import CountingHook, Net, differences, make_batches, make_trainer, raised_by, weights_of
 from torch_frame import CheckpointerHook, CheckpointError, HookBase, InfiniteDataLoader, LoggerHook, Trainer
-
-
-class Counting(HookBase):
-    """Counts epochs, and keeps the count in the checkpoint."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def after_epoch(self) -> None:
-        self.count += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.count = state_dict["count"]
 
 
 class StopAfter(HookBase):
@@ -82,8 +66,8 @@ def test_a_path_is_taken_up_in_its_own_folder(name: str, half: Path, tmp_path: P
 
 
 def test_nothing_is_read_before_train_begins_so_later_hooks_get_their_state(tmp_path: Path) -> None:
-    run(tmp_path / "run", Counting(), StopAfter(3)).train()
-    hook = Counting()
+    run(tmp_path / "run", CountingHook(), StopAfter(3)).train()
+    hook = CountingHook()
     trainer = run(tmp_path / "run")
     assert trainer.progress.epoch == 0
     trainer.register_hooks([hook])
@@ -195,6 +179,22 @@ def test_another_environment_is_warned_of_by_name(half: Path, caplog: pytest.Log
         torch.set_num_threads(threads)
     assert f"num_threads was {threads}, now it is {threads + 1}" in caplog.text
     assert "gradient_accumulation_steps was 1, now it is 2" in caplog.text
+
+
+def test_after_a_fetch_that_failed_no_wait_is_broken_off(tmp_path: Path) -> None:
+    """What training waits for at its end (a file that is being written) is no wait for data."""
+
+    class Source:
+        def __len__(self) -> int:
+            return 2
+
+        def __iter__(self) -> Any:
+            yield make_batches(1)[0]
+            raise OSError("the disk of the data is gone")
+
+    trainer = make_trainer(tmp_path / "run", data=Source())
+    raised_by(trainer.train, OSError)
+    assert not trainer.stop_signals.may_interrupt
 
 
 def test_outside_the_main_thread_training_works_and_no_handler_is_installed(tmp_path: Path) -> None:

@@ -25,7 +25,16 @@ from torch.optim.lr_scheduler import (
 )
 from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
 
-from tests.small_runs import Net, copied, differences, make_batches, make_trainer, run_python, seed_everything
+from tests.small_runs import (
+    CountingHook,
+    Net,
+    copied,
+    differences,
+    make_batches,
+    make_trainer,
+    run_python,
+    seed_everything,
+)
 from torch_frame import CheckpointerHook, CheckpointError, EvalHook, HookBase, LoggerHook, Trainer
 
 EPOCHS, BATCHES = 4, 5
@@ -253,22 +262,10 @@ def test_random_numbers_drawn_between_load_and_train_do_not_matter(tmp_path: Pat
 
 
 def test_a_hook_registered_after_loading_gets_its_state(tmp_path: Path) -> None:
-    class Counter(HookBase):
-        count = 0
-
-        def after_epoch(self) -> None:
-            self.count += 1
-
-        def state_dict(self) -> dict[str, Any]:
-            return {"count": self.count}
-
-        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-            self.count = state_dict["count"]
-
-    make_trainer(tmp_path / "run", hooks=[Counter(), CheckpointerHook()]).train()
+    make_trainer(tmp_path / "run", hooks=[CountingHook(), CheckpointerHook()]).train()
     trainer = make_trainer(tmp_path / "run", hooks=[CheckpointerHook()], max_epochs=3)
     trainer.load_checkpoint("latest.pth")
-    counter = Counter()
+    counter = CountingHook()
     trainer.register_hooks([counter])
     trainer.train()
     assert counter.count == 3

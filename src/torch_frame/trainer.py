@@ -337,15 +337,17 @@ class Trainer:
         self._fetch_started = time.perf_counter()
         signals, may_interrupt = self.stop_signals, self.source.interruptible
         signals.may_interrupt = may_interrupt and not self.updater.window_open
-        for batch, position in placed:
+        try:
+            for batch, position in placed:
+                signals.may_interrupt = False
+                moved = move_to_device(batch, self.device)
+                self._position = position
+                self._data_time = time.perf_counter() - self._fetch_started
+                yield moved
+                self._fetch_started = time.perf_counter()
+                signals.may_interrupt = may_interrupt and not self.updater.window_open
+        finally:  # a fetch that failed, too: what is waited for afterwards is not broken off
             signals.may_interrupt = False
-            moved = move_to_device(batch, self.device)
-            self._position = position
-            self._data_time = time.perf_counter() - self._fetch_started
-            yield moved
-            self._fetch_started = time.perf_counter()
-            signals.may_interrupt = may_interrupt and not self.updater.window_open
-        signals.may_interrupt = False
 
     def record(self, values: Values) -> None:
         """Keep a step's values and times for whoever looks at them."""
