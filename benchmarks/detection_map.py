@@ -51,7 +51,7 @@ def generate(num_images: int) -> list[Batch]:
             *map(list, zip(*images[start : start + BATCH_SIZE], strict=True)),
         )
         for start in range(0, num_images, BATCH_SIZE)
-    ]  # type: ignore[misc]
+    ]  # type: ignore[misc]  # a starred tuple
 
 
 def generate_image(rng: np.random.Generator) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -113,7 +113,7 @@ def annotations(batches: list[Batch]) -> tuple[dict[str, Any], list[dict[str, An
 
 def xywh(rows: dict[str, torch.Tensor]) -> list[list[float]]:
     boxes = rows["boxes"].double()
-    return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()  # type: ignore[no-any-return]
+    return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()  # type: ignore[no-any-return]  # lists of floats
 
 
 def evaluate_dicts(coco_class: Any, evaluation_class: Any, batches: list[Batch]) -> Result:

@@ -19,7 +19,7 @@ def test_the_next_job_waits_for_the_one_before_and_none_is_dropped() -> None:
         order.append(("end", number))
 
     for number in range(4):
-        background.start(lambda number=number: job(number))  # type: ignore[misc]
+        background.start(lambda number=number: job(number))  # type: ignore[misc]  # bound early
     background.wait()
     assert order == [(what, number) for number in range(4) for what in ("begin", "end")]
     assert not background.busy

@@ -30,7 +30,7 @@ def _ask(endings: list[Ending], places: Any, own: int, answers: Any) -> None:
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="forks")
 def test_every_worker_is_told_of_the_end_though_all_ask_at_once() -> None:
     context = multiprocessing.get_context("fork")
-    endings = [Ending(DataLoader(range(4), num_workers=2)) for _ in range(3000)]  # type: ignore[arg-type]
+    endings = [Ending(DataLoader(range(4), num_workers=2)) for _ in range(3000)]  # type: ignore[arg-type]  # a range has a length and items
     assert not any(ending.has_come() for ending in endings)
     for ending in endings:
         ending.come()

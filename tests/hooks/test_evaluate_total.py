@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.small_runs import differences, make_batches, make_trainer, raised_by, seed_everything, weights_of
 from torch_frame import CheckpointerHook, EvalHook, EvalTotalHook, LoggerHook, SettingError, Trainer
 from torch_frame.metrics import MeanAveragePrecision
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
+    warnings.simplefilter("ignore")  # its own, on import
     torchmetrics = pytest.importorskip("torchmetrics")
     from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassConfusionMatrix
 
@@ -166,7 +167,7 @@ def test_a_metric_of_1_7_works_as_it_did(tmp_path: Path) -> None:
 
 def test_a_period_in_iterations_evaluates_inside_epochs(tmp_path: Path) -> None:
     class Counting(OfOld):
-        evaluated_at: list[int] = []  # noqa: RUF012
+        evaluated_at: list[int] = []  # noqa: RUF012  # of the class: the hook may copy the metric
 
         def evaluate(self) -> dict[str, Any]:
             self.evaluated_at.append(trainer.cur_iter)
@@ -240,6 +241,48 @@ def test_evaluate_by_hand_logs_and_saves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoints").exists()
     with pytest.raises(SettingError, match="No hook evaluates"):
         trainer_of(tmp_path, CheckpointerHook()).evaluate()
+
+
+def test_nothing_is_read_between_the_batches(tmp_path: Path) -> None:
+    """A metric that keeps tensors is updated without a read of their values; on a device each would be a wait."""
+
+    class Reads(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.num = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.num += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+            return function(*args, **(kwargs or {}))
+
+    class OnDevice:
+        """Counts in tensors. `reads` are those that have been made when a batch arrives."""
+
+        def reset(self) -> None:
+            self.right, self.total, self.reads = torch.zeros(()), 0, []
+
+        def update(self, scores: Tensor, labels: Tensor) -> None:
+            self.reads.append(reads.num)
+            self.right = self.right + (scores.argmax(1) == labels).sum()
+            self.total += len(labels)
+
+        def compute(self) -> dict[str, float]:
+            seen.extend(self.reads)
+            return {"acc": (self.right / self.total).item()}
+
+    reads, seen = Reads(), []
+    trainer = trainer_of(
+        tmp_path, EvalTotalHook(labelled(), OnDevice(), inputs=lambda model, batch: (model(batch), batch[1]))
+    )
+    with reads:
+        scores = trainer.evaluate()
+    assert len(seen) == len(labelled())
+    assert seen[0] == seen[-1]
+    assert reads.num > seen[-1], "the result is read, so a read would have been counted"
+    assert (
+        scores["eval_acc"]
+        == by_hand(MulticlassAccuracy(NUM_CLASSES, average="micro"), trainer.model, labelled()).item()
+    )
 
 
 # ---------------------------------------------------------------- detection

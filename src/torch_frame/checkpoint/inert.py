@@ -94,9 +94,7 @@ def _names(path: Path) -> set[str]:
     with open(path, "rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
         file.seek(0)
-        if (
-            not is_zip
-        ):  # torch before 1.6: a magic number, a version, the system, the object; four pickles, then the tensors
+        if not is_zip:  # torch before 1.6: magic number, version, system and object, a pickle each, then the tensors
             return set().union(*(_names_of_pickle(file) for _ in range(4)))
         with zipfile.ZipFile(file) as archive:
             broken = archive.testzip() or next((part.filename for part in archive.infolist() if _is_odd(part)), None)

@@ -17,7 +17,7 @@ from torch_frame.checkpoint.seal import SealingFile, verify
 from torch_frame.errors import CheckpointError
 
 _OUR_OWN: dict[Path, tuple[int, int, int]] = {}
-"""Files that this process has written and verified, or read and verified, as they were then (see `_identity`)."""
+"""Files that this process has verified, as they were then (see `_identity`): they need not be read again to be kept."""
 
 
 def write(
@@ -50,7 +50,8 @@ def write(
             _keep(path, Path(keep_as))
         os.replace(temporary, path)
         _sync_folder(path.parent)
-        _OUR_OWN[path.absolute()] = _identity(path)
+        if keep_as is not None:
+            _OUR_OWN[path.absolute()] = _identity(path)
     except (OSError, RuntimeError, pickle.PickleError) as error:
         raise CheckpointError(
             f"{path} could not be written: {_cause_of(error)}."

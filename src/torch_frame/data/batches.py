@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from torch_frame.data.order import Order, at, mix
-from torch_frame.data.seeding import seed_all
+from torch_frame.data.seeding import numpy_random, python_generator, seed_all
 
 
 class BatchPlace(NamedTuple):
@@ -276,21 +276,17 @@ class _TrainingNumbersKept:
         if cls._numpy_of_loading is None:
             cls._numpy_of_loading = np.random.MT19937(0)
         self._numpy_state = np.random.get_state(legacy=False)
-        self._numpy = _numpy_global.get_bit_generator()
-        _numpy_global.set_bit_generator(cls._numpy_of_loading)
+        self._numpy = numpy_random.get_bit_generator()
+        numpy_random.set_bit_generator(cls._numpy_of_loading)
         _python_numbers.keep()
         self._torch = torch.default_generator.get_state()
 
     def __exit__(self, *exception: object) -> None:
-        _numpy_global.set_bit_generator(self._numpy)
+        numpy_random.set_bit_generator(self._numpy)
         if self._numpy_state["has_gauss"]:
             np.random.set_state(self._numpy_state)
         _python_numbers.put_back()
         torch.default_generator.set_state(self._torch)
-
-
-_numpy_global: Any = np.random
-"""numpy's global generator; its stubs leave out the two functions that exchange it."""
 
 
 class _PythonNumbers:
@@ -313,7 +309,7 @@ class _PythonNumbers:
         self._next_words = tuple(random.getrandbits(32) for _ in range(3))
 
     def _is_unchanged(self) -> bool:
-        if _python_generator.gauss_next != self._state[2]:
+        if python_generator.gauss_next != self._state[2]:
             return False
         for drawn, word in enumerate(self._next_words, 1):
             if random.getrandbits(32) != word:
@@ -326,5 +322,4 @@ class _PythonNumbers:
         random.setstate(self._state)
 
 
-_python_generator: Any = random.seed.__self__  # type: ignore[attr-defined]  # the instance behind random's functions
 _python_numbers = _PythonNumbers()

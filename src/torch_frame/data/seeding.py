@@ -18,8 +18,11 @@ from torch.utils.data import DataLoader
 _MAX_SEED = 2**32 - 1  # numpy's and PYTHONHASHSEED's limit
 
 # The instance behind the functions of `random`, and its seeding without the Python around it: for integers the same.
-_python: Any = random.seed.__self__  # type: ignore[attr-defined]  # a bound method
-_seed_python = super(random.Random, _python).seed
+python_generator: Any = random.seed.__self__  # type: ignore[attr-defined]  # a bound method
+_seed_python = super(random.Random, python_generator).seed
+
+numpy_random: Any = np.random
+"""Its stubs leave out the two functions that read and exchange the global generator."""
 
 # Where a DataLoader may carry a torch.Generator of its own.
 _GENERATOR_PLACES = ("generator", "sampler.generator", "batch_sampler.generator", "batch_sampler.sampler.generator")
@@ -60,7 +63,7 @@ def seed_all(seed: int) -> None:
     `torch.manual_seed` would take 90 us: it also seeds devices.
     """
     _seed_python(seed)
-    _python.gauss_next = None
+    python_generator.gauss_next = None
     np.random.seed(seed & _MAX_SEED)
     torch.default_generator.manual_seed(seed >> 1)
 

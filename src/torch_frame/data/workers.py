@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
+from torch_frame.data.seeding import numpy_random
+
 _logger = logging.getLogger("torch_frame")
 
 
@@ -100,7 +102,7 @@ class WorkerInit:
                 signal.signal(getattr(signal, name), signal.SIG_IGN)
         if os.name != "nt":  # there SIGTERM is no signal that anybody could catch
             self._watch_for_sigterm()
-        _numpy_global.set_bit_generator(np.random.MT19937(0))  # a forked worker may have another kind from the user
+        numpy_random.set_bit_generator(np.random.MT19937(0))  # a forked worker may have another kind from the user
         info = get_worker_info()
         assert info is not None
         wrapped: Any = info.dataset  # Loading or Streaming; a user's function and dataset look for their own there
@@ -125,7 +127,3 @@ class WorkerInit:
 
 def _nothing(number: int, frame: Any) -> None:
     """A handler that ignores: with SIG_IGN nobody would be woken."""
-
-
-_numpy_global: Any = np.random
-"""numpy's global generator; its stubs leave out the function that exchanges it."""

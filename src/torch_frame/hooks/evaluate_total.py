@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch_frame.data.move import move_to_device
 from torch_frame.errors import SettingError
 from torch_frame.hooks.evaluate import EvaluationHook, check_dataloader, evaluating, first_batch
-from torch_frame.metrics.metric import results_of
+from torch_frame.metrics.metric import is_torchmetrics, results_of
 
 
 class EvalTotalHook(EvaluationHook):
@@ -213,7 +213,7 @@ def _named(eval_metric: Any, *, has_inputs: bool) -> list[tuple[str | None, Any]
             raise TypeError(
                 f"eval_metric is {metric!r}; it has to have update() and compute(), or update() and 1.7's evaluate()."
             )
-        if not has_inputs and isinstance(metric, nn.Module):
+        if not has_inputs and is_torchmetrics(metric):
             raise TypeError(
                 f"{type(metric).__name__} is updated with predictions and truth. Say where they come from: "
                 "inputs=lambda model, batch: (model(batch[0]), batch[1])."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, Self, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @runtime_checkable
@@ -62,13 +62,13 @@ class Metric(Protocol):
 
 
 def is_torchmetrics(metric: Any) -> bool:
-    """Whether this is used as a torchmetrics metric or collection is: `update`, `compute`, `reset`, and no `merge` of ours.
+    """Whether this is used as a torchmetrics metric or collection is: a module with `update`, `compute` and `reset`.
 
     >>> is_torchmetrics(object())
     False
     """
     has = [callable(getattr(metric, name, None)) for name in ("update", "compute", "reset")]
-    return all(has) and not callable(getattr(metric, "merge", None))
+    return isinstance(metric, nn.Module) and all(has)
 
 
 def results_of(metric: Any) -> dict[str, Any]:
