@@ -184,11 +184,11 @@ def test_pythons_numbers_are_kept_however_many_the_training_draws_between_batche
     alone = random.Random(5)
     numbers = batches._PythonNumbers()
     for turn in range(700):
-        numbers.keep()
+        state = numbers.kept()
         random.seed(turn)
         random.random()
         random.gauss(0, 1)
-        numbers.put_back()
+        random.setstate(state)
         for _ in range(drawn):
             assert random.getrandbits(32) == alone.getrandbits(32)
         if turn % 5 == 0:  # the second number of a pair is held beside the state

@@ -6,6 +6,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -550,3 +551,39 @@ def test_the_second_of_a_pair_of_normal_numbers_is_still_the_trainings(drawn: in
         for _ in range(drawn):
             assert np.random.randn() == alone.randn()
             assert random.gauss(0, 1) == python_alone.gauss(0, 1)
+
+
+class LoadsByItself(NormalNumbers):
+    """Iterates another loader of ours between two draws, as a dataset that mixes in samples of another one does."""
+
+    def __init__(self, seed: int) -> None:
+        self.others = source_of(DataLoader(NormalNumbers(), batch_size=2), seed=seed)
+
+    def __getitem__(self, index: int) -> float:
+        before = super().__getitem__(index)
+        for _ in self.others.epoch(0):
+            pass
+        return before + super().__getitem__(index) + float(torch.rand(1))
+
+
+def test_a_dataset_that_loads_from_a_loader_of_its_own_has_its_numbers_and_leaves_the_trainings() -> None:
+    samples = [
+        torch.cat([batch for batch, _ in source_of(DataLoader(LoadsByItself(seed), batch_size=2), seed=0).epoch(0)])
+        for seed in (1, 2)
+    ]
+    assert torch.equal(*samples)
+    np.random.seed(3)
+    random.seed(3)
+    alone, python_alone = np.random.RandomState(3), random.Random(3)
+    for _ in source_of(DataLoader(LoadsByItself(1), batch_size=2), seed=0).epoch(0):
+        assert np.random.randn() == alone.randn()
+        assert random.gauss(0, 1) == python_alone.gauss(0, 1)
+
+
+def test_without_numpys_private_names_its_numbers_are_kept_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    public = {name: getattr(np.random, name) for name in dir(np.random) if name.endswith(("_state", "_generator"))}
+    monkeypatch.setattr("torch_frame.data.batches.numpy_random", SimpleNamespace(**public))
+    np.random.seed(3)
+    alone = np.random.RandomState(3)
+    for _ in source_of(DataLoader(NormalNumbers(), batch_size=2), seed=0).epoch(0):
+        assert np.random.randn() == alone.randn()

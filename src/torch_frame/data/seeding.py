@@ -20,6 +20,7 @@ _MAX_SEED = 2**32 - 1  # numpy's and PYTHONHASHSEED's limit
 # The instance behind the functions of `random`, and its seeding without the Python around it: for integers the same.
 python_generator: Any = random.seed.__self__  # type: ignore[attr-defined]  # a bound method
 _seed_python = super(random.Random, python_generator).seed
+_seed_numpy, _seed_torch = np.random.seed, torch.default_generator.manual_seed
 
 numpy_random: Any = np.random
 """Its stubs leave out the two functions that read and exchange the global generator."""
@@ -64,8 +65,8 @@ def seed_all(seed: int) -> None:
     """
     _seed_python(seed)
     python_generator.gauss_next = None
-    np.random.seed(seed & _MAX_SEED)
-    torch.default_generator.manual_seed(seed >> 1)
+    _seed_numpy(seed & _MAX_SEED)
+    _seed_torch(seed >> 1)
 
 
 def rng_state() -> dict[str, Any]:
