@@ -212,7 +212,7 @@ STEP = [
 ]
 SAVE = [("write", 1, 3), ("verify", 1, 6), ("link", 1, 2), ("rename", 1, 4), ("renamed", 1, 3), ("remove", 1, 6)]
 EPOCH_END = [("evaluate", 2, 4), ("evaluated", 1, 1), ("logged", 1, 1)]
-RESUMING = [("before_train", 1, 1), ("metrics", 1, 1), ("before_epoch", 1, 1)]
+RESUMING = [("before_train", 1, 1), ("curves", 1, 2), ("before_epoch", 1, 1)]
 ANY_MOMENT = [("before_train", 1, 1)]  # and a time after it
 KINDS = {"step": STEP, "save": SAVE, "epoch's end": EPOCH_END, "resuming": RESUMING, "any moment": ANY_MOMENT}
 

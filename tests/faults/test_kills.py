@@ -113,11 +113,6 @@ def test_metrics_jsonl_is_that_of_the_uninterrupted_run(case: Any, killed: Ahead
         assert rows(folder) == rows(reference[series.config.workers]), str(series)
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="a value whose step lies before the checkpoint's iteration (an epoch's scores) and that was written after it is "
-    "written twice: TensorBoard purges by step alone",
-)
 @every_case
 def test_tensorboard_shows_the_curves_of_the_uninterrupted_run(
     case: Any, killed: Ahead, reference: dict[int, Path]

@@ -88,15 +88,18 @@ class Fault:
             os.kill(self.training_pid, self.number)
 
 
-def watch_files(fault: Fault, checkpoints: Path, metrics: Path) -> None:
+WATCHED = ("open", "os.rename", "os.link", "os.remove", "os.truncate")
+
+
+def watch_files(fault: Fault, checkpoints: Path, *curves: str) -> None:
     """Points inside a save, by what python tells an audit hook before it opens, renames, links or removes a file."""
 
     def audit(event: str, args: tuple[Any, ...]) -> None:
-        if event not in ("open", "os.rename", "os.link", "os.remove") or os.getpid() != fault.training_pid:
+        if event not in WATCHED or os.getpid() != fault.training_pid:
             return
         paths = [os.fspath(arg) for arg in args[:2] if isinstance(arg, str | os.PathLike)]
-        if event == "os.rename" and str(metrics) in paths:
-            fault.reached("metrics")  # a resumed run puts the shortened file in the place of the old one
+        if event != "open" and any(path.startswith(curves) for path in paths):
+            fault.reached("curves")  # a resumed run shortens metrics.jsonl and TensorBoard's files, or removes one
         if not paths or not paths[0].startswith(str(checkpoints)):
             return
         if event == "open" and paths[0] == str(checkpoints):
@@ -327,7 +330,8 @@ def main() -> None:
     random.seed(options.seed)
     events = Events(options.folder / "events.jsonl")
     fault = Fault(options.at, getattr(signal, f"SIG{options.send}"), options.to_group, events)
-    watch_files(fault, options.folder / "run" / "checkpoints", options.folder / "run" / "metrics.jsonl")
+    run = options.folder / "run"
+    watch_files(fault, run / "checkpoints", str(run / "metrics.jsonl"), str(run / "tb_logs"))
     trainer = make_trainer(options, fault, events)
     trainer.train()
     parts = outcome(trainer)

@@ -118,6 +118,56 @@ def test_later_rows_are_cut_off_for_a_resumed_run(keep: int, tmp_path: Path) -> 
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
+@pytest.mark.parametrize("num_before", [0, 1, 3, 20])
+def test_what_was_written_after_a_mark_is_cut_off_whatever_its_iteration(num_before: int, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    writer = JsonlWriter(path)
+    for row in range(num_before):
+        writer.write({"iter": row, "time": row / 7})
+    mark = writer.mark()
+    before = path.read_bytes()
+    writer.write({"iter": max(num_before - 1, 0), "eval_acc": 0.5})
+    writer.write({"iter": num_before})
+    writer.close()
+    with path.open("a") as file:
+        file.write('{"iter": 5, "lo')
+    JsonlWriter(path, num_before - 1, keep_until=mark).close()
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("change", ["shorter", "another", "gone"])
+def test_of_a_file_that_does_not_have_the_marked_place_later_rows_are_cut_off(change: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    _write(path)
+    writer = JsonlWriter(path)
+    mark = writer.mark()
+    writer.close()
+    if change == "shorter":
+        _write(path)
+        path.write_bytes(path.read_bytes()[:-3])
+    elif change == "another":
+        _write(path, '{"iter": 2, "of": "another run"}\n')
+        path.write_bytes(path.read_bytes().replace(b'"iter": 0', b'"iter": 1'))
+    else:
+        path.unlink()
+    JsonlWriter(path, 1, keep_until=mark).close()
+    assert [row["iter"] for row in _rows(path)] == {"shorter": [0, 1], "another": [1, 1], "gone": []}[change]
+
+
+def test_a_file_that_is_gone_has_no_mark(tmp_path: Path) -> None:
+    writer = JsonlWriter(tmp_path / "metrics.jsonl")
+    (tmp_path / "metrics.jsonl").unlink()
+    assert writer.mark() is None
+    writer.close()
+
+
+def test_what_a_killed_process_left_of_a_cut_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl.tmp").write_text("half")
+    JsonlWriter(tmp_path / "metrics.jsonl").close()
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
 def test_a_cut_that_fails_leaves_the_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "metrics.jsonl"
     _write(path)
@@ -213,3 +263,39 @@ def test_scalars_written_together_are_read_one_by_one(tmp_path: Path) -> None:
     events = event_accumulator.EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/total_loss")] == [(0, 0.0), (1, 0.5), (2, 1.0)]
     assert [(event.step, event.value) for event in events.Scalars("train/lr")] == [(step, 0.125) for step in range(3)]
+
+
+def _points(folder: Path, tag: str) -> list[tuple[int, float]]:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = event_accumulator.EventAccumulator(str(folder)).Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_event_files_end_where_they_ended_and_later_ones_of_the_run_are_removed(tmp_path: Path) -> None:
+    others = TensorBoardWriter(tmp_path, run_id="other")
+    others.write("other", 9.0, 9)
+    others.close()
+    first = TensorBoardWriter(tmp_path, run_id="run", filename_suffix=".mine")
+    first.write("eval_acc", 0.1, 0)
+    first.flush()
+    sizes = first.sizes()
+    first.write("eval_acc", 0.2, 1)
+    first.close()
+    for value in (0.3, 0.4):  # two processes that were killed before they saved anything
+        again = TensorBoardWriter(tmp_path, purge_step=100, run_id="run", filename_suffix=".mine", keep=sizes)
+        assert _points(tmp_path, "eval_acc") == [(0, pytest.approx(0.1))]
+        again.write("eval_acc", value, 1)
+        again.close()
+    assert _points(tmp_path, "eval_acc") == [(0, pytest.approx(0.1)), (1, pytest.approx(0.4))]
+    assert _points(tmp_path, "other") == [(9, 9.0)]
+
+
+def test_of_a_folder_that_is_not_to_be_seen_no_file_is_known_or_removed(tmp_path: Path) -> None:
+    writer = TensorBoardWriter(tmp_path / "tb", run_id="run")
+    writer.write("a", 1.0, 0)
+    writer.close()
+    (tmp_path / "tb").rename(tmp_path / "elsewhere")
+    assert writer.sizes() is None
+    (tmp_path / "elsewhere").rename(tmp_path / "tb")
+    TensorBoardWriter(tmp_path / "tb", run_id="run", keep=None).close()
+    assert _points(tmp_path / "tb", "a") == [(0, 1.0)]

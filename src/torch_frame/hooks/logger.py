@@ -6,6 +6,7 @@ import datetime
 import logging
 import os
 import time
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ class LoggerHook(HookBase):
         progress_bar: show a bar (a line now and then, where the output is no terminal).
         kwargs: passed to `torch.utils.tensorboard.SummaryWriter`.
 
-    Stores: up to which iteration each name has been written.
+    Stores: up to which iteration each name has been written, and where the files ended: a resumed run cuts them there.
     """
 
     runs_last = True
@@ -59,6 +60,8 @@ class LoggerHook(HookBase):
         self.kwargs = kwargs
         self._progress_bar = progress_bar
         self._last_write: dict[str, int] = {}
+        self._files: dict[str, Any] | None = None  # where they ended; None: not opened yet
+        self._run_id = uuid.uuid4().hex[:12]
         self._until_write = period
         self._bar: ProgressBar | None = None
         self._next_look = 0.0
@@ -79,10 +82,17 @@ class LoggerHook(HookBase):
         )  # inside a resumed epoch, too
         resumed_at = self.trainer.resumed_iter
         last_row = None if resumed_at is None else resumed_at - 1
-        self._jsonl = JsonlWriter(os.path.join(self.trainer.work_dir, "metrics.jsonl"), keep_until_iter=last_row)
+        ends = {} if resumed_at is None or self._files is None else self._files
+        self._jsonl = JsonlWriter(
+            os.path.join(self.trainer.work_dir, "metrics.jsonl"), last_row, keep_until=ends.get("metrics.jsonl")
+        )
         try:
             self._tensorboard = TensorBoardWriter(
-                self.tb_log_dir or self.trainer.tb_log_dir, purge_step=resumed_at, **self.kwargs
+                self.tb_log_dir or self.trainer.tb_log_dir,
+                purge_step=resumed_at,
+                run_id=self._run_id,
+                keep=ends.get("tensorboard"),
+                **self.kwargs,
             )
         except ModuleNotFoundError as error:
             _logger.info("%s metrics.jsonl in the work dir is written all the same.", error)
@@ -112,7 +122,7 @@ class LoggerHook(HookBase):
 
     def close(self) -> None:
         self._close_bar()
-        self._hand_over()
+        self._note_ends()
         for writer in (self._jsonl, self._tensorboard):
             if writer is not None:
                 writer.close()
@@ -217,13 +227,23 @@ class LoggerHook(HookBase):
         return self.metric_storage["iter_time"].global_sum if "iter_time" in self.metric_storage else 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        self._hand_over()  # a run that goes on from this state writes only what comes after it
-        if self._tensorboard is not None:
-            self._tensorboard.flush()
-        return {"last_write": dict(self._last_write)}
+        self._note_ends()
+        return {"last_write": dict(self._last_write), "run_id": self._run_id, "files": self._files}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._last_write = dict(state_dict["last_write"])
+        self._run_id = state_dict.get("run_id", self._run_id)
+        self._files = state_dict.get("files")
+
+    def _note_ends(self) -> None:
+        """Have everything in the files and remember where they end: a run that goes on from here writes what comes after."""
+        self._hand_over()
+        if self._jsonl is None:
+            return
+        self._files = {"metrics.jsonl": self._jsonl.mark()}
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+            self._files["tensorboard"] = self._tensorboard.sizes()
 
 
 def _duration(seconds: float) -> str:

@@ -1,5 +1,7 @@
 """Metric files: one JSON object a line, and TensorBoard's event files."""
 
+import contextlib
+import hashlib
 import json
 import math
 import os
@@ -59,17 +61,32 @@ def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
 
 def _cut_rows_after(path: str, last_iter: int) -> None:
     """Rewrites a file without its later rows; the old file stays whole until the new one is on disk."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = _temporary_of(path)
     try:
         with open(path, "rb") as old, open(temporary, "wb") as new:
             new.writelines(line for line in _whole_lines(old) if not _is_later(line, last_iter))
             new.flush()
             os.fsync(new.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
+    finally:
+        with contextlib.suppress(OSError):
             os.remove(temporary)
-        raise
+
+
+def _temporary_of(path: str) -> str:
+    """One name: what a killed process has left is found and removed by the next."""
+    return f"{path}.tmp"
+
+
+def _mark_at(path: str, size: int) -> dict[str, Any]:
+    """A place in a file, and by what to recognise it: the rows before it carry their times."""
+    with open(path, "rb") as file:
+        file.seek(max(size - 512, 0))
+        return {"size": size, "sha256_before": hashlib.sha256(file.read(min(size, 512))).hexdigest()}
+
+
+def _is_marked(path: str, mark: Mapping[str, Any]) -> bool:
+    return os.path.getsize(path) >= mark["size"] and _mark_at(path, mark["size"]) == mark
 
 
 def _cut_half_line(path: str, block_size: int = 1 << 16) -> None:
@@ -98,6 +115,8 @@ class JsonlWriter:
         path: of the file. An existing one is continued; a half-written last line is cut off.
         keep_until_iter: rows of an existing file whose `"iter"` is greater are cut off too: a resumed run writes
             them again.
+        keep_until: what `mark` returned when the state was saved that the run goes on from. A file that has this place ends
+            there, whatever was written since; for another one `keep_until_iter` counts.
 
     >>> import tempfile
     >>> path = os.path.join(tempfile.mkdtemp(), "metrics.jsonl")
@@ -109,10 +128,20 @@ class JsonlWriter:
     {"iter": 49, "total_loss": 0.5, "grad_norm": null}
     """
 
-    def __init__(self, path: str | os.PathLike[str], keep_until_iter: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        keep_until_iter: int | None = None,
+        *,
+        keep_until: Mapping[str, Any] | None = None,
+    ) -> None:
         self.path = os.path.realpath(path)  # a link stays a link when the file is replaced
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(_temporary_of(self.path))
         if os.path.exists(self.path):
-            if keep_until_iter is None:
+            if keep_until is not None and _is_marked(self.path, keep_until):
+                os.truncate(self.path, keep_until["size"])
+            elif keep_until_iter is None:
                 _cut_half_line(self.path)
             else:
                 _cut_rows_after(self.path, keep_until_iter)
@@ -128,6 +157,13 @@ class JsonlWriter:
         plain = {str(key): _plain(value, f"row[{key!r}]") for key, value in row.items()}
         self._file.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
+
+    def mark(self) -> dict[str, Any] | None:
+        """Returns where the file ends now, for a state that a run goes on from; None where it is gone."""
+        try:
+            return _mark_at(self.path, os.path.getsize(self.path))
+        except OSError:
+            return None
 
     def close(self) -> None:
         """Closes the file. Closing twice is fine."""
@@ -155,14 +191,52 @@ class TensorBoardWriter:
     Args:
         log_dir: the folder of the event files; made if missing.
         purge_step: TensorBoard hides what was logged at this step or later: the first step of a resumed run.
+        run_id: the event files' names end with it.
+        keep: what `sizes` returned when the state was saved that the run goes on from. The files of this `run_id` end where
+            they ended then, and those that it does not name are removed: the run writes all that again. `purge_step` alone
+            does not reach scalars whose step is not an iteration, as an epoch's scores. None: all stay as they are.
         kwargs: further arguments of `torch.utils.tensorboard.SummaryWriter`.
 
     Raises:
         ModuleNotFoundError: tensorboard is not installed.
     """
 
-    def __init__(self, log_dir: str | os.PathLike[str], *, purge_step: int | None = None, **kwargs: Any) -> None:
-        self._writer = _summary_writer_class()(os.fspath(log_dir), purge_step=purge_step, **kwargs)
+    def __init__(
+        self,
+        log_dir: str | os.PathLike[str],
+        *,
+        purge_step: int | None = None,
+        run_id: str = "",
+        keep: Mapping[str, int] | None = None,
+        filename_suffix: str = "",
+        **kwargs: Any,
+    ) -> None:
+        summary_writer = _summary_writer_class()
+        self._log_dir = os.fspath(log_dir)
+        self._suffix = f"{filename_suffix}.{run_id}" if run_id else filename_suffix
+        if keep is not None:
+            self._cut(keep)
+        self._writer = summary_writer(self._log_dir, purge_step=purge_step, filename_suffix=self._suffix, **kwargs)
+
+    def _cut(self, keep: Mapping[str, int]) -> None:
+        for name, size in (self.sizes() or {}).items():
+            path = os.path.join(self._log_dir, name)
+            if name not in keep:
+                os.remove(path)
+            elif size > keep[name]:
+                os.truncate(path, keep[name])
+
+    def sizes(self) -> dict[str, int] | None:
+        """Returns the bytes of each event file of this `run_id`, by its name; None where the folder is not to be seen here."""
+        try:
+            with os.scandir(self._log_dir) as entries:
+                return {
+                    entry.name: entry.stat().st_size
+                    for entry in entries
+                    if entry.name.startswith("events.out.tfevents.") and entry.name.endswith(self._suffix)
+                }
+        except OSError:
+            return None
 
     def write(self, tag: str, value: Any, step: int) -> None:
         """Writes one scalar: a number or a one-element tensor."""
