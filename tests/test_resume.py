@@ -112,6 +112,15 @@ def test_auto_takes_the_older_one_where_the_newest_is_damaged_and_says_why(damag
     assert "latest.pth is damaged" in text
 
 
+def test_what_a_kill_inside_a_save_has_left_is_gone_when_the_run_goes_on(half: Path) -> None:
+    left = half / "checkpoints" / ".epoch_7.pth.tmp"
+    left.write_bytes(b"half")
+    trainer = run(half, resume="auto")
+    assert left.exists()
+    trainer.train()
+    assert not list(half.rglob("*.tmp"))
+
+
 def test_auto_refuses_where_all_are_damaged_and_touches_nothing(half: Path) -> None:
     for name in ("latest.pth", "previous.pth"):
         (half / "checkpoints" / name).write_bytes(b"PK not really")

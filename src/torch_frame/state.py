@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import logging
 import math
 import os
@@ -80,6 +81,11 @@ def remove(paths: Iterable[str]) -> None:
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
             os.remove(path)
+
+
+def remove_halves(ckpt_dir: str) -> None:
+    """Remove what a process that was killed inside a save has left; for a run that begins, whose folder it is."""
+    remove(path for path in glob.glob(os.path.join(glob.escape(ckpt_dir), ".*.tmp")))
 
 
 def _make_folder(path: str) -> None:

@@ -464,6 +464,7 @@ class Trainer:
             hook.check()
 
     def _begin(self) -> None:
+        state.remove_halves(self.ckpt_dir)
         self.start_epoch = self.progress.epoch
         self.should_stop = False
         self.updater.reset()

@@ -109,6 +109,62 @@ def test_what_is_no_checkpoint_is_refused(content: bytes, tmp_path: Path) -> Non
         io.read(path)
 
 
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.filterwarnings("error")
+def test_a_bare_pickle_is_refused_with_a_cause_and_no_warning(protocol: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    path.write_bytes(pickle.dumps({"a": [1, 2]}, protocol))
+    with pytest.raises(CheckpointError, match=r"a\.pth is damaged, or no checkpoint: \S.+\.$"):
+        io.read(path)
+
+
+def all_kinds_of_tensors() -> dict[str, Any]:
+    base = torch.arange(100_000.0)
+    return {
+        "parts of one": [base[:10], base[50:], base.view(100, 1000).T],
+        "parameter": torch.nn.Parameter(torch.ones(300)),
+        "types": [torch.arange(5000).to(dtype) for dtype in (torch.bfloat16, torch.int8, torch.bool, torch.complex64)],
+        "empty": torch.empty(0, 3),
+        "scalar": torch.tensor(2.5),
+        "sparse": torch.eye(50).to_sparse(),
+        "view": torch.arange(9.0).expand(4, 9),
+    }
+
+
+def test_tensors_of_all_kinds_are_written_and_read(tmp_path: Path) -> None:
+    io.write(tmp_path / "a.pth", all_kinds_of_tensors())
+    came, expected = io.read(tmp_path / "a.pth"), all_kinds_of_tensors()
+    assert torch.equal(came.pop("sparse").to_dense(), expected.pop("sparse").to_dense())
+    assert differences(expected, came) == []
+
+
+@pytest.mark.parametrize("place", [0, 100, 0.3, 0.6, 0.9, -1, "cut", "longer"])
+def test_a_disk_that_stores_something_else_is_noticed_before_the_file_has_its_name(
+    place: int | float | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    io.write(tmp_path / "a.pth", state(1))
+    sync = os.fsync
+
+    def damage(handle: int) -> None:
+        sync(handle)
+        monkeypatch.undo()
+        path = tmp_path / ".a.pth.tmp"
+        content = bytearray(path.read_bytes())
+        if place == "cut":
+            del content[-1:]
+        elif place == "longer":
+            content += b"x"
+        else:
+            content[int(place * len(content)) if isinstance(place, float) else int(place)] ^= 1
+        path.write_bytes(content)
+
+    monkeypatch.setattr(os, "fsync", damage)
+    with pytest.raises(CheckpointError, match=r"read back, it is not what was written.*untouched"):
+        io.write(tmp_path / "a.pth", all_kinds_of_tensors())
+    assert io.read(tmp_path / "a.pth")["number"] == 1
+    assert os.listdir(tmp_path) == ["a.pth"]
+
+
 class Harmful:
     """Writes a file when it is unpickled."""
 

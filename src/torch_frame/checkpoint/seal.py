@@ -9,9 +9,12 @@ nothing were wrong.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import BinaryIO, Literal
+
+import numpy as np
 
 MARK = b"torch_frame:sha256:"
 _COMMENT_LEN = len(MARK) + 64
@@ -29,11 +32,23 @@ class SealingFile:
     Args:
         file: open for writing in binary mode.
         cancelled: asked at each write; where it says True, writing ends with `InterruptedError`.
+        lasting: address -> bytes of memory that stays as it is until the file has been compared with `written`. What is
+            written from there is not copied.
+
+    Attributes:
+        written: all that has been written, in pieces.
     """
 
-    def __init__(self, file: BinaryIO, cancelled: Callable[[], bool] | None = None) -> None:
+    def __init__(
+        self,
+        file: BinaryIO,
+        cancelled: Callable[[], bool] | None = None,
+        lasting: Mapping[int, int] | None = None,
+    ) -> None:
         self._file = file
         self._cancelled = cancelled
+        self._lasting = lasting or {}
+        self.written: list[bytes | memoryview] = []
         self._digest = hashlib.sha256()
         self._held = b""  # what may be the last record, whose comment's length is still to be set
 
@@ -56,6 +71,14 @@ class SealingFile:
     def _pass_on(self, data: bytes | memoryview) -> None:
         self._digest.update(data)
         self._file.write(data)
+        self.written.append(data if self._lasts(data) else bytes(data))
+
+    def _lasts(self, data: bytes | memoryview) -> bool:
+        if isinstance(data, bytes):
+            return True
+        if len(data) == 0:
+            return False
+        return len(data) <= self._lasting.get(np.frombuffer(data, np.uint8).ctypes.data, 0)
 
     def flush(self) -> None:
         """Nothing: the file is flushed where it is sealed."""
@@ -70,7 +93,32 @@ class SealingFile:
         digest = self._digest.hexdigest()
         self._file.write(digest.encode())
         self._file.flush()
+        self.written.append(digest.encode())
         return digest
+
+
+def holds(path: str | os.PathLike[str], written: Iterable[bytes | memoryview], block: int = 1 << 20) -> bool:
+    """Whether a file is these pieces, byte for byte; reading and comparing take a fifth of the CPU time of a digest."""
+    buffer = memoryview(bytearray(block))
+    with open(path, "rb", buffering=0) as file:
+        for piece in written:
+            for start in range(0, len(piece), block):
+                expected = np.frombuffer(piece[start : start + block], np.uint8)
+                found = buffer[: len(expected)]
+                if not _filled(file, found) or not np.array_equal(np.frombuffer(found, np.uint8), expected):
+                    return False
+        return not file.read(1)
+
+
+def _filled(file: io.RawIOBase, buffer: memoryview) -> bool:
+    """Read until `buffer` is full; False where the file ends before."""
+    got = 0
+    while got < len(buffer):
+        more = file.readinto(buffer[got:])
+        if not more:
+            return False
+        got += more
+    return True
 
 
 def verify(path: str | os.PathLike[str]) -> tuple[Verdict, str]:
