@@ -40,7 +40,7 @@ class Census(HookBase):
         self.blocks: list[int] = []
 
     def before_epoch(self) -> None:
-        self.trainer._background.wait()  # a save under way has objects of its own
+        self.trainer.wait_for_saves()  # a save under way has objects of its own
         gc.collect()
         self.objects.append(len(gc.get_objects()))
         self.blocks.append(sys.getallocatedblocks())
@@ -87,7 +87,7 @@ class Memory(HookBase):
         self.rss, self.objects = [], []
     def after_iter(self):
         if self.every_n_iters(1000):
-            self.trainer._background.wait()
+            self.trainer.wait_for_saves()
             gc.collect()
             with open("/proc/self/statm") as statm:
                 self.rss.append(int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"))

@@ -613,6 +613,15 @@ class Trainer:
         if print_info:
             logger.info("Saved %s", os.path.join(self.ckpt_dir, file_name))
 
+    def wait_for_saves(self) -> None:
+        """Return when the files of the save under way are complete: before somebody copies them, say. `train` ends so itself.
+
+        Raises:
+            CheckpointError: where a file could not be written.
+            NonFiniteError: where the weights hold NaN or infinite values.
+        """
+        self._background.wait()
+
     def load_checkpoint(
         self, path: str | os.PathLike[str] | None = None, checkpoint: Mapping[str, Any] | None = None
     ) -> WeightsReport | None:

@@ -109,7 +109,7 @@ def test_a_full_disk_is_told_at_the_next_safe_point_and_the_state_before_is_kept
     work_dir = small_disk / "run"
 
     def fill_when_saved() -> None:
-        trainer._background.wait()  # the save of iteration 10
+        trainer.wait_for_saves()  # the save of iteration 10
         fill(small_disk, leave)
 
     trainer = make(work_dir, At(10, fill_when_saved))
@@ -129,7 +129,7 @@ def test_a_disk_that_is_full_at_the_last_save_is_told_before_train_returns(small
     work_dir = small_disk / "run"
 
     def fill_when_saved() -> None:
-        trainer._background.wait()  # the save of iteration 15
+        trainer.wait_for_saves()  # the save of iteration 15
         fill(small_disk, 4096)
 
     trainer = make(work_dir, At(18, fill_when_saved), every_n_iters=None)
@@ -187,7 +187,7 @@ def test_a_folder_that_may_not_be_written_is_told_at_the_next_safe_point(tmp_pat
     with unwritable(checkpoints) as forbid:
 
         def forbid_when_saved() -> None:
-            trainer._background.wait()
+            trainer.wait_for_saves()
             forbid()
 
         trainer = make(work_dir, At(10, forbid_when_saved))

@@ -251,7 +251,7 @@ class SavedAt(HookBase):
         self.iters: list[int] = []
 
     def before_iter(self) -> None:
-        self.trainer._background.wait()
+        self.trainer.wait_for_saves()
         path = os.path.join(self.trainer.ckpt_dir, "latest.pth")
         if os.path.exists(path):
             done = load(self.trainer, "latest.pth")["progress"]["iter"]
@@ -331,7 +331,7 @@ def test_a_failed_save_is_told_at_the_next_safe_point_and_nothing_old_is_removed
 
         def before_epoch(self) -> None:
             if self.trainer.epoch == 2:
-                self.trainer._background.wait()
+                self.trainer.wait_for_saves()
                 os.mkdir(os.path.join(self.trainer.ckpt_dir, "epoch_2.pth"))
 
     def step(model: Any, batch: Any) -> Any:
