@@ -10,6 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Rando
 
 from torch_frame.data.batches import BatchPlace, BatchPlan, Fetched, GivenBatches, Loading, SampleBatches
 from torch_frame.data.order import FromSampler, Order, Sequential, Shuffled
+from torch_frame.data.starting import signals_held_back
 from torch_frame.data.workers import Ending, as_it_is, no_second_warning, worker_settings
 
 Placed = tuple[Any, int]
@@ -122,9 +123,10 @@ class OrderedSource(Stateless):
                 self.close()
         if self._stream is None or self._cursor is None:
             self._cursor = _Cursor(self.plan, epoch, start, endless=self._endless, last_epoch=self.last_epoch)
-            with no_second_warning():
-                self._ending = Ending(self._loader)
+            with no_second_warning(), signals_held_back(self._loader) as blocked:
+                self._ending = Ending(self._loader, blocked)
                 self._stream = iter(_inner_loader(self._loader, self._cursor, self.seed, self._ending))
+                self._ending.workers = getattr(self._stream, "_workers", ())
         self._next = (epoch, start)
         return self._stream, self._cursor.generation
 
@@ -138,9 +140,10 @@ class OrderedSource(Stateless):
         """End the workers; the next epoch starts new ones."""
         # By torch's own method and not by letting go: a traceback, or somebody's variable, may hold the iterator.
         shutdown = getattr(self._stream, "_shutdown_workers", None)
+        ending, self._ending = self._ending, None
         self._stream = self._cursor = None
-        if self._ending is not None:
-            self._ending.come()
+        if ending is not None:
+            ending.come()
         if shutdown is not None:
             shutdown()
 

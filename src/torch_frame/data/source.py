@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from torch_frame.data.batches import StreamCollating, Streaming
 from torch_frame.data.infinite import InfiniteDataLoader
 from torch_frame.data.ordered import OrderedSource, Placed, Stateless
+from torch_frame.data.starting import signals_held_back
 from torch_frame.data.workers import Ending, no_second_warning, worker_settings
 
 _logger = logging.getLogger("torch_frame")
@@ -161,6 +162,7 @@ class StreamSource(Stateless):
         """The workers of an iteration end with it; they may be ended by force from now on."""
         if self._ending is not None:
             self._ending.come()
+            self._ending = None
 
     @property
     def length(self) -> tuple[int, str] | None:
@@ -174,8 +176,8 @@ class StreamSource(Stateless):
             )
         streaming = Streaming(self._loader.dataset, self.seed, epoch)
         self.close()
-        self._ending = Ending(self._loader)
-        with no_second_warning():
+        with no_second_warning(), signals_held_back(self._loader) as blocked:
+            self._ending = Ending(self._loader, blocked)
             inner = DataLoader(
                 streaming,
                 batch_size=self._loader.batch_size,
@@ -184,6 +186,7 @@ class StreamSource(Stateless):
                 **worker_settings(self._loader, self.seed, self._ending),
             )
             stream = iter(inner)
+            self._ending.workers = getattr(stream, "_workers", ())
         return islice(((batch, i) for i, batch in enumerate(stream, 1)), start, None)
 
 

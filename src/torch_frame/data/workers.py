@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import logging
 import multiprocessing
 import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from torch.utils.data import DataLoader, get_worker_info
 from torch_frame.data.seeding import numpy_random
 
 _logger = logging.getLogger("torch_frame")
+
+_KILLED_S = 5.0  # for which a killed process is waited for
 
 
 @contextlib.contextmanager
@@ -59,25 +62,48 @@ class Ending:
     """What a loader's workers are told by the training process: their end has come.
 
     A signal that asks the run to end reaches the workers too, and they are still needed: they ignore it. But torch and
-    multiprocessing end workers by the same SIGTERM, so a worker has to know which of the two it is.
+    multiprocessing end workers by the same SIGTERM, so a worker has to know which of the two it is. One that still imports has
+    SIGTERM blocked, and multiprocessing would wait for it for ever: it is killed, which is safe as it holds no lock yet.
+
+    Args:
+        blocked: the signals that workers begin with blocked.
+
+    Attributes:
+        workers: the processes, once they are started.
     """
 
-    def __init__(self, loader: DataLoader[Any]) -> None:
+    def __init__(self, loader: DataLoader[Any], blocked: frozenset[int] = frozenset()) -> None:
+        self.blocked = blocked
+        self.workers: Sequence[Any] = ()
         self._permits: Any = (
             None  # a semaphore: one for each worker, taken for good, so that none hides it from another
         )
+        self._entries: list[Any] = []  # a semaphore of 1 for each worker: taken by it when it begins, or by its end
         self._num_workers = loader.num_workers
+        self._training_process = os.getpid()
         if loader.num_workers > 0:
             context: Any = loader.multiprocessing_context or multiprocessing
             self._permits = context.Semaphore(0)
+            self._entries = [context.Semaphore(1) for _ in range(loader.num_workers)]
             atexit.register(self.come)  # before multiprocessing's own, which was registered when it was imported
 
     def come(self) -> None:
         """Say so; the training process alone does."""
-        if self._permits is not None:
-            for _ in range(self._num_workers):
-                self._permits.release()
-            atexit.unregister(self.come)
+        if self._permits is None or os.getpid() != self._training_process:
+            return
+        for _ in range(self._num_workers):
+            self._permits.release()
+        imports = [entry.acquire(block=False) for entry in self._entries]
+        for worker in itertools.compress(self.workers, imports):
+            with contextlib.suppress(RuntimeError):  # torch's, whose handler of SIGCHLD takes it for a failure
+                worker.kill()
+                worker.join(_KILLED_S)
+        atexit.unregister(self.come)
+
+    def enter(self, worker_id: int) -> None:
+        """A worker begins, and hears signals from now on; it ends here where its end has come before."""
+        if not self._entries[worker_id].acquire(block=False):
+            os._exit(0)
 
     def has_come(self) -> bool:
         """Whether it has been said; a worker that hears so ends, and does not ask again."""
@@ -102,6 +128,8 @@ class WorkerInit:
                 signal.signal(getattr(signal, name), signal.SIG_IGN)
         if os.name != "nt":  # there SIGTERM is no signal that anybody could catch
             self._watch_for_sigterm()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._ending.blocked)
+        self._ending.enter(worker_id)
         numpy_random.set_bit_generator(np.random.MT19937(0))  # a forked worker may have another kind from the user
         info = get_worker_info()
         assert info is not None

@@ -1,0 +1,168 @@
+"""Signals to workers that are only being started: they live, keep what the user had blocked, and end when they are told to."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing.util import register_after_fork
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from tests.small_data import wait_until
+from tests.small_runs import run_python
+from torch_frame.data.source import source_of
+from torch_frame.data.starting import SIGNALS
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="no signal masks")
+
+
+class SlowToStart(torch.utils.data.Dataset[Any]):
+    """Its worker leaves a file with its name and takes a while before it comes to `worker_init_fn`; a sample is its pid."""
+
+    def __init__(self, folder: Path, seconds: float = 1.0) -> None:
+        self.folder = folder
+        self.seconds = seconds
+        register_after_fork(self, SlowToStart._start)  # type: ignore[no-untyped-call]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # where it was spawned
+        self.__dict__ = state
+        self._start()
+
+    def _start(self) -> None:
+        (self.folder / str(os.getpid())).touch()
+        time.sleep(self.seconds)
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> int:
+        return os.getpid()
+
+
+class SlowStream(SlowToStart, IterableDataset[Any]):
+    def __iter__(self) -> Iterator[int]:
+        return (os.getpid() for _ in range(4))
+
+
+def loader_of(dataset: Any, context: str, num_workers: int = 2) -> DataLoader[Any]:
+    return DataLoader(dataset, batch_size=2, num_workers=num_workers, multiprocessing_context=context)
+
+
+def pids_in(folder: Path) -> list[int]:
+    return [int(path.name) for path in folder.iterdir()]
+
+
+@pytest.mark.parametrize("kind", [SlowToStart, SlowStream])
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_outlive_signals_that_come_while_they_start(kind: Any, context: str, tmp_path: Path) -> None:
+    killed: list[int] = []
+
+    def kill() -> None:
+        wait_until(lambda: len(pids_in(tmp_path)) == 2, 60)
+        for pid in pids_in(tmp_path):
+            for number in SIGNALS:
+                os.kill(pid, number)
+            killed.append(pid)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    source = source_of(loader_of(kind(tmp_path), context), seed=0)
+    pids = {pid for batch, _ in source.epoch(0) for pid in batch.tolist()}
+    thread.join()
+    source.close()
+    assert pids == set(killed)
+    assert len(pids) == 2
+
+
+class Masks(torch.utils.data.Dataset[Any]):
+    """A sample is what is blocked in the worker."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> list[int]:
+        return sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("blocked", [set(), {signal.SIGUSR1, signal.SIGWINCH}])
+def test_what_is_blocked_is_as_before(blocked: set[int], context: str) -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    try:
+        source = source_of(DataLoader(Masks(), batch_size=None, num_workers=1, multiprocessing_context=context), seed=0)
+        masks = [set(mask) for mask, _ in source.epoch(0)]
+        source.close()
+        here = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert here == before | blocked
+    if context == "forkserver":  # whose children have what was blocked when it was started
+        assert not any(mask & set(SIGNALS) - blocked for mask in masks)
+    else:
+        assert masks == [before | blocked] * 2
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_a_worker_that_still_starts_is_not_waited_for(context: str, tmp_path: Path) -> None:
+    loader = DataLoader(SlowToStart(tmp_path, 60.0), num_workers=2, multiprocessing_context=context, timeout=0.5)
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="timed out"):
+        next(iter(source_of(loader, seed=0).epoch(0)))
+    assert time.monotonic() - started < 4
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_the_interpreter_does_not_wait_for_a_worker_that_still_starts(context: str, tmp_path: Path) -> None:
+    folder = tmp_path / "pids"
+    folder.mkdir()
+    code = """
+import os, signal, sys, threading
+from pathlib import Path
+from tests.data.test_starting import SlowToStart, loader_of, pids_in
+from tests.small_data import wait_until
+from torch_frame import InfiniteDataLoader
+
+def interrupt():
+    wait_until(lambda: len(pids_in(folder)) == 2, 60)
+    os.kill(os.getpid(), signal.SIGINT)
+
+folder = Path(sys.argv[1])
+loader = InfiniteDataLoader(SlowToStart(folder, 600.0), 2, num_workers=2, multiprocessing_context=sys.argv[2])
+threading.Thread(target=interrupt).start()
+batches = iter(loader)
+try:
+    next(batches)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    ended = run_python(code, tmp_path, str(folder), context, timeout=60)
+    assert (ended.returncode, ended.stdout) == (0, "interrupted\n"), ended.stderr
+    assert not [pid for pid in pids_in(folder) if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_resource_tracker_outlives_the_signals(number: int, tmp_path: Path) -> None:
+    code = """
+import os, sys, time
+from multiprocessing.resource_tracker import _resource_tracker
+from tests.data.test_starting import Masks, loader_of
+from torch_frame.data.source import source_of
+
+assert _resource_tracker._fd is None, "it was started by something else"
+source = source_of(loader_of(Masks(), "spawn", 1), seed=0)
+print(len(list(source.epoch(0))))
+os.kill(_resource_tracker._pid, int(sys.argv[1]))
+time.sleep(0.2)
+print(len(list(source.epoch(1))))
+"""
+    ended = run_python(code, tmp_path, str(int(number)))
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "1\n1\n", "")
