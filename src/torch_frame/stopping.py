@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
 )  # SIGUSR1 is what SLURM sends some time before the end: --signal=USR1@120
+_SIGCHLD: Any = getattr(signal, "SIGCHLD", None)  # None on Windows
 _WAITING_MODULES = ("multiprocessing.connection", "multiprocessing.queues", "selectors", "queue", "threading")
 
 
@@ -22,7 +23,8 @@ class StopRequested(BaseException):
 class StopSignals:
     """Notes the first signal; the trainer looks at it at its safe points, in evaluation, and where it waits for data.
 
-    A second Ctrl-C stops at once. A signal that is ignored (nohup, a background job's SIGINT) stays ignored.
+    A second Ctrl-C stops at once. A signal that is ignored (nohup, a background job's SIGINT) stays ignored. From the first
+    signal on, a loader's worker that dies is no error by itself: the same signal may have ended it, and the run is to be saved.
 
     Args:
         on_first: called in the handler, so that somebody comes and looks.
@@ -36,6 +38,7 @@ class StopSignals:
         self.received: signal.Signals | None = None
         self.may_interrupt = False
         self._on_first = on_first
+        self._sigchld: tuple[Any, Any] = (None, None)  # our handler, and the one before
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -53,6 +56,7 @@ class StopSignals:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            self._put_back_the_others()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
@@ -60,9 +64,22 @@ class StopSignals:
                 raise KeyboardInterrupt
             return
         self.received = signal.Signals(number)
+        self._let_workers_die()
         self._on_first()
         if self.may_interrupt and _is_waiting(frame):
             raise StopRequested
+
+    def _let_workers_die(self) -> None:
+        """torch raises in its handler of SIGCHLD, wherever the process is, in the middle of the last save too."""
+        told = None if _SIGCHLD is None else signal.getsignal(_SIGCHLD)
+        if callable(told):  # not one of SIG_DFL, SIG_IGN, None
+            self._sigchld = (_without_errors(told), told)
+            signal.signal(_SIGCHLD, self._sigchld[0])
+
+    def _put_back_the_others(self) -> None:
+        ours, before = self._sigchld
+        if ours is not None and signal.getsignal(_SIGCHLD) is ours:
+            signal.signal(_SIGCHLD, before)
 
     def end(self) -> NoReturn:
         """End as the signal would have ended the process: 130 for Ctrl-C, 143 for SIGTERM, 138 for SIGUSR1."""
@@ -76,3 +93,11 @@ class StopSignals:
 def _is_waiting(frame: FrameType | None) -> bool:
     """The signal came while a queue or a pipe was waited for, and not amid code that has something half done."""
     return frame is not None and frame.f_globals.get("__name__") in _WAITING_MODULES
+
+
+def _without_errors(handler: Callable[[int, FrameType | None], Any]) -> Callable[[int, FrameType | None], None]:
+    def quiet(number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(RuntimeError):  # who waits for that worker's batch is told by the loader itself
+            handler(number, frame)
+
+    return quiet

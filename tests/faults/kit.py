@@ -28,18 +28,22 @@ TIMES = ("time", "data_time", "iter_time")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How the script loads its data."""
+    """How the script loads its data; "own" is a loader that the trainer leaves as it is."""
 
     loader: str = "plain"
     workers: int = 0
     context: str = "fork"
+    eval_workers: int = 0
 
     @property
     def options(self) -> list[str]:
-        return ["--loader", self.loader, "--workers", str(self.workers), "--context", self.context]
+        workers = ["--workers", str(self.workers), "--eval-workers", str(self.eval_workers)]
+        return ["--loader", self.loader, *workers, "--context", self.context]
 
     def __str__(self) -> str:
-        return f"{self.loader}-{self.workers}" + (f"-{self.context}" if self.workers else "")
+        name = f"{self.loader}-{self.workers}"
+        name += f"-eval-{self.eval_workers}" if self.eval_workers else ""
+        return name + (f"-{self.context}" if self.workers or self.eval_workers else "")
 
 
 CONFIGS = [

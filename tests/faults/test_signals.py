@@ -34,6 +34,7 @@ from torch_frame import HookBase
 
 STATUS = {"TERM": 143, "INT": 130, "USR1": 138}
 FORK, SPAWN = Config("infinite", 2, "fork"), Config("infinite", 2, "spawn")
+EVAL_WORKERS = Config("plain", 0, "fork", eval_workers=2)
 PHASES = {  # when the signal comes: up to which iteration the run is saved then
     "before_train:1": 0,
     "before_epoch:1": 3,
@@ -102,6 +103,7 @@ FEW = [
     Case("waiting", "USR1", True, SPAWN),
     Case("waiting in a window", "TERM", False, Config("plain", 2, "fork")),
     Case("waiting for the workers", "INT", True, SPAWN),
+    Case("evaluate:4", "TERM", True, EVAL_WORKERS),
 ]
 
 
@@ -112,12 +114,16 @@ def _with_workers_for(phase: str, config: Config) -> Config:
 
 
 CONFIGS = [FORK, Config("plain", 0), SPAWN, Config("plain", 2, "fork"), Config("persistent", 2, "spawn")]
+OTHERS = [  # workers that the signal ends, too
+    *(Case("evaluate:4", name, True, EVAL_WORKERS) for name in STATUS),
+    *(Case("after_iter:6", name, True, Config("own", 2, "fork")) for name in STATUS),
+]
 ALL = [
     Case(phase, name, to_group, _with_workers_for(phase, config))
     for (phase, name, to_group), config in zip(
         itertools.product(PHASES, STATUS, (False, True)), itertools.cycle(CONFIGS), strict=False
     )
-]
+] + OTHERS
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +173,8 @@ def end(folder: Path, case: Case, order: list[int]) -> Ended:
         sent = time.monotonic()
         status = training.shell_status(60)
         seconds = time.monotonic() - sent
+        # multiprocessing's resource tracker ends after the training process
+        wait_until(lambda: not training.members(), 2)
         found = Ended(
             status, saved_iter(checkpoints(folder) / "latest.pth"), seconds, training.events(), training.members(),
             temporary_files(folder), training.output.read_text(), folder,
@@ -211,6 +219,8 @@ def test_the_resumed_run_ends_with_the_bits_of_the_uninterrupted_one(
     case: Case, ended: Ahead, reference: dict[int, Path]
 ) -> None:
     found: Ended = ended.result(case)
+    if case.config.loader == "own":
+        return  # whose order is of its own
     assert result(found.folder) == result(reference[case.config.workers])
     assert rows(found.folder) == rows(reference[case.config.workers])
 

@@ -14,6 +14,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -82,8 +83,8 @@ class Fault:
 
     def _send(self) -> None:
         self.events.add("signal", number=self.number)
-        if self.to_group:
-            os.killpg(os.getpgid(self.training_pid), self.number)
+        if self.to_group:  # by a third process: torch's workers take a SIGTERM of their parent's for their orderly end
+            subprocess.run(["sh", "-c", f"kill -{self.number:d} -{os.getpgid(self.training_pid)}"], check=False)
         else:
             os.kill(self.training_pid, self.number)
 
@@ -242,7 +243,9 @@ def make_trainer(options: argparse.Namespace, fault: Fault, events: Events) -> T
         return {"error": F.cross_entropy(scores, labels, reduction="none"), "acc": (scores.argmax(1) == labels).float()}
 
     generator = torch.Generator().manual_seed(2)
-    held_out = [(torch.randn(6, 3, 8, 8, generator=generator), torch.arange(6) % 4) for _ in range(EVAL_BATCHES)]
+    held_out: Any = [(torch.randn(6, 3, 8, 8, generator=generator), torch.arange(6) % 4) for _ in range(EVAL_BATCHES)]
+    if options.eval_workers:  # which know nothing of signals
+        held_out = DataLoader(held_out, None, num_workers=options.eval_workers, multiprocessing_context=options.context)
     logger = Logger(period=2)
     logger.fault = fault
     trainer = Trainer(
@@ -268,6 +271,7 @@ def make_trainer(options: argparse.Namespace, fault: Fault, events: Events) -> T
         gradient_accumulation_steps=WINDOW,
         lr_scheduler_interval="iter",
         resume="auto",
+        take_over=options.loader != "own",
     )
     return trainer
 
@@ -313,9 +317,10 @@ def outcome(trainer: Trainer) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--loader", choices=["plain", "persistent", "infinite"], default="plain")
+    parser.add_argument("--loader", choices=["plain", "persistent", "infinite", "own"], default="plain")
     parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--context", choices=["fork", "spawn"], default="fork")
+    parser.add_argument("--context", choices=["fork", "spawn", "forkserver"], default="fork")
+    parser.add_argument("--eval-workers", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0, help="of weights and random numbers where nothing is resumed")
     parser.add_argument("--at", default="", help="POINT:TIMES[+MILLISECONDS]")
     parser.add_argument("--send", default="KILL", help="KILL, TERM, INT, USR1")

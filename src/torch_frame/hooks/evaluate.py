@@ -110,10 +110,14 @@ class EvaluationHook(CheckpointerHook):
         """A loader's batches on the model's device, with a bar; a signal that ends the run is noticed between two of them."""
         total = _length(dataloader)
         with ProgressBar(total=total, desc=desc, leave=False, disable=not self.progress_bar) as bar:
-            for batch in dataloader:
+            try:
+                for batch in dataloader:
+                    self.trainer.check_stop()
+                    yield move_to_device(batch, self.trainer.device)
+                    bar.update()
+            except RuntimeError:  # the signal may have ended the loader's workers as well
                 self.trainer.check_stop()
-                yield move_to_device(batch, self.trainer.device)
-                bar.update()
+                raise
 
 
 class EvalHook(EvaluationHook):
