@@ -1,10 +1,13 @@
-"""What a signal does beside the run itself: the workers that it ends."""
+"""Signals beside the run's own waits: those that come just before one, and the workers that they end."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,19 @@ import pytest
 
 from tests.small_runs import make_batches, make_trainer
 from torch_frame import EvalHook, Trainer
-from torch_frame.stopping import StopSignals
+from torch_frame.stopping import StopRequested, StopSignals
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+
+
+@pytest.fixture(autouse=True)
+def _free_alarm() -> Iterator[None]:
+    """pytest-timeout uses it."""
+    handler, timer = signal.getsignal(signal.SIGALRM), signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, *timer)
 
 
 @contextlib.contextmanager
@@ -30,6 +43,73 @@ def handler_of(number: int, handler: Any) -> Iterator[None]:
 @pytest.fixture
 def signals() -> StopSignals:
     return StopSignals(on_first=lambda: None)
+
+
+def wait_for_data(seconds: float) -> bool:
+    """Whether the wait was broken off."""
+    try:
+        queue.Queue[None]().get(timeout=seconds)
+    except queue.Empty:
+        return False
+    except StopRequested:
+        return True
+    raise AssertionError
+
+
+def test_a_wait_does_not_begin_when_a_signal_has_come(signals: StopSignals) -> None:
+    with signals.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        signals.begin_wait(False)  # something is open
+        with pytest.raises(StopRequested):
+            signals.begin_wait(True)
+
+
+def test_a_signal_that_comes_just_before_the_wait_ends_it(signals: StopSignals) -> None:
+    with signals.listening():
+        signals.begin_wait(True)
+        os.kill(os.getpid(), signal.SIGTERM)  # this frame is no wait
+        assert signals.received == signal.SIGTERM
+        started = time.monotonic()
+        assert wait_for_data(20)
+        assert time.monotonic() - started < 5
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_where_something_is_open_the_wait_goes_on(signals: StopSignals) -> None:
+    with signals.listening():
+        signals.begin_wait(True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        signals.begin_wait(False)
+        assert not wait_for_data(0.6)
+
+
+def test_an_alarm_of_the_users_is_left_alone(signals: StopSignals) -> None:
+    came = []
+    with handler_of(signal.SIGALRM, lambda *args: came.append(time.monotonic())), signals.listening():
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        started = time.monotonic()
+        signals.begin_wait(True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not wait_for_data(1)
+    assert len(came) == 1
+    assert came[0] - started > 0.45
+
+
+def test_the_start_of_workers_is_not_broken_off(signals: StopSignals) -> None:
+    """Signals are blocked in this thread then; another one may be given it."""
+    with signals.listening():
+        signals.begin_wait(True)
+        other = threading.Timer(0.3, signal.raise_signal, (signal.SIGTERM,))
+        other.start()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
+        try:
+            assert not wait_for_data(1)
+            assert signals.received == signal.SIGTERM
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        assert wait_for_data(20)
+        other.join()
 
 
 def test_from_the_first_signal_on_a_dead_worker_is_no_error(signals: StopSignals) -> None:

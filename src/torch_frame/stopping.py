@@ -12,7 +12,9 @@ from typing import Any, NoReturn
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
 )  # SIGUSR1 is what SLURM sends some time before the end: --signal=USR1@120
-_SIGCHLD: Any = getattr(signal, "SIGCHLD", None)  # None on Windows
+_SIGALRM: Any = getattr(signal, "SIGALRM", None)  # None on Windows
+_SIGCHLD: Any = getattr(signal, "SIGCHLD", None)
+_LOOK_AGAIN_S = 0.2
 _WAITING_MODULES = ("multiprocessing.connection", "multiprocessing.queues", "selectors", "queue", "threading")
 
 
@@ -58,6 +60,16 @@ class StopSignals:
                 signal.signal(number, handler)
             self._put_back_the_others()
 
+    def begin_wait(self, may_interrupt: bool) -> None:
+        """A wait for data begins; `may_interrupt` says whether the run may end here and now.
+
+        Raises:
+            StopRequested: where it may, and a signal has come already.
+        """
+        self.may_interrupt = may_interrupt
+        if may_interrupt and self.received is not None:
+            raise StopRequested
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
             if number == signal.SIGINT:
@@ -66,8 +78,32 @@ class StopSignals:
         self.received = signal.Signals(number)
         self._let_workers_die()
         self._on_first()
-        if self.may_interrupt and _is_waiting(frame):
+        self._break_off(frame)
+
+    def _break_off(self, frame: FrameType | None) -> None:
+        """End a wait that may be broken off; one that is about to begin in a moment."""
+        if not self.may_interrupt:
+            return
+        if _is_waiting(frame) and not self._is_held_back():
             raise StopRequested
+        self._look_again()
+
+    def _is_held_back(self) -> bool:
+        """Workers are being started, with signals blocked; another thread was given this one."""
+        return hasattr(signal, "pthread_sigmask") and self.received in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+    def _look_again(self) -> None:
+        """By an alarm: python cannot begin a wait and let a signal in at the same time. Somebody else's alarm is left alone."""
+        if _SIGALRM is None:
+            return
+        if signal.getsignal(_SIGALRM) == signal.SIG_DFL and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0):
+            signal.signal(_SIGALRM, self._on_alarm)
+        if signal.getsignal(_SIGALRM) == self._on_alarm:
+            signal.setitimer(signal.ITIMER_REAL, _LOOK_AGAIN_S)
+
+    def _on_alarm(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            self._break_off(frame)
 
     def _let_workers_die(self) -> None:
         """torch raises in its handler of SIGCHLD, wherever the process is, in the middle of the last save too."""
@@ -77,6 +113,9 @@ class StopSignals:
             signal.signal(_SIGCHLD, self._sigchld[0])
 
     def _put_back_the_others(self) -> None:
+        if _SIGALRM is not None and signal.getsignal(_SIGALRM) == self._on_alarm:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(_SIGALRM, signal.SIG_DFL)
         ours, before = self._sigchld
         if ours is not None and signal.getsignal(_SIGCHLD) is ours:
             signal.signal(_SIGCHLD, before)

@@ -336,8 +336,8 @@ class Trainer:
             placed = prefetch_to_device(placed, self.device)
         self._fetch_started = time.perf_counter()
         signals, may_interrupt = self.stop_signals, self.source.interruptible
-        signals.may_interrupt = may_interrupt and not self.updater.window_open
         try:
+            signals.begin_wait(may_interrupt and not self.updater.window_open)
             for batch, position in placed:
                 signals.may_interrupt = False
                 moved = move_to_device(batch, self.device)
@@ -345,7 +345,7 @@ class Trainer:
                 self._data_time = time.perf_counter() - self._fetch_started
                 yield moved
                 self._fetch_started = time.perf_counter()
-                signals.may_interrupt = may_interrupt and not self.updater.window_open
+                signals.begin_wait(may_interrupt and not self.updater.window_open)
         finally:  # a fetch that failed, too: what is waited for afterwards is not broken off
             signals.may_interrupt = False
 

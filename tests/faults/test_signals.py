@@ -37,7 +37,7 @@ FORK, SPAWN = Config("infinite", 2, "fork"), Config("infinite", 2, "spawn")
 EVAL_WORKERS = Config("plain", 0, "fork", eval_workers=2)
 PHASES = {  # when the signal comes: up to which iteration the run is saved then
     "before_train:1": 0,
-    "before_epoch:1": 3,
+    "before_epoch:1": 0,
     "before_iter:1": 3,
     "forward:4": 6,
     "backward:5": 6,  # in the middle of a window
