@@ -7,10 +7,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "torch_frame"
 LEAVES = {"training", "data", "metrics", "tracking", "checkpoint", "vision"}
-GROUND = {"progress", "types", "errors", "_version"}
+GROUND = {"alarm", "progress", "types", "errors", "_version"}
 BELOW = {
     **dict.fromkeys(LEAVES, GROUND),
-    "progress": set(), "types": set(), "errors": set(), "_version": set(), "_collision": set(),
+    "alarm": set(), "progress": set(), "types": set(), "errors": set(), "_version": set(), "_collision": set(),
     "distributed": LEAVES | GROUND,
     "hooks": LEAVES | GROUND | {"distributed"},
     "files": LEAVES | GROUND,

@@ -18,17 +18,10 @@ from tests.small_runs import make_batches, make_trainer
 from torch_frame import EvalHook, Trainer
 from torch_frame.stopping import StopRequested, StopSignals
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-
-
-@pytest.fixture(autouse=True)
-def _free_alarm() -> Iterator[None]:
-    """pytest-timeout uses it."""
-    handler, timer = signal.getsignal(signal.SIGALRM), signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, *timer)
+pytestmark = [
+    pytest.mark.skipif(os.name == "nt", reason="POSIX signals"),
+    pytest.mark.usefixtures("free_alarm"),
+]
 
 
 @contextlib.contextmanager
@@ -82,18 +75,6 @@ def test_where_something_is_open_the_wait_goes_on(signals: StopSignals) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         signals.begin_wait(False)
         assert not wait_for_data(0.6)
-
-
-def test_an_alarm_of_the_users_is_left_alone(signals: StopSignals) -> None:
-    came = []
-    with handler_of(signal.SIGALRM, lambda *args: came.append(time.monotonic())), signals.listening():
-        signal.setitimer(signal.ITIMER_REAL, 0.5)
-        started = time.monotonic()
-        signals.begin_wait(True)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert not wait_for_data(1)
-    assert len(came) == 1
-    assert came[0] - started > 0.45
 
 
 def test_the_start_of_workers_is_not_broken_off(signals: StopSignals) -> None:

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
+from torch_frame import alarm
+
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
 )  # SIGUSR1 is what SLURM sends some time before the end: --signal=USR1@120
-_SIGALRM: Any = getattr(signal, "SIGALRM", None)  # None on Windows
-_SIGCHLD: Any = getattr(signal, "SIGCHLD", None)
+_SIGCHLD: Any = getattr(signal, "SIGCHLD", None)  # None on Windows
 _LOOK_AGAIN_S = 0.2
 _WAITING_MODULES = ("multiprocessing.connection", "multiprocessing.queues", "selectors", "queue", "threading")
 
@@ -86,24 +87,11 @@ class StopSignals:
             return
         if _is_waiting(frame) and not self._is_held_back():
             raise StopRequested
-        self._look_again()
+        alarm.call_in(_LOOK_AGAIN_S, self._break_off)  # python cannot begin a wait and let a signal in at the same time
 
     def _is_held_back(self) -> bool:
         """Workers are being started, with signals blocked; another thread was given this one."""
         return hasattr(signal, "pthread_sigmask") and self.received in signal.pthread_sigmask(signal.SIG_BLOCK, ())
-
-    def _look_again(self) -> None:
-        """By an alarm: python cannot begin a wait and let a signal in at the same time. Somebody else's alarm is left alone."""
-        if _SIGALRM is None:
-            return
-        if signal.getsignal(_SIGALRM) == signal.SIG_DFL and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0):
-            signal.signal(_SIGALRM, self._on_alarm)
-        if signal.getsignal(_SIGALRM) == self._on_alarm:
-            signal.setitimer(signal.ITIMER_REAL, _LOOK_AGAIN_S)
-
-    def _on_alarm(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            self._break_off(frame)
 
     def _let_workers_die(self) -> None:
         """torch raises in its handler of SIGCHLD, wherever the process is, in the middle of the last save too."""
@@ -113,9 +101,7 @@ class StopSignals:
             signal.signal(_SIGCHLD, self._sigchld[0])
 
     def _put_back_the_others(self) -> None:
-        if _SIGALRM is not None and signal.getsignal(_SIGALRM) == self._on_alarm:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(_SIGALRM, signal.SIG_DFL)
+        alarm.give_back(self._break_off)
         ours, before = self._sigchld
         if ours is not None and signal.getsignal(_SIGCHLD) is ours:
             signal.signal(_SIGCHLD, before)

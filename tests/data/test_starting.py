@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from tests.small_data import wait_until
-from tests.small_runs import run_python
+from tests.small_runs import environment, run_python
 from torch_frame.data.source import source_of
 from torch_frame.data.starting import SIGNALS
 
@@ -149,6 +151,44 @@ except KeyboardInterrupt:
     assert not [pid for pid in pids_in(folder) if Path(f"/proc/{pid}").exists()]
 
 
+STUCK = """
+import sys, time
+
+if __name__ != "__main__":
+    time.sleep(60)  # in a spawned worker: its imports hang
+
+import torch_frame.data.starting
+from tests.data.test_starting import SlowToStart
+from torch_frame import InfiniteDataLoader
+
+if __name__ == "__main__":
+    torch_frame.data.starting._AT_MOST_S = 0.5
+    dataset = SlowToStart(sys.argv[1])
+    dataset.large = bytes(1_000_000)  # does not fit into the pipe, so that this process waits for the worker to read
+    print("starts", flush=True)
+    try:
+        next(iter(InfiniteDataLoader(dataset, num_workers=1, multiprocessing_context="spawn")))
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+"""
+
+
+def test_a_start_that_hangs_can_be_interrupted(tmp_path: Path) -> None:
+    script, output = tmp_path / "stuck.py", tmp_path / "output.txt"
+    script.write_text(STUCK)
+    with open(output, "w") as file:
+        command = [sys.executable, str(script), str(tmp_path)]
+        process = subprocess.Popen(command, stdout=file, env=environment(), start_new_session=True)
+    try:
+        assert wait_until(lambda: "starts" in output.read_text(), 60)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+        assert output.read_text() == "starts\ninterrupted\n"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_the_resource_tracker_outlives_the_signals(number: int, tmp_path: Path) -> None:
     code = """
@@ -165,4 +205,6 @@ time.sleep(0.2)
 print(len(list(source.epoch(1))))
 """
     ended = run_python(code, tmp_path, str(int(number)))
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "1\n1\n", "")
+    assert (ended.returncode, ended.stdout) == (0, "1\n1\n"), (
+        ended.stderr
+    )  # one that died is an error here, by a warning

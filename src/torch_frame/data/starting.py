@@ -11,8 +11,11 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from torch_frame import alarm
+
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 """They ask a run to end; whole process groups get them."""
+_AT_MOST_S = 10.0
 
 
 @contextlib.contextmanager
@@ -20,7 +23,8 @@ def signals_held_back(loader: DataLoader[Any]) -> Iterator[frozenset[int]]:
     """Inside, `SIGNALS` are blocked in this thread and in the processes that it starts; what comes meanwhile comes at the end.
 
     A worker lets them in when it has its handlers (`WorkerInit`). A pin-memory thread keeps them blocked, so that it is the
-    training thread that is woken.
+    training thread that is woken. A start that hangs, as writing to a spawned worker does whose imports hang, is not held back
+    for longer than `_AT_MOST_S`.
 
     Yields:
         What a worker has to let in: the signals that were not blocked before.
@@ -28,17 +32,24 @@ def signals_held_back(loader: DataLoader[Any]) -> Iterator[frozenset[int]]:
     if loader.num_workers == 0 or not hasattr(signal, "pthread_sigmask"):  # Windows has neither masks nor groups
         yield frozenset()
         return
-    _start_servers(loader.multiprocessing_context or multiprocessing)
+    method = (loader.multiprocessing_context or multiprocessing).get_start_method()
+    _start_servers(method)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    def let_in(frame: object = None) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    if method != "fork":
+        alarm.call_in(_AT_MOST_S, let_in)
     try:
         yield frozenset(SIGNALS) - before
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        alarm.give_back(let_in)
+        let_in()
 
 
-def _start_servers(context: Any) -> None:
+def _start_servers(method: str) -> None:
     """multiprocessing's own processes, which begin with what is blocked here as well, and keep it."""
-    method = context.get_start_method()
     if method == "fork":  # has none
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
