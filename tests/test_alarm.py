@@ -1,4 +1,4 @@
-"""The alarm rings once, for the last one that asked, and is never taken away from somebody else."""
+"""The alarm rings once, for the one that is sooner, and is never taken away from somebody else."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ def wait(seconds: float) -> None:
         time.sleep(0.01)
 
 
-def test_it_rings_once_for_the_last_one_and_is_given_back() -> None:
+@pytest.mark.parametrize("sooner_first", [True, False])
+def test_it_rings_once_for_the_sooner_call_and_is_given_back(sooner_first: bool) -> None:
     rang: list[str] = []
-    first, second = (lambda frame, name=name: rang.append(name) for name in ("first", "second"))
-    assert alarm.call_in(0.05, first)
-    assert alarm.call_in(0.05, second)
+    sooner, later = (lambda frame, name=name: rang.append(name) for name in ("sooner", "later"))
+    calls = [(0.05, sooner), (30, later)]
+    asked = [alarm.call_in(*call) for call in (calls if sooner_first else calls[::-1])]
+    assert asked == [True, not sooner_first]
     wait(0.3)
-    assert rang == ["second"]
-    alarm.give_back(first)
+    assert rang == ["sooner"]
+    alarm.give_back(later)
     assert signal.getsignal(signal.SIGALRM) != signal.SIG_DFL, "it was given back by somebody who had it not"
-    alarm.give_back(second)
+    alarm.give_back(sooner)
     assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 

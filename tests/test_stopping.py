@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils.data import DataLoader
 
 from tests.small_runs import make_batches, make_trainer
 from torch_frame import EvalHook, Trainer
+from torch_frame.data.starting import signals_held_back
 from torch_frame.stopping import StopRequested, StopSignals
 
 pytestmark = [
@@ -91,6 +93,16 @@ def test_the_start_of_workers_is_not_broken_off(signals: StopSignals) -> None:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         assert wait_for_data(20)
         other.join()
+
+
+def test_a_signal_just_before_workers_are_started_ends_the_wait_for_them(signals: StopSignals) -> None:
+    loader: DataLoader[int] = DataLoader(range(2), num_workers=1, multiprocessing_context="spawn")  # type: ignore[arg-type]
+    with signals.listening():
+        signals.begin_wait(True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with signals_held_back(loader):
+            assert not wait_for_data(0.6)
+        assert wait_for_data(20)
 
 
 def test_from_the_first_signal_on_a_dead_worker_is_no_error(signals: StopSignals) -> None:

@@ -23,15 +23,18 @@ class _Ring:
 
 
 def call_in(seconds: float, call: Call) -> bool:
-    """Call it once in the main thread, amid what that does then; an earlier call that still waits is given up.
+    """Call it once in the main thread, amid what that does then; of two calls the sooner one is kept.
 
     Returns:
-        False where nothing is done: outside the main thread, on Windows, and where somebody else uses the alarm.
+        False where nothing is done: outside the main thread, on Windows, where a sooner call waits, or where somebody else uses
+        the alarm.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         return False
-    unused = signal.getsignal(signal.SIGALRM) == signal.SIG_DFL and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-    if not unused and not isinstance(signal.getsignal(signal.SIGALRM), _Ring):
+    handler, left = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)[0]
+    if not isinstance(handler, _Ring) and (handler != signal.SIG_DFL or left):
+        return False
+    if 0 < left <= seconds:
         return False
     signal.signal(signal.SIGALRM, _Ring(call))
     signal.setitimer(signal.ITIMER_REAL, seconds)

@@ -41,8 +41,15 @@ def signals_held_back(loader: DataLoader[Any]) -> Iterator[frozenset[int]]:
 
     if method != "fork":
         alarm.call_in(_AT_MOST_S, let_in)
+    others = set(multiprocessing.active_children())
     try:
         yield frozenset(SIGNALS) - before
+    except Exception:
+        raise
+    except BaseException:  # a Ctrl-C that another thread was given: nobody else knows yet what has been started
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()
+        raise
     finally:
         alarm.give_back(let_in)
         let_in()
