@@ -162,7 +162,9 @@ def end(folder: Path, case: Case, order: list[int]) -> Ended:
             training.wait_for("begin")
             time.sleep(0.3)
             training.send(number, to_group=case.to_group)
-        elif ":" not in case.phase:
+        elif ":" in case.phase:
+            training.wait_for("signal")
+        else:
             training.wait_for("blocked")
             training.wait_for("iter", PHASES[case.phase] - (case.phase != "waiting") * 2)
             time.sleep(0.3)
