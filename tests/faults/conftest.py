@@ -30,10 +30,3 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
         with run:
             assert run.wait() == 0, run.tail()
     return {workers: run.folder for workers, run in runs.items()}
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Minutes of killed processes are for `make faults`."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.slow)
