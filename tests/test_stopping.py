@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import random
 import signal
 import threading
 import time
@@ -12,11 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from torch.utils.data import DataLoader
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from tests.small_runs import make_batches, make_trainer
-from torch_frame import EvalHook, Trainer
+from tests.small_runs import Net, differences, make_batches, make_trainer, weights_of
+from torch_frame import CheckpointerHook, EvalHook, RepeatDataset, Trainer
 from torch_frame.data.starting import signals_held_back
 from torch_frame.stopping import StopRequested, StopSignals
 
@@ -146,3 +150,53 @@ def test_an_evaluation_whose_workers_the_signal_has_ended_is_gone_through_again(
     resumed.train()
     assert resumed.progress.epoch == 2
     assert loader.num_whole == 2
+
+
+class Hangs(Dataset[Any]):
+    """Draws random numbers; loading its sample 9 sends SIGTERM to the process and takes long, until it is allowed to go on."""
+
+    def __init__(self) -> None:
+        self.hangs = True
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        drawn = torch.rand(3) + random.random() + np.random.randn()
+        if index == 9 and self.hangs:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+        return drawn, drawn[:1]
+
+
+class HangsAsStream(IterableDataset[Any]):
+    def __init__(self, dataset: Hangs) -> None:
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self.dataset[index] for index in range(len(self.dataset)))
+
+
+@pytest.mark.parametrize("wrap", [lambda data: data, lambda data: RepeatDataset(data, 2), HangsAsStream])
+def test_without_workers_a_dataset_that_hangs_is_broken_off_and_the_run_resumed_bitwise(
+    wrap: Any, tmp_path: Path
+) -> None:
+    def run(folder: str, *, hangs: bool) -> Trainer:
+        dataset = Hangs()
+        dataset.hangs = hangs
+        torch.manual_seed(0)
+        loader = DataLoader(wrap(dataset), batch_size=4)
+        settings = {"seed": 5, "resume": "auto", "hooks": [CheckpointerHook()]}
+        return make_trainer(tmp_path / folder, Net(dropout=True), data=loader, **settings)
+
+    whole = run("whole", hangs=False)
+    whole.train()
+    stopped, started = run("stopped", hangs=True), time.monotonic()
+    with pytest.raises(SystemExit) as end:
+        stopped.train()
+    assert end.value.code == 143
+    assert time.monotonic() - started < 10
+    assert stopped.progress.iter == 2
+    resumed = run("stopped", hangs=False)
+    resumed.train()
+    assert not differences(weights_of(resumed.model), weights_of(whole.model))

@@ -101,6 +101,8 @@ FEW = [
     Case("logged:1", "USR1", False, Config("plain", 0)),
     Case("waiting", "TERM", True, FORK),
     Case("waiting", "USR1", True, SPAWN),
+    Case("waiting", "INT", False, Config("infinite", 0)),
+    Case("waiting", "TERM", True, Config("plain", 0)),
     Case("waiting in a window", "TERM", False, Config("plain", 2, "fork")),
     Case("waiting for the workers", "INT", True, SPAWN),
     Case("evaluate:4", "TERM", True, EVAL_WORKERS),
@@ -110,7 +112,7 @@ FEW = [
 def _with_workers_for(phase: str, config: Config) -> Config:
     if phase == "waiting for the workers":  # forked ones are there at once
         return SPAWN
-    return FORK if phase.startswith("waiting") and config.workers == 0 else config
+    return FORK if phase == "waiting in a window" and config.workers == 0 else config
 
 
 CONFIGS = [FORK, Config("plain", 0), SPAWN, Config("plain", 2, "fork"), Config("persistent", 2, "spawn")]
