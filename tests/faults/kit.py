@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -125,7 +126,9 @@ class Training:
 
     def shell_status(self, seconds: float = 120.0) -> int:
         assert self.wait(seconds) == 0, self.tail()
-        return int(self.output.read_text().split()[-1])
+        found = re.search(r"^status (\d+)$", self.output.read_text(), re.MULTILINE)  # others may write behind it
+        assert found is not None, self.tail()
+        return int(found[1])
 
     def kill_group(self) -> None:
         """Kill what is left of the process and its workers, as the end of a container does."""
