@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "torch_frame"
 LEAVES = {"training", "data", "metrics", "tracking", "checkpoint", "vision"}
-GROUND = {"alarm", "progress", "types", "errors", "_version"}
+GROUND = {"alarm", "stopping", "progress", "types", "errors", "_version"}
 BELOW = {
     **dict.fromkeys(LEAVES, GROUND),
     "alarm": set(), "progress": set(), "types": set(), "errors": set(), "_version": set(), "_collision": set(),
@@ -16,9 +16,9 @@ BELOW = {
     "files": LEAVES | GROUND,
     "checks": LEAVES | GROUND,
     "banner": LEAVES | GROUND | {"distributed"},
-    "stopping": GROUND,
+    "stopping": {"alarm"},
     "state": LEAVES | GROUND | {"distributed", "hooks", "files"},
-    "trainer": LEAVES | GROUND | {"distributed", "hooks", "files", "checks", "banner", "state", "stopping"},
+    "trainer": LEAVES | GROUND | {"distributed", "hooks", "files", "checks", "banner", "state"},
     "utils": LEAVES | GROUND | {"distributed"},
     "lr_scheduler": LEAVES,
     "datasets": LEAVES,

@@ -7,10 +7,12 @@ import os
 import queue
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,8 +23,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from tests.small_runs import Net, differences, make_batches, make_trainer, weights_of
 from torch_frame import CheckpointerHook, EvalHook, RepeatDataset, Trainer
+from torch_frame.data.source import source_of
 from torch_frame.data.starting import signals_held_back
-from torch_frame.stopping import StopRequested, StopSignals
+from torch_frame.stopping import StopRequested, StopSignals, _is_in_a_dataset
 
 pytestmark = [
     pytest.mark.skipif(os.name == "nt", reason="POSIX signals"),
@@ -200,3 +203,38 @@ def test_without_workers_a_dataset_that_hangs_is_broken_off_and_the_run_resumed_
     resumed = run("stopped", hangs=False)
     resumed.train()
     assert not differences(weights_of(resumed.model), weights_of(whole.model))
+
+
+class LooksAtItself(Dataset[Any]):
+    """Notes whether a signal could break it off; loads from a loader of its own, where there is one."""
+
+    def __init__(self, seen: list[bool], inner: Any = None) -> None:
+        self.seen = seen
+        self.inner = inner
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> Tensor:
+        self.seen.append(_is_in_a_dataset(sys._getframe()))
+        for _ in () if self.inner is None else self.inner.epoch(0):
+            pass
+        return torch.ones(1)
+
+
+def test_a_dataset_may_be_broken_off_but_not_what_keeps_the_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_datasets: list[bool] = []
+    in_ours: list[bool] = []
+
+    def get_state(legacy: bool) -> Any:
+        in_ours.append(_is_in_a_dataset(sys._getframe()))
+        return np.random.get_state(legacy)
+
+    names = [name for name in dir(np.random) if name.endswith(("_state", "_generator"))]
+    functions = {**{name: getattr(np.random, name) for name in names}, "get_state": get_state}
+    monkeypatch.setattr("torch_frame.data.batches.numpy_random", SimpleNamespace(**functions))
+    inner = source_of(DataLoader(LooksAtItself(in_datasets), batch_size=1), seed=0)
+    for _ in source_of(DataLoader(LooksAtItself(in_datasets, inner), batch_size=1), seed=0).epoch(0):
+        pass
+    assert in_datasets == [True] * 6
+    assert in_ours == [False] * 6

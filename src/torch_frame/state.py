@@ -85,7 +85,7 @@ def remove(paths: Iterable[str]) -> None:
 
 def remove_halves(ckpt_dir: str) -> None:
     """Remove what a process that was killed inside a save has left; for a run that begins, whose folder it is."""
-    remove(path for path in glob.glob(os.path.join(glob.escape(ckpt_dir), ".*.tmp")))
+    remove(glob.glob(os.path.join(glob.escape(ckpt_dir), ".*.tmp")))
 
 
 def _make_folder(path: str) -> None:

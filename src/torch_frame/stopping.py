@@ -16,13 +16,10 @@ SIGNALS = tuple(
 )  # SIGUSR1 is what SLURM sends some time before the end: --signal=USR1@120
 _SIGCHLD: Any = getattr(signal, "SIGCHLD", None)  # None on Windows
 _LOOK_AGAIN_S = 0.2
+# Where a user's dataset and collate function are called in this process, in functions of these names, and what else they call.
 _LOADING = "torch_frame.data.batches"
-_CALL_A_DATASET = (
-    "_load",
-    "__iter__",
-    "__call__",
-)  # its functions in which a user's dataset or collate function is called
-_NO_DATASETS = (_LOADING, "torch_frame.data.order", "torch_frame.data.seeding")  # what else is called there
+_CALL_A_DATASET = ("_load", "__iter__", "__call__")
+_NO_DATASETS = ("torch_frame.data.order", "torch_frame.data.seeding")
 _WAITING_MODULES = ("multiprocessing.connection", "multiprocessing.queues", "selectors", "queue", "threading")
 
 
@@ -124,17 +121,21 @@ class StopSignals:
 
 def _is_waiting(frame: FrameType | None) -> bool:
     """The signal came while data was waited for, and not amid code of ours that has something half done."""
-    return frame is not None and (frame.f_globals.get("__name__") in _WAITING_MODULES or _is_in_a_dataset(frame))
+    return frame is not None and (_module_of(frame) in _WAITING_MODULES or _is_in_a_dataset(frame))
 
 
 def _is_in_a_dataset(frame: FrameType) -> bool:
     """A user's dataset loads a sample in this process: it may be broken off as by any Ctrl-C; what is ours is put back."""
-    called, caller = frame, frame.f_back
-    while caller is not None:
-        if caller.f_globals.get("__name__") == _LOADING and caller.f_code.co_name in _CALL_A_DATASET:
-            return called.f_globals.get("__name__") not in _NO_DATASETS
-        called, caller = caller, caller.f_back
+    called = frame
+    while _module_of(called) != _LOADING and (caller := called.f_back) is not None:
+        if _module_of(caller) == _LOADING:
+            return caller.f_code.co_name in _CALL_A_DATASET and _module_of(called) not in _NO_DATASETS
+        called = caller
     return False
+
+
+def _module_of(frame: FrameType) -> str | None:
+    return frame.f_globals.get("__name__")
 
 
 def _without_errors(handler: Callable[[int, FrameType | None], Any]) -> Callable[[int, FrameType | None], None]:

@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from tests.small_data import wait_until
 from tests.small_runs import environment, run_python
 from torch_frame.data.source import source_of
-from torch_frame.data.starting import SIGNALS, signals_held_back
+from torch_frame.data.starting import signals_held_back
+from torch_frame.stopping import SIGNALS
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="no signal masks")
 

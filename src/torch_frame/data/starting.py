@@ -12,9 +12,8 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from torch_frame import alarm
+from torch_frame.stopping import SIGNALS
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
-"""They ask a run to end; whole process groups get them."""
 _AT_MOST_S = 10.0
 
 
