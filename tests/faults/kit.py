@@ -218,10 +218,18 @@ STEP = [
     *(("before_update", 1, 2), ("stepped", 1, 2), ("after_update", 1, 2)),
 ]
 SAVE = [("write", 1, 3), ("verify", 1, 6), ("link", 1, 2), ("rename", 1, 4), ("renamed", 1, 3), ("remove", 1, 6)]
+INSIDE_A_SAVE = [("verify", 1, 6), ("link", 1, 2), ("rename", 1, 4)]  # where the temporary file is there for certain
 EPOCH_END = [("evaluate", 2, 4), ("evaluated", 1, 1), ("logged", 1, 1)]
 RESUMING = [("before_train", 1, 1), ("curves", 1, 2), ("before_epoch", 1, 1)]
 ANY_MOMENT = [("before_train", 1, 1)]  # and a time after it
-KINDS = {"step": STEP, "save": SAVE, "epoch's end": EPOCH_END, "resuming": RESUMING, "any moment": ANY_MOMENT}
+KINDS = {
+    "step": STEP,
+    "save": SAVE,
+    "inside a save": INSIDE_A_SAVE,
+    "epoch's end": EPOCH_END,
+    "resuming": RESUMING,
+    "any moment": ANY_MOMENT,
+}
 
 _BEFORE_TWO_SAVES = {
     "forward": 7,

@@ -28,8 +28,8 @@ from tests.faults.kit import (
 from tests.small_data import wait_until
 
 SEED = int(os.environ.get("FAULTS_SEED", "0"))
-LATE = "step", "save", "epoch's end"
-FEW = {config: [*LATE] for config in CONFIGS}  # 20 kills
+FEW = {config: ["step", "inside a save", "epoch's end"] for config in CONFIGS}  # 20 kills
+FEW[Config("infinite", 0)] = ["step", "save", "epoch's end"]
 FEW[Config("plain", 2, "spawn")] = ["save", "epoch's end"]
 MANY = {config: 17 if config.context == "spawn" else 34 for config in CONFIGS}  # 204 kills
 
