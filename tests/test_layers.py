@@ -7,19 +7,19 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "torch_frame"
 LEAVES = {"training", "data", "metrics", "tracking", "checkpoint", "vision"}
-GROUND = {"alarm", "stopping", "progress", "types", "errors", "_version"}
+GROUND = {"alarm", "stopping", "distributed", "progress", "types", "errors", "_version"}
 BELOW = {
     **dict.fromkeys(LEAVES, GROUND),
     "alarm": set(), "progress": set(), "types": set(), "errors": set(), "_version": set(), "_collision": set(),
-    "distributed": LEAVES | GROUND,
-    "hooks": LEAVES | GROUND | {"distributed"},
+    "distributed": set(),
+    "hooks": LEAVES | GROUND,
     "files": LEAVES | GROUND,
     "checks": LEAVES | GROUND,
-    "banner": LEAVES | GROUND | {"distributed"},
+    "banner": LEAVES | GROUND,
     "stopping": {"alarm"},
-    "state": LEAVES | GROUND | {"distributed", "hooks", "files"},
-    "trainer": LEAVES | GROUND | {"distributed", "hooks", "files", "checks", "banner", "state"},
-    "utils": LEAVES | GROUND | {"distributed"},
+    "state": LEAVES | GROUND | {"hooks", "files"},
+    "trainer": LEAVES | GROUND | {"hooks", "files", "checks", "banner", "state"},
+    "utils": LEAVES | GROUND,
     "lr_scheduler": LEAVES,
     "datasets": LEAVES,
     "report": LEAVES | GROUND,

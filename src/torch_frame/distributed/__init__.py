@@ -1,1 +1,1 @@
-"""The only package, with hooks and trainers, that knows of more than one process."""
+"""Which process this is, and what its training does together with the others. Imports torch only."""

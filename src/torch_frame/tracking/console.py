@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
-import torch.distributed
-
+from torch_frame.distributed.comm import is_main
 from torch_frame.tracking.bar import TerminalBar, is_terminal
 
 logger = logging.getLogger("torch_frame")
@@ -127,12 +126,6 @@ def _lower_level(target: logging.Logger, *levels: int) -> None:
     target.setLevel(min(wanted + ([target.level] if target.level else [])))
 
 
-def _is_main_process() -> bool:
-    # The one place of this package that asks: scripts of 1.7 call setup_logger() on every rank.
-    has_group = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return not has_group or torch.distributed.get_rank() == 0
-
-
 def setup_logger(
     name: str | None = None,
     output: str | os.PathLike[str] | None = None,
@@ -161,7 +154,7 @@ def setup_logger(
     target.propagate = False
     if target is logger and _open_runs:
         _undo.pop_all()  # set up in the middle of a run: stays after it
-    if not _is_main_process():
+    if not is_main():  # scripts of 1.7 call this on every rank
         _lower_level(target, console_log_level)
         return target
     if not any(isinstance(handler, ConsoleHandler) for handler in target.handlers):
