@@ -5,14 +5,11 @@ from __future__ import annotations
 import contextlib
 import glob
 import logging
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from torch_frame._version import __version__
 from torch_frame.checkpoint import io
@@ -26,9 +23,10 @@ from torch_frame.data.seeding import (
     start_persistent_workers,
 )
 from torch_frame.distributed.comm import get_world_size
-from torch_frame.errors import CheckpointError, NonFiniteError, SettingError
+from torch_frame.errors import CheckpointError, SettingError
 from torch_frame.files import SaveRequest
 from torch_frame.tracking.console import logger
+from torch_frame.training.finite import check_weights, trained_tensors
 
 if TYPE_CHECKING:
     from torch_frame.trainer import Trainer
@@ -60,7 +58,7 @@ def contents(trainer: Trainer, requests: Sequence[SaveRequest]) -> dict[str, Any
         content = weights if save_single_model else capture(trainer)
         files.append((os.path.join(trainer.ckpt_dir, file_name), older, content, list(outdated)))
     where = f"epoch {trainer.epoch}, iteration {trainer.cur_iter}"
-    return {"files": files, "must_be_finite": _must_be_finite(trainer.model_or_module), "where": where}
+    return {"files": files, "must_be_finite": trained_tensors(trainer.model_or_module), "where": where}
 
 
 def write_files(files: Mapping[str, Any], cancelled: Callable[[], bool] | None = None) -> None:
@@ -70,7 +68,7 @@ def write_files(files: Mapping[str, Any], cancelled: Callable[[], bool] | None =
         NonFiniteError: where weights are NaN or infinite; nothing is written then.
         CheckpointError: where a file cannot be written.
     """
-    _check_finite(files["must_be_finite"], files["where"])
+    check_weights(files["must_be_finite"], files["where"])
     for path, older, content, outdated in files["files"]:
         io.write(path, content, keep_as=older, cancelled=cancelled)
         remove(outdated)
@@ -342,33 +340,3 @@ def _optimizer_differences(trainer: Trainer, saved: Mapping[str, Any], *, tolera
 
 def _shortened(lines: list[str], of: str, most: int = 8) -> list[str]:
     return lines if len(lines) <= most else [*lines[:most], f"{len(lines) - most} {of}"]
-
-
-def _running_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """What batch norm has gathered. Other buffers may hold infinities on purpose, a mask for instance."""
-    return {
-        f"{name}.{kind}" if name else kind: getattr(module, kind)
-        for name, module in model.named_modules()
-        if isinstance(module, _NormBase)
-        for kind in ("running_mean", "running_var")
-        if getattr(module, kind, None) is not None
-    }
-
-
-def _must_be_finite(model: nn.Module) -> dict[str, Tensor]:
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and p.is_floating_point()}
-    return {**trained, **_running_statistics(model)}
-
-
-def _check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Refuse to write weights that are NaN or infinite over a good checkpoint.
-
-    Raises:
-        NonFiniteError: naming the first such tensor.
-    """
-    for name, tensor in tensors.items():
-        wide = torch.float32 if tensor.element_size() < 4 else None
-        if not math.isfinite(tensor.sum(dtype=wide).item()) and not bool(tensor.isfinite().all()):
-            raise NonFiniteError(
-                f"{name} holds NaN or infinite values, so no checkpoint is written; the last one is untouched ({where})."
-            )

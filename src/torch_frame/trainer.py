@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import os
 import time
 import weakref
@@ -39,6 +38,7 @@ from torch_frame.tracking.bar import ProgressBar
 from torch_frame.tracking.console import logger, open_run_log
 from torch_frame.tracking.history import MetricStorage
 from torch_frame.training.ema import EMA
+from torch_frame.training.finite import Columns, first_nonfinite, nonfinite_message
 from torch_frame.training.losses import describe, read_losses
 from torch_frame.training.precision import Precision, PrecisionName, choose_precision
 from torch_frame.training.schedules import Interval, LRWarmupScheduler, WarmupMethod
@@ -326,7 +326,7 @@ class Trainer:
                 if updater.grad_norm is not None:
                     values["grad_norm"] = updater.grad_norm
         except NonFiniteError as error:
-            raise NonFiniteError(self._nonfinite_message(str(error), describe(values))) from None
+            raise self._nonfinite(str(error), values) from None
         return values
 
     def batches(self) -> Iterator[Any]:
@@ -396,7 +396,7 @@ class Trainer:
                     self._after_step()
             except NonFiniteError as error:
                 latest = {name: buffer.latest for name, buffer in self.metric_storage.items()}
-                raise NonFiniteError(self._nonfinite_message(str(error), describe(latest))) from None
+                raise self._nonfinite(str(error), latest) from None
             for after_update in self.stages["after_update"]:
                 after_update()
             if self.updater.grad_norm is not None:
@@ -428,24 +428,17 @@ class Trainer:
     def _source(self) -> Source:
         return source_of(self.data_loader, self.seed, take_over=self.take_over, last_epoch=self.max_epochs - 1)
 
-    def _check_read_values(self, columns: Mapping[str, tuple[list[int], list[float]]]) -> None:
+    def _check_read_values(self, columns: Columns) -> None:
         """Values of steps have been read from the device: are losses and gradients finite?"""
         if self.on_nonfinite == "skip" or self.precision.scaler is not None:
             return
-        for name in ("total_loss", "grad_norm"):
-            iters, values = columns.get(name, ([], []))
-            if not math.isfinite(sum(values)):
-                bad = next((iter for iter, value in zip(iters, values, strict=True) if not math.isfinite(value)), None)
-                if bad is not None:
-                    row = {n: v[i.index(bad)] for n, (i, v) in columns.items() if bad in i}
-                    raise NonFiniteError(self._nonfinite_message(f"{name} is not finite", describe(row), bad))
+        bad = first_nonfinite(columns)
+        if bad is not None:
+            raise self._nonfinite(f"{bad.name} is not finite", bad.values, bad.iteration)
 
-    def _nonfinite_message(self, what: str, values: str, iter: int | None = None) -> str:
-        iter = self.cur_iter if iter is None else iter
-        return (
-            f"Training stopped: {what}, in epoch {self.epoch}, iteration {iter} of the run: {values}. "
-            "Look at the learning rate, the data of this batch and the precision; on_nonfinite='skip' leaves such updates out."
-        )
+    def _nonfinite(self, what: str, values: Values, iteration: int | None = None) -> NonFiniteError:
+        iteration = self.cur_iter if iteration is None else iteration
+        return NonFiniteError(nonfinite_message(what, describe(values), self.epoch, iteration))
 
     # ---------------------------------------------------------------- begin and end
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -23,6 +22,7 @@ from torch.optim import Optimizer
 
 from torch_frame.errors import NonFiniteError, SettingError
 from torch_frame.training.buffers import BufferSnapshot
+from torch_frame.training.finite import FiniteCheck
 from torch_frame.training.precision import Precision
 
 OnNonFinite = Literal["raise", "skip"]
@@ -219,42 +219,6 @@ class Update:
 
     def _gradients(self) -> list[Tensor]:
         return [gradient for p in self._optimized if (gradient := p.grad) is not None]
-
-
-class FiniteCheck:
-    """Whether gradients are finite, in one pass over them: torch's own check of its GradScaler, at a scale of 1.
-
-    x * 1.0 leaves every bit as it is. Called, it waits for the device once.
-
-    Args:
-        parameters: whose gradients will be asked about.
-    """
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        kinds = {(p.device, p.dtype) for p in parameters}
-        self._uniform = len(kinds) == 1 and not any(p.is_complex() for p in parameters)
-        device = parameters[0].device if parameters else torch.device("cpu")
-        self._found = torch.zeros(1, device=device)
-        self._one = torch.ones(1, device=device)
-
-    def __call__(self, gradients: list[Tensor]) -> bool:
-        if not gradients:
-            return True
-        if not self._uniform:
-            return all(map(_is_finite, gradients))
-        try:
-            torch._amp_foreach_non_finite_check_and_unscale_(gradients, self._found, self._one)
-        except NotImplementedError:  # one of them is sparse
-            return all(map(_is_finite, gradients))
-        if self._found.item() == 0.0:
-            return True
-        self._found.zero_()
-        return False
-
-
-def _is_finite(gradient: Tensor) -> bool:
-    values = gradient.coalesce().values() if gradient.is_sparse else gradient
-    return bool(values.isfinite().all())
 
 
 def check_weight(weight: Any) -> Tensor | float:

@@ -1,0 +1,124 @@
+"""Is it finite? Gradients before a step, values when they are read, weights before they are written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torch_frame.errors import NonFiniteError
+
+Columns = Mapping[str, tuple[list[int], list[float]]]
+"""name -> (iterations, values): what `MetricStorage` has read from the device."""
+
+
+class FiniteCheck:
+    """Whether gradients are finite, in one pass over them: the check of torch's GradScaler, at a scale of 1.
+
+    x * 1.0 leaves every bit as it is. A call waits for the device once.
+
+    Args:
+        parameters: whose gradients will be asked about.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        kinds = {(p.device, p.dtype) for p in parameters}
+        self._uniform = len(kinds) == 1 and not any(p.is_complex() for p in parameters)
+        device = parameters[0].device if parameters else torch.device("cpu")
+        self._found = torch.zeros(1, device=device)
+        self._one = torch.ones(1, device=device)
+
+    def __call__(self, gradients: list[Tensor]) -> bool:
+        if not gradients:
+            return True
+        if not self._uniform:
+            return all(map(_is_finite, gradients))
+        try:
+            torch._amp_foreach_non_finite_check_and_unscale_(gradients, self._found, self._one)
+        except (NotImplementedError, AttributeError):  # a sparse gradient, or a torch without this function
+            return all(map(_is_finite, gradients))
+        if self._found.item() == 0.0:
+            return True
+        self._found.zero_()
+        return False
+
+
+def _is_finite(gradient: Tensor) -> bool:
+    values = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return bool(values.isfinite().all())
+
+
+class NonFiniteStep(NamedTuple):
+    """A step whose recorded loss or gradient norm is NaN or infinite."""
+
+    name: str
+    iteration: int
+    """Index in the run."""
+    values: dict[str, float]
+    """All that was recorded in that iteration."""
+
+
+def first_nonfinite(columns: Columns, names: Sequence[str] = ("total_loss", "grad_norm")) -> NonFiniteStep | None:
+    """The first iteration in which one of `names` is not finite, or None.
+
+    Args:
+        columns: values that have just been read from the device.
+        names: which of them have to be finite.
+    """
+    for name in names:
+        iterations, values = columns.get(name, ([], []))
+        if math.isfinite(sum(values)):
+            continue
+        bad = next((i for i, value in zip(iterations, values, strict=True) if not math.isfinite(value)), None)
+        if bad is not None:
+            row = {n: column[i.index(bad)] for n, (i, column) in columns.items() if bad in i}
+            return NonFiniteStep(name, bad, row)
+    return None
+
+
+def nonfinite_message(what: str, values: str, epoch: int, iteration: int) -> str:
+    """The sentence that a run ends with.
+
+    Args:
+        what: such as "the loss is not finite".
+        values: the step's losses and metrics, in words.
+        epoch, iteration: indices in the run.
+    """
+    return (
+        f"Training stopped: {what}, in epoch {epoch}, iteration {iteration} of the run: {values}. "
+        "Look at the learning rate, the data of this batch and the precision; on_nonfinite='skip' leaves such updates out."
+    )
+
+
+_STATISTICS = ("running_mean", "running_var")
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors without which no weights are written if they are not finite: trained parameters, batch norm's statistics.
+
+    Other buffers may hold infinities on purpose, a mask for instance.
+    """
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and p.is_floating_point()}
+    statistics = {n: b for n, b in model.named_buffers() if n.rpartition(".")[2] in _STATISTICS}
+    return {**trained, **statistics}
+
+
+def check_weights(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuse to write weights that are NaN or infinite over a good checkpoint.
+
+    Args:
+        tensors: as `trained_tensors` gives them.
+        where: the moment, in words.
+
+    Raises:
+        NonFiniteError: naming the first such tensor.
+    """
+    for name, tensor in tensors.items():
+        wide = torch.float32 if tensor.element_size() < 4 else None
+        if not math.isfinite(tensor.sum(dtype=wide).item()) and not bool(tensor.isfinite().all()):
+            raise NonFiniteError(
+                f"{name} holds NaN or infinite values, so no checkpoint is written; the last one is untouched ({where})."
+            )
