@@ -16,7 +16,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_frame import checks, state
+from torch_frame import state
 from torch_frame.banner import banner
 from torch_frame.checkpoint.background import Background
 from torch_frame.checkpoint.snapshot import HostBuffers
@@ -26,13 +26,15 @@ from torch_frame.data.prefetch import prefetch_to_device
 from torch_frame.data.source import Source, source_of
 from torch_frame.distributed.comm import is_main
 from torch_frame.errors import NonFiniteError, SettingError
-from torch_frame.files import SaveRequest, SaveRequests, WorkDir
+from torch_frame.files import SaveRequest, SaveRequests
 from torch_frame.hooks.base import HookBase
 from torch_frame.hooks.caller import HookCaller, checked_hooks
 from torch_frame.hooks.checkpoint import CheckpointerHook
 from torch_frame.hooks.evaluate import EvaluationHook
 from torch_frame.hooks.logger import LoggerHook
 from torch_frame.progress import Progress
+from torch_frame.run import checks
+from torch_frame.run.work_dir import WorkDir
 from torch_frame.stopping import StopRequested, StopSignals
 from torch_frame.tracking.bar import ProgressBar
 from torch_frame.tracking.console import logger, open_run_log

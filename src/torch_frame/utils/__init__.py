@@ -1,11 +1,11 @@
 """Import paths of torch-frame 1.7; each name lives elsewhere now."""
 
 from torch_frame.data.seeding import set_random_seed
+from torch_frame.run.work_dir import get_workspace
 from torch_frame.tracking.bar import ProgressBar
 from torch_frame.tracking.console import setup_logger
 from torch_frame.tracking.environment import collect_env, create_small_table, symlink
 from torch_frame.tracking.history import HistoryBuffer
-from torch_frame.tracking.work_dir import get_workspace
 from torch_frame.training.ema import EMA
 
 __all__ = [

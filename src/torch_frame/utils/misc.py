@@ -1,7 +1,7 @@
 """Import path of torch-frame 1.7; see `torch_frame.tracking.environment` and `torch_frame.data.seeding`."""
 
 from torch_frame.data.seeding import set_random_seed
+from torch_frame.run.work_dir import get_workspace
 from torch_frame.tracking.environment import collect_env, create_small_table, symlink
-from torch_frame.tracking.work_dir import get_workspace
 
 __all__ = ["collect_env", "create_small_table", "get_workspace", "set_random_seed", "symlink"]

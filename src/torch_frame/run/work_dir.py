@@ -1,5 +1,7 @@
 """The folder of a run: its name, its making, and where its checkpoints are found again."""
 
+from __future__ import annotations
+
 import datetime
 import glob
 import itertools
@@ -18,6 +20,48 @@ _TIME_FORMATS = {
     "time_h": "%Y-%m-%d_%H",
     "time_d": "%Y-%m-%d",
 }
+
+
+class WorkDir:
+    """Where a run's files go: proposed when the trainer is made, a folder of this run only when training begins.
+
+    Args:
+        work_dir: as the user gave it.
+        create_new_dir: what to do if it exists; see `Trainer`.
+
+    Attributes:
+        path: final once `claim` has been called.
+    """
+
+    def __init__(self, work_dir: str | os.PathLike[str], create_new_dir: str | None) -> None:
+        self.path = get_workspace(work_dir, create_new_dir)
+        self._given = os.fspath(work_dir)
+        self._create_new_dir = create_new_dir
+        self._claimed = False
+
+    @property
+    def checkpoints(self) -> str:
+        """The folder of the checkpoints."""
+        return os.path.join(self.path, "checkpoints")
+
+    def claim(self) -> None:
+        """Make the folder; under another name if another run has taken the proposed one in the meantime."""
+        if not self._claimed:
+            base = self.path if self._create_new_dir is None else self._given
+            self.path = claim_work_dir(base, self._create_new_dir)
+            self._claimed = True
+
+    def find(self, checkpoint: str | os.PathLike[str]) -> str:
+        """The checkpoint's place: as given, in this work dir, or in the newest sibling."""
+        return find_checkpoint(os.fspath(checkpoint), self._given)
+
+    def move_to(self, checkpoint_path: str) -> None:
+        """Continue in the work dir that holds this checkpoint, known from the file's own place."""
+        folder = os.path.dirname(os.path.abspath(checkpoint_path))
+        if os.path.basename(folder) == "checkpoints":
+            self.path = os.path.dirname(folder)
+            self._create_new_dir = None
+            self._claimed = False
 
 
 def _clean(work_dir: str | os.PathLike[str]) -> str:

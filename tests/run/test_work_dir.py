@@ -11,7 +11,7 @@ import pytest
 
 from tests.tracking.pseudo_terminal import script_environment
 from torch_frame.errors import TorchFrameError, WorkDirError
-from torch_frame.tracking.work_dir import claim_work_dir, find_checkpoint, get_workspace
+from torch_frame.run.work_dir import claim_work_dir, find_checkpoint, get_workspace
 
 MODES = {
     "time_s": r"_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d",
@@ -64,7 +64,7 @@ def test_numbers_follow_the_time_and_the_count() -> None:
 
 
 def test_processes_that_start_together_get_a_folder_each() -> None:
-    code = "from torch_frame.tracking.work_dir import claim_work_dir\nprint(claim_work_dir('runs/a', 'time_s'))"
+    code = "from torch_frame.run.work_dir import claim_work_dir\nprint(claim_work_dir('runs/a', 'time_s'))"
     commands = [sys.executable, "-c", code]
     processes = [
         subprocess.Popen(commands, stdout=subprocess.PIPE, text=True, env=script_environment()) for _ in range(4)
