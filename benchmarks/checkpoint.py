@@ -113,8 +113,8 @@ class Savers:
         trainer = trainer or self.trainer
         trainer.save_at_safe_point("latest.pth", save_single_model=False)
         trainer.safe_point()
-        background = trainer._background
-        return Saving(lambda: background.busy, trainer.wait_for_saves)
+        saver = trainer._saver
+        return Saving(lambda: saver.busy, trainer.wait_for_saves)
 
     def ours_async_first(self) -> Saving:
         return self.ours_async(self.fresh)

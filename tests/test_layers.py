@@ -1,61 +1,90 @@
-"""The layers of the package: imports run downward only."""
+"""The house: imports run downward only, and no modules import each other in a circle, types included."""
+
+from __future__ import annotations
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "torch_frame"
-LEAVES = {"training", "data", "metrics", "tracking", "checkpoint", "vision"}
-GROUND = {"alarm", "stopping", "distributed", "progress", "types", "errors", "_version"}
-BELOW = {
-    **dict.fromkeys(LEAVES, GROUND),
-    "alarm": set(), "progress": set(), "types": set(), "errors": set(), "_version": set(), "_collision": set(),
-    "distributed": set(),
-    "hooks": LEAVES | GROUND,
-    "files": LEAVES | GROUND,
-    "run": LEAVES | GROUND,
-    "banner": LEAVES | GROUND,
-    "stopping": {"alarm"},
-    "state": LEAVES | GROUND | {"hooks", "files"},
-    "trainer": LEAVES | GROUND | {"hooks", "files", "run", "banner", "state"},
-    "utils": LEAVES | GROUND | {"run"},
-    "lr_scheduler": LEAVES,
-    "datasets": LEAVES,
-    "report": LEAVES | GROUND,
-    "cli": LEAVES | GROUND | {"", "report", "trainer", "hooks"},
-    "__init__": LEAVES | GROUND | {"", "_collision", "hooks", "trainer", "utils"},
-}  # fmt: skip
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# From the ground up. A room imports from the floors below; from its own floor only what BESIDE lists.
+FLOORS = [
+    {"errors", "types", "progress", "_version", "_collision", "distributed", "alarm", "stopping"},
+    {"training", "data", "metrics", "tracking", "checkpoint", "vision", "report"},
+    {"hooks", "run"},
+    {"trainer"},
+    {"__init__", "utils", "datasets", "lr_scheduler", "cli"},
+]
+BESIDE = {
+    "stopping": {"alarm", "distributed"},
+    "__init__": {"utils"},
+    "cli": {"__init__"},
+}
 
 
-def imported_rooms(module: Path) -> set[str]:
-    """The rooms of torch_frame that a module imports, those for type checking alone left out."""
-    tree = ast.parse(module.read_text(encoding="utf-8"))
-    for_types = {id(node) for test in ast.walk(tree) if _is_type_checking(test) for node in ast.walk(test)}
-    names = []
-    for node in ast.walk(tree):
-        if id(node) in for_types:
-            continue
-        if isinstance(node, ast.ImportFrom) and node.module == "torch_frame":
-            names += [f"torch_frame.{alias.name}" for alias in node.names]
+def module_name(path: Path) -> str:
+    """The dotted name below torch_frame; "" is torch_frame itself."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
+
+
+NAMES = {module_name(path) for path in MODULES}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """The modules of torch_frame that a module imports, in functions and under TYPE_CHECKING too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.append(node.module or "")
-        elif isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-    paths = [name.split(".") for name in names if name.split(".")[0] == "torch_frame"]
-    return {path[1] if len(path) > 1 and _exists(path[1]) else "" for path in paths}
+            assert node.level == 0, f"{path} has a relative import"
+            found |= {_imported(node.module or "", alias.name) for alias in node.names}
+    inside = {name.removeprefix("torch_frame").removeprefix(".") for name in found if _is_ours(name)}
+    return inside - {module_name(path)}
 
 
-def _is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+def _imported(module: str, name: str) -> str:
+    """`from module import name`: the module `module.name` if there is one, else `module`."""
+    longer = f"{module}.{name}"
+    return longer if longer.removeprefix("torch_frame.") in NAMES else module
 
 
-def _exists(room: str) -> bool:
-    return (PACKAGE / room).is_dir() or (PACKAGE / f"{room}.py").exists()
+def _is_ours(name: str) -> bool:
+    return name == "torch_frame" or name.startswith("torch_frame.")
 
 
-@pytest.mark.parametrize("module", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_run_downward(module):
-    room = module.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    upward = imported_rooms(module) - BELOW[room] - {room}
-    assert not upward, f"{module.relative_to(PACKAGE)} imports {', '.join(sorted(upward))}, which is not below {room!r}"
+def room_of(module: str) -> str:
+    return module.split(".")[0] or "__init__"
+
+
+def floor_of(room: str) -> int:
+    return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def ids(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=ids)
+def test_imports_run_downward(path: Path) -> None:
+    room = room_of(module_name(path))
+    below = set().union(*FLOORS[: floor_of(room)]) | {room} | BESIDE.get(room, set())
+    upward = {room_of(module) for module in imported_modules(path)} - below
+    assert not upward, f"{ids(path)} imports {', '.join(sorted(upward))}, which is not below {room!r}"
+
+
+def test_the_distributed_room_imports_torch_only() -> None:
+    for path in (PACKAGE / "distributed").glob("*.py"):
+        assert {room_of(module) for module in imported_modules(path)} <= {"distributed"}
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {module_name(path): imported_modules(path) for path in MODULES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle: {' -> '.join(error.args[1])}")

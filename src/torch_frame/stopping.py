@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from torch_frame import alarm
+from torch_frame.distributed.strategy import Strategy
 
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
@@ -74,6 +75,14 @@ class StopSignals:
         self.may_interrupt = may_interrupt
         if may_interrupt and self.received is not None:
             raise StopRequested
+
+    def agree(self, strategy: Strategy) -> bool:
+        """Whether a signal came on any rank; it counts as received on all of them then."""
+        if not strategy.agree(self.received is not None):
+            return False
+        received = strategy.gather(0 if self.received is None else int(self.received))
+        self.received = self.received or signal.Signals(max(received))
+        return True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:

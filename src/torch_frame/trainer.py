@@ -5,43 +5,40 @@ Read `train`, `train_one_epoch` and `train_one_iter` first: they are a batch's w
 
 from __future__ import annotations
 
-import functools
-import logging
 import os
-import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_frame import state
-from torch_frame.banner import banner
-from torch_frame.checkpoint.background import Background
-from torch_frame.checkpoint.snapshot import HostBuffers
-from torch_frame.checkpoint.weights import WeightsReport
+from torch_frame.checkpoint.weights import WeightsReport, bare_state_dict
 from torch_frame.data.move import move_to_device, resolve_device
 from torch_frame.data.prefetch import prefetch_to_device
-from torch_frame.data.source import Source, source_of
+from torch_frame.data.source import Source, length_of, source_of
 from torch_frame.distributed.comm import is_main
+from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import NonFiniteError, SettingError
-from torch_frame.files import SaveRequest, SaveRequests
-from torch_frame.hooks.base import HookBase
+from torch_frame.hooks.base import HookBase, HookTrainer
 from torch_frame.hooks.caller import HookCaller, checked_hooks
-from torch_frame.hooks.checkpoint import CheckpointerHook
-from torch_frame.hooks.evaluate import EvaluationHook
-from torch_frame.hooks.logger import LoggerHook
+from torch_frame.hooks.defaults import default_hooks
+from torch_frame.hooks.evaluate import evaluate_all
 from torch_frame.progress import Progress
-from torch_frame.run import checks
+from torch_frame.run import checks, parts, session, state
+from torch_frame.run.resume import Found, Resumption
+from torch_frame.run.saving import RunContents, Saver, SaveRequest
+from torch_frame.run.state import Part
+from torch_frame.run.step_times import StepTimes
 from torch_frame.run.work_dir import WorkDir
 from torch_frame.stopping import StopRequested, StopSignals
 from torch_frame.tracking.bar import ProgressBar
 from torch_frame.tracking.console import logger, open_run_log
 from torch_frame.tracking.history import MetricStorage
 from torch_frame.training.ema import EMA
-from torch_frame.training.finite import Columns, first_nonfinite, nonfinite_message
-from torch_frame.training.losses import describe, read_losses
+from torch_frame.training.finite import Columns, first_nonfinite, nonfinite_message, trained_tensors
+from torch_frame.training.losses import describe, read_losses, recordable
 from torch_frame.training.precision import Precision, PrecisionName, choose_precision
 from torch_frame.training.schedules import Interval, LRWarmupScheduler, WarmupMethod
 from torch_frame.training.update import OnNonFinite, Update, check_weight
@@ -91,6 +88,8 @@ class Trainer:
             they do not depend on workers and any place is reached directly; False: leave it as torch has it.
         compile: compile the model in place (`nn.Module.compile`), which keeps the names of its weights; a dict is passed to
             torch.compile. EMA's copy, which is only evaluated, is not compiled.
+        strategy: how the training is spread over processes and devices (`torch_frame.distributed.strategy.Strategy`); None: one
+            process.
 
     Attributes:
         progress: the counters (`torch_frame.progress.Progress`).
@@ -102,15 +101,8 @@ class Trainer:
     >>> import torch
     >>> model = nn.Linear(2, 1)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    >>> trainer = Trainer(
-    ...     model,
-    ...     optimizer,
-    ...     None,
-    ...     [torch.ones(4, 2)],
-    ...     max_epochs=2,
-    ...     hooks=[],
-    ...     step_fn=lambda model, batch: model(batch).square().mean(),
-    ... )
+    >>> loss = lambda model, batch: model(batch).square().mean()
+    >>> trainer = Trainer(model, optimizer, None, [torch.ones(4, 2)], max_epochs=2, hooks=[], step_fn=loss)
     """
 
     def __init__(
@@ -143,6 +135,7 @@ class Trainer:
         take_over: bool = True,
         resume: str | os.PathLike[str] | None = None,
         compile: bool | Mapping[str, Any] = False,
+        strategy: Strategy | None = None,
     ) -> None:
         checks.check_arguments(model, optimizer, lr_scheduler, data_loader)
         checks.check_numbers(max_epochs, gradient_accumulation_steps, clip_grad_norm)
@@ -152,7 +145,8 @@ class Trainer:
         checks.check_scheduler(lr_scheduler, lr_scheduler_interval, lr_scheduler_metric)
         checks.check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
         self.device = checks.device_of(model) if device is None else resolve_device(device)
-        self.model = model if device is None else model.to(self.device)
+        self.strategy = checks.checked_strategy(strategy)
+        self.model = self.strategy.prepare(model if device is None else model.to(self.device))
         self.optimizer = optimizer
         self.data_loader = data_loader
         self.max_epochs = max_epochs
@@ -173,8 +167,10 @@ class Trainer:
             self.model,
             optimizer,
             self.precision,
+            self.strategy,
             clip_grad_norm=clip_grad_norm,
             window_len=gradient_accumulation_steps,
+            weighted=loss_weight is not None,
             on_nonfinite=on_nonfinite,
             on_cpu=self.device.type == "cpu",
         )
@@ -191,24 +187,20 @@ class Trainer:
         proxy = weakref.proxy(self)  # the storage must not keep the trainer, and so the model, alive
         self.metric_storage.on_read = lambda columns: proxy._check_read_values(columns)
         self.resumed_iter: int | None = None
-        self._resumed_state: Mapping[str, Any] | None = None
-        self._resume = checks.checked_resume(resume)
-
+        self._resumption = Resumption(checks.checked_resume(resume))
         self._work_dir = WorkDir(work_dir, None if resume == "auto" else create_new_dir)
         self._info_params: list[str] = []
-        self._news: list[tuple[int, str]] = []  # (level, what happened before there was a log)
-        self._saves = SaveRequests()
-        self._background = Background(on_failure=lambda: proxy._look())
-        self._host_buffers = HostBuffers()
-        self.stop_signals = StopSignals(on_first=lambda: proxy._look())
-        self._something_waits = False  # for the next safe point: a save, a stop signal, a save that failed
-        self.before_after_epoch: Mapping[str, Any] | None = None  # set in after_epoch: what a stop there saves
+        own_way = type(self).save_checkpoint is not Trainer.save_checkpoint  # a subclass of 1.7 saves in its own way
+        by_override = (lambda name, single: proxy.save_checkpoint(name, single)) if own_way else None
+        self._saver = Saver(lambda: proxy._contents(), self.strategy, by_override)
+        self.stop_signals = StopSignals(on_first=self._saver.wake)
         self._names_checked = False
+        self._times = StepTimes()
         self.pbar = ProgressBar(disable=True)  # overrides of train_one_iter written for 1.7 put their values there
 
         self.hook_caller = HookCaller()
         self.stages = self.hook_caller.stages
-        self.register_hooks([CheckpointerHook(), LoggerHook()] if hooks is None else hooks)
+        self.register_hooks(default_hooks() if hooks is None else hooks)
 
     # ---------------------------------------------------------------- the loop
 
@@ -223,47 +215,23 @@ class Trainer:
             console_log_level: 0..5 = NOTSET, DEBUG, INFO, WARNING, ERROR, FATAL.
             file_log_level: the same for `log.txt`.
         """
-        self._restore()
-        self._check()
-        self._work_dir.claim()
-        self.source = self._source()  # the seed may be a checkpoint's by now
-        failed = True
-        log_file = self.log_file if is_main() else None
-        with open_run_log(log_file, console_log_level, file_log_level), self.stop_signals.listening():
-            try:
-                self._begin()
-                self.call("before_train")
-                self._restore_rng()
-                try:
-                    while self.progress.epoch < self.max_epochs and not self.should_stop:
-                        self.safe_point()  # a signal may have come before the first step
-                        self.progress.begin_epoch()
-                        if not self.progress.epoch_trained:
-                            self.train_one_epoch()
-                        self.before_after_epoch = state.before_after_epoch(self)
+        with self._session(console_log_level, file_log_level):  # restore, check, log; report and close whatever happens
+            self._begin()
+            self.call("before_train")
+            self._resumption.restore_last(self._parts())  # random numbers
+            with session.ended_by_signals(self.stop_signals, self._saver, self.progress, self._work_dir):
+                while self.progress.epoch < self.max_epochs and not self.strategy.agree(self.should_stop):
+                    self.safe_point()  # a signal may have come before the first step
+                    self.progress.begin_epoch()
+                    if not self.progress.epoch_trained:
+                        self.train_one_epoch()
+                    with self._saver.rolled_back_if_stopped(self._parts()):
                         self.call("after_epoch")
                         self._step_plateau()
                         self._save_if_stopping()
-                        self.before_after_epoch = None
-                        self.progress.end_epoch()
-                        self.safe_point()
-                except StopRequested:
-                    self._save_for_stop()
-                self.call("after_train")
-                self._background.wait()
-                failed = False
-            except BaseException as error:
-                if isinstance(error, KeyboardInterrupt):
-                    self._background.cancel()  # at once: a file that is half written is given up
-                self._report(error)
-                raise
-            finally:
-                self.resumed_iter = None  # another train() goes on where this one ended
-                self.before_after_epoch = None
-                self.source.close()
-                self._close(failed)
-        if self.stop_signals.received is not None:
-            self.stop_signals.end()
+                    self.progress.end_epoch()
+                    self.safe_point()
+            self.call("after_train")
 
     def evaluate(self) -> dict[str, float]:
         """Run the evaluations of the registered hooks now; nothing is logged or saved, training is undisturbed.
@@ -272,12 +240,9 @@ class Trainer:
             full name -> value, such as "eval_acc". What is no number is in each hook's `results`.
 
         Raises:
-            SettingError: where no hook evaluates.
+            SettingError: if no hook evaluates.
         """
-        hooks = [hook for hook in self.hooks if isinstance(hook, EvaluationHook)]
-        if not hooks:
-            raise SettingError("No hook evaluates. Register one: hooks=[EvalHook(...)] or EvalTotalHook(...).")
-        return {name: value for hook in hooks for name, value in hook.evaluate().items()}
+        return evaluate_all(self.hooks)
 
     def train_one_epoch(self) -> None:
         """The batches' way: loader -> device -> losses -> update."""
@@ -285,19 +250,19 @@ class Trainer:
             self.call("before_epoch")
         self.model.train()
         self.updater.refresh()
-        for batch in self.batches():  # on the device, prefetched
+        for batch, position in self.batches():  # on the device, prefetched
             self.progress.begin_iter()
             self.call("before_iter")
-            self._lr_used = self.lr
+            lr = self.lr
             values = self.train_one_iter(batch)  # forward -> losses -> backward -> update
-            self.progress.end_iter(self._position)
-            self.record(values)  # nothing is read from the device until somebody looks
+            self.progress.end_iter(position)
+            self.record(values, lr)  # nothing is read from the device until somebody looks
             self.call("after_iter")
             self.safe_point()
         self._finish_epoch()
 
     def train_one_iter(self, batch: Any) -> Mapping[str, Tensor | Number]:
-        """Forward, losses, backward and, where the window is complete, the update.
+        """Forward, losses, backward and, if the window is complete, the update.
 
         Override it for another way to train (several optimizers, say); return the values to record, by name.
 
@@ -308,66 +273,66 @@ class Trainer:
             name -> one-element tensor or number, `total_loss` among them.
         """
         updater = self.updater
-        updater.begin()
-        if self.step_fn is None and self.precision.is_full:
-            output = self.model(batch)
-        else:
-            with self.precision.autocast():
-                output = self.model(batch) if self.step_fn is None else self.step_fn(self.model, batch)
-        total, values = read_losses(output)
-        try:
+        ends_window = self._ends_window()
+        with updater.micro_batch(is_last=ends_window):
+            if self.step_fn is None and self.precision.is_full:
+                output = self.model(batch)
+            else:
+                with self.strategy.autocast(self.precision.autocast()):
+                    output = self.model(batch) if self.step_fn is None else self.step_fn(self.model, batch)
+            total, values = read_losses(output)
             weight = 1.0 if self.loss_weight is None else check_weight(self.loss_weight(batch))
-            updater.backward(total, weight)
-            if self._window_complete():
-                for before_update in self.stages["before_update"]:
-                    before_update()
-                if updater.step():
-                    self._after_step()
-                for after_update in self.stages["after_update"]:
-                    after_update()
-                if updater.grad_norm is not None:
-                    values["grad_norm"] = updater.grad_norm
-        except NonFiniteError as error:
-            raise self._nonfinite(str(error), values) from None
+            try:
+                updater.backward(total, weight)
+            except NonFiniteError as error:
+                raise self._nonfinite(str(error), values) from None
+        if ends_window:
+            # Written out and not self.call(): one frame less above an error in a hook (CONTRIBUTING: at most 3).
+            for before_update in self.stages["before_update"]:
+                before_update()
+            try:
+                updated = updater.step()
+            except NonFiniteError as error:
+                raise self._nonfinite(str(error), values) from None
+            if updated:
+                self._after_step()
+            for after_update in self.stages["after_update"]:
+                after_update()
+            if updater.grad_norm is not None:
+                values["grad_norm"] = updater.grad_norm
         return values
 
-    def batches(self) -> Iterator[Any]:
-        """The epoch's batches, on the device; of a resumed epoch those that are left."""
+    def batches(self) -> Iterator[tuple[Any, int]]:
+        """The epoch's batches, on the device, and the position behind each; of a resumed epoch those that are left."""
         placed = self.source.epoch(self.progress.epoch, self.progress.position)
-        if self.device.type == "cuda":
+        on_cuda = self.device.type == "cuda"
+        if on_cuda:
             placed = prefetch_to_device(placed, self.device)
-        self._fetch_started = time.perf_counter()
-        signals, may_interrupt = self.stop_signals, self.source.interruptible
+        times, signals = self._times, self.stop_signals
+        may_interrupt = self.source.interruptible and self.strategy.world_size == 1
+        times.ask()
         try:
             signals.begin_wait(may_interrupt and not self.updater.window_open)
             for batch, position in placed:
                 signals.may_interrupt = False
-                moved = move_to_device(batch, self.device)
-                self._position = position
-                self._data_time = time.perf_counter() - self._fetch_started
-                yield moved
-                self._fetch_started = time.perf_counter()
+                moved = batch if on_cuda else move_to_device(batch, self.device)
+                times.receive()
+                yield moved, position
+                times.ask()
                 signals.begin_wait(may_interrupt and not self.updater.window_open)
-        finally:  # a fetch that failed, too: what is waited for afterwards is not broken off
+        finally:  # after a fetch that failed, too: later waits must not be interrupted
             signals.may_interrupt = False
 
-    def record(self, values: Values) -> None:
-        """Keep a step's values and times for whoever looks at them."""
-        if type(values) is not dict and not isinstance(values, Mapping):
-            raise TypeError(
-                f"train_one_iter returned {type(values).__name__}; it has to return a dict of the values to record, "
-                "for example {'total_loss': loss}."
-            )
-        row: dict[str, Tensor | Number] = {**values}
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                row[name] = value.item() if value.is_cpu else _kept(value)
-        row["data_time"] = self._data_time
-        row["iter_time"] = time.perf_counter() - self._fetch_started
-        row["lr"] = self._lr_used
+    def record(self, values: Values, lr: float) -> None:
+        """Keep a step's values, its times, and the learning rate it was made with; nothing is read from the device."""
+        row = recordable(values)
+        row["data_time"] = self._times.data_s
+        row["iter_time"] = self._times.step_s
+        row["lr"] = lr
         self.metric_storage.record(self.progress.iter - 1, row)
         if not self._names_checked:
-            self._check_names()
+            self._names_checked = True
+            checks.check_metric_names(self.hooks, self.lr_scheduler_metric, self.metric_storage)
 
     def call(self, stage: str) -> None:
         """Run the hooks of a stage."""
@@ -376,9 +341,10 @@ class Trainer:
 
     # ---------------------------------------------------------------- between the steps
 
-    def _window_complete(self) -> bool:
+    def _ends_window(self) -> bool:
+        """The batch under way completes its window, as far as the loader's length tells."""
         window = self.gradient_accumulation_steps
-        return window == 1 or self.updater.num_micro_batches == window or self.inner_iter + 1 == self.epoch_len
+        return window == 1 or self.updater.num_micro_batches + 1 == window or self.inner_iter + 1 == self.epoch_len
 
     def _after_step(self) -> None:
         """What follows an optimizer step: schedule, EMA, count."""
@@ -391,7 +357,7 @@ class Trainer:
 
     def _finish_epoch(self) -> None:
         if self.updater.window_open:  # the loader yielded fewer batches than its length says, or has none
-            for before_update in self.stages["before_update"]:
+            for before_update in self.stages["before_update"]:  # written out, as in train_one_iter
                 before_update()
             try:
                 if self.updater.step():
@@ -410,25 +376,18 @@ class Trainer:
         self.progress.end_batches()
 
     def _step_plateau(self) -> None:
-        """ReduceLROnPlateau: a step for each new value of its metric."""
-        name = self.lr_scheduler_metric
-        if name is None:
-            return
-        if name in self.metric_storage:
-            self.lr_scheduler.step_by_metric(self.metric_storage[name].avg, self.metric_storage.latest_iters()[name])
-        elif self.epoch == self.max_epochs - 1:
-            raise SettingError(
-                f"lr_scheduler_metric is {name!r}, but nothing has been logged under this name; there are: "
-                f"{', '.join(sorted(self.metric_storage))}."
-            )
+        if self.lr_scheduler_metric is not None:
+            storage, is_last = self.metric_storage, self.epoch == self.max_epochs - 1
+            self.lr_scheduler.follow(self.lr_scheduler_metric, storage, storage.latest_iters, is_last)
 
     def _save_if_stopping(self) -> None:
-        """A run that ends early leaves a `latest.pth`, also where the hook that writes it ran before the decision."""
-        if self.should_stop and any(isinstance(hook, CheckpointerHook) and hook.save_last for hook in self.hooks):
+        """A run that ends early leaves a `latest.pth`, even if the hook that writes it ran before the decision."""
+        if self.should_stop and any(hook.saves_last_state for hook in self.hook_caller.hooks):
             self.save_at_safe_point("latest.pth", save_single_model=False)
 
     def _source(self) -> Source:
-        return source_of(self.data_loader, self.seed, take_over=self.take_over, last_epoch=self.max_epochs - 1)
+        last = self.max_epochs - 1
+        return source_of(self.data_loader, self.seed, self.strategy, take_over=self.take_over, last_epoch=last)
 
     def _check_read_values(self, columns: Columns) -> None:
         """Values of steps have been read from the device: are losses and gradients finite?"""
@@ -444,85 +403,59 @@ class Trainer:
 
     # ---------------------------------------------------------------- begin and end
 
+    def _session(self, console_log_level: int, file_log_level: int) -> AbstractContextManager[None]:
+        found = self._resumption.take_asked(self._work_dir)
+        if found is not None:
+            self._resume_from(found)
+        self._check()
+        self._work_dir.claim()
+        self.source = self._source()  # the seed may be a checkpoint's by now
+        log = open_run_log(self.log_file if self.check_main() else None, console_log_level, file_log_level)
+        return session.opened(log, self.stop_signals, self._saver, self.stages, self._on_error, self._on_end)
+
     def _check(self) -> None:
-        if checks.device_of(self.model) != self.device:
-            raise SettingError(
-                f"The model was on {self.device} when the Trainer was made and is on {checks.device_of(self.model)} now. "
-                "Move it before, or pass device= to the Trainer."
-            )
+        checks.check_device(self.model, self.device)
         checks.check_loader(self.data_loader, self.max_epochs - self.progress.epoch, self.epoch_len)
         if self.progress.epoch < self.max_epochs:
             checks.check_one_cycle(
                 self.lr_scheduler.scheduler, self.lr_scheduler_interval, self.updates_per_epoch, self.max_epochs
             )
-        for hook in self.hooks:
+        for hook in self.hook_caller.hooks:
             hook.check()
 
     def _begin(self) -> None:
-        state.remove_halves(self.ckpt_dir)
+        self._saver.remove_unfinished_files(self.ckpt_dir)
         self.start_epoch = self.progress.epoch
         self.should_stop = False
         self.updater.reset()
         self.metric_storage.allow_repeats()
-        if self.source.is_ours:
-            logger.info(
-                "The DataLoader's order and augmentation are functions of seed %d and the position.", self.source.seed
-            )
         if self.model_ema is not None:
             self.model_ema.bind(self.model)
+        if self.source.is_ours:
+            seed = self.source.seed
+            logger.info("The DataLoader's order and augmentation are functions of seed %d and the position.", seed)
         self.hook_caller.warn_of_unclaimed()
-        logger.info("\n%s", banner(self))
-        for level, line in self._news:
-            logger.log(level, line)
-        self._news.clear()
-        if self._info_params:
-            logger.info("\n%s", "\n".join(self._info_params))
-        if self.progress.epoch >= self.max_epochs:
-            logger.info(
-                "Nothing to train: max_epochs is %d, and %d epochs are done.", self.max_epochs, self.progress.epoch
-            )
-        else:
-            logger.info("Training begins at epoch %d of %d.", self.start_epoch + 1, self.max_epochs)
+        rows = {
+            "Work directory": self.work_dir,
+            "Model": session.model_row(self.model_or_module),
+            "Device": f"{self.device}, precision {self.precision.name}",
+            "Batch": session.batch_row(self._batch_size, self.gradient_accumulation_steps, self.strategy.world_size),
+            "Steps": session.steps_row(self.max_epochs, self.epoch_len, self.updates_per_epoch),
+        }
+        session.log_first_lines(rows, self._resumption.told, self._info_params)
+        session.log_beginning(self.progress.epoch, self.max_epochs)
 
-    def _check_names(self) -> None:
-        """Once, after the first step: names that are followed exist, unless a hook may yet log what it has not told."""
-        self._names_checked = True
-        logged = [hook.logged_metrics() for hook in self.hooks]
-        known = set(self.metric_storage).union(*(names for names in logged if names is not None))
-        wanted = [pair for hook in self.hooks for pair in hook.followed_metrics()]
-        if self.lr_scheduler_metric is not None:
-            wanted.append(("lr_scheduler_metric", self.lr_scheduler_metric))
-        if None not in logged:
-            checks.check_metric_names(wanted, known)
-
-    def _report(self, error: BaseException) -> None:
-        """Tell the hooks of an error; one that fails at it does not hide the error itself."""
+    def _on_error(self, error: BaseException) -> str:
+        """Where the run was, in words."""
         checks.note_on_device(error, self.device)
-        logger.error("Training ended in epoch %d, iteration %d: %s", self.epoch, self.cur_iter, type(error).__name__)
-        for on_exception in self.stages["on_exception"]:
-            try:
-                on_exception(error)
-            except Exception:
-                logger.exception("A hook's on_exception failed as well")
+        return f"epoch {self.epoch}, iteration {self.cur_iter}"
 
-    def _close(self, failed: bool) -> None:
-        """Close all hooks; the first one that fails is raised, unless training failed before."""
-        first: Exception | None = None
-        try:
-            self._background.wait()
-        except Exception as error:
-            logger.error("A save in the background failed: %s", error)
-            first = error
-        for close in self.stages["close"]:
-            try:
-                close()
-            except Exception as error:
-                logger.exception("A hook's close failed")
-                first = first or error
-        if first is not None and not failed:
-            raise first
+    def _on_end(self) -> None:
+        self.resumed_iter = None  # another train() continues where this one ended
+        self._saver.rollback = None
+        self.source.close()
 
-    # ---------------------------------------------------------------- checkpoints
+    # ---------------------------------------------------------------- saves
 
     def save_at_safe_point(
         self, file_name: str, save_single_model: bool = True, then_remove: Iterable[str] = ()
@@ -534,60 +467,36 @@ class Trainer:
             save_single_model: the weights alone; False: the whole state.
             then_remove: files that are not needed any more once this one is written.
         """
-        self._saves.add(file_name, save_single_model, then_remove)
-        self._look()
+        self._saver.request(file_name, save_single_model, then_remove)
 
     def safe_point(self) -> None:
-        """Carry out the saves that were asked for and end where a signal asks for it, unless a window of gradients is open."""
-        if self._something_waits and not self.updater.window_open:
-            self._attend()
+        """Carry out the saves that were asked for and end if a signal asks for it, unless a window of gradients is open."""
+        if not self.updater.window_open and self.strategy.agree(self._saver.pending):
+            self._saver.carry_out_requests()
+            if self.stop_signals.agree(self.strategy):
+                raise StopRequested
 
     def check_stop(self) -> None:
-        """For hooks that work for long in `after_epoch`, between two pieces: end here where a signal asks for it.
+        """For hooks that work for long in `after_epoch`, between two pieces: end here if a signal asks for it.
 
-        The run is saved as it was before `after_epoch`, and goes through it again when it is resumed.
+        The run is saved as it was before `after_epoch`, and goes through it again when it is resumed. Several ranks end together,
+        at the next safe point.
         """
-        if self.stop_signals.received is not None and self.before_after_epoch is not None:
+        alone = self.strategy.world_size == 1
+        if alone and self.stop_signals.received is not None and self._saver.rollback is not None:
             raise StopRequested
 
-    def _look(self) -> None:
-        self._something_waits = True
-
-    def _attend(self) -> None:
-        self._something_waits = False
-        self._background.raise_failure()
-        if self._saves:
-            self._save(self._saves.take())
-        if self.stop_signals.received is not None:
-            raise StopRequested
-
-    def _save(self, requests: Sequence[SaveRequest]) -> None:
-        """Take a snapshot, and write it while training goes on."""
-        if type(self).save_checkpoint is not Trainer.save_checkpoint:  # a subclass of 1.7 saves in its own way
-            self._save_by_override(requests)
-            return
-        self._write_in_background(requests)
-
-    def _save_by_override(self, requests: Sequence[SaveRequest]) -> None:
-        for file_name, save_single_model, outdated in requests:
-            self.save_checkpoint(file_name, save_single_model)
-            state.remove(outdated)
-
-    def _write_in_background(self, requests: Sequence[SaveRequest]) -> None:
-        self._background.wait()  # whose snapshot is in the buffers
-        files = self._host_buffers.copy(state.contents(self, requests))
-        self._background.start(functools.partial(state.write_files, files, self._background.is_cancelled))
-
-    def _save_for_stop(self) -> None:
-        """The last save before the run ends by a signal: complete when this returns."""
-        assert self.stop_signals.received is not None
-        if self.before_after_epoch is not None:
-            self._saves.take()  # asked for in an after_epoch that will be gone through again
-        self._saves.add("latest.pth", save_single_model=False, then_remove=())
-        self._save(self._saves.take())
-        self._background.wait()
-        name = self.stop_signals.received.name
-        logger.warning("%s came: saved after iteration %d as %s/latest.pth.", name, self.progress.iter, self.ckpt_dir)
+    def _contents(self) -> RunContents:
+        """What files can be made of now; raises if a loss or a gradient that has not been read yet is not finite."""
+        self.metric_storage.flush()
+        return RunContents(
+            folder=self.ckpt_dir,
+            weights=lambda: bare_state_dict(self.model_evaluate),
+            state=lambda: state.capture(self._parts(), self._saver.rollback),
+            must_be_finite=trained_tensors(self.model_or_module),
+            where=f"epoch {self.epoch}, iteration {self.cur_iter}",
+            window_open=self.updater.window_open,
+        )
 
     def save_checkpoint(self, file_name: str, save_single_model: bool = True, print_info: bool = False) -> None:
         """Save there and then; the file is complete when this returns.
@@ -595,27 +504,56 @@ class Trainer:
         Args:
             file_name: below `ckpt_dir`, or an absolute path. A full state called `latest.pth` keeps the one before it as
                 `previous.pth`.
-            save_single_model: the weights alone (EMA's where EMA is on), a plain `state_dict`; False: the whole state.
+            save_single_model: the weights alone (EMA's if EMA is on), a plain `state_dict`; False: the whole state.
             print_info: log where it was written.
 
         Raises:
-            CheckpointError: where it cannot be written; the file that was there before is untouched.
-            NonFiniteError: where the weights hold NaN or infinite values.
+            CheckpointError: if it cannot be written; the file that was there before is untouched.
+            NonFiniteError: if the weights hold NaN or infinite values.
         """
         self._work_dir.claim()
-        self._write_in_background([SaveRequest(file_name, save_single_model, [])])
-        self._background.wait()
+        self._saver.start([SaveRequest(file_name, save_single_model, [])])
+        self._saver.wait()
         if print_info:
             logger.info("Saved %s", os.path.join(self.ckpt_dir, file_name))
 
     def wait_for_saves(self) -> None:
-        """Return when the files of the save under way are complete: before somebody copies them, say. `train` ends so itself.
+        """Return when the files of the save under way are complete: before they are copied, say. `train` ends so itself.
 
         Raises:
-            CheckpointError: where a file could not be written.
-            NonFiniteError: where the weights hold NaN or infinite values.
+            CheckpointError: if a file could not be written.
+            NonFiniteError: if the weights hold NaN or infinite values.
         """
-        self._background.wait()
+        self._saver.wait()
+
+    # ---------------------------------------------------------------- the state
+
+    def _parts(self) -> dict[str, Part]:
+        """What a checkpoint holds, by name, in the order of restoring. A new part is a line here."""
+        return {
+            "progress": self.progress,
+            "model": parts.ModelPart(self.model, self.strategy),
+            "ema": parts.AveragePart(self.model_ema, self.model, self.progress),
+            "optimizer": parts.OptimizerPart(self.optimizer, self.model, self.strategy),
+            "classes": parts.ClassesPart(optimizer=self.optimizer, lr_scheduler=self.lr_scheduler.scheduler),
+            "lr_scheduler": parts.SchedulePart(self.lr_scheduler),
+            "grad_scaler": parts.ScalerPart(self.precision.scaler),
+            "precision": parts.SettingPart("precision", self.precision.name),
+            "seed": parts.SeedPart(self.seed, self.seed_is_explicit),
+            "loader_seed": parts.LoaderSeedPart(self.data_loader),
+            "data_length": parts.LengthPart(self.source.length),
+            "environment": parts.EnvironmentPart(
+                self.device,
+                self.strategy.world_size,
+                gradient_accumulation_steps=self.gradient_accumulation_steps,
+                batch_size=self._batch_size,
+            ),
+            "metric_storage": self.metric_storage,
+            "hooks": self.hook_caller,
+            "data": parts.DataPart(self.source, self.data_loader, self.progress),
+            "loader_generators": parts.LoaderGeneratorsPart(self.data_loader),
+            "rng": parts.RandomPart(self.strategy),
+        }
 
     def load_checkpoint(
         self, path: str | os.PathLike[str] | None = None, checkpoint: Mapping[str, Any] | None = None
@@ -624,73 +562,48 @@ class Trainer:
 
         Args:
             path: a full state (`latest.pth`): looked for as given, then in the work dir's `checkpoints`, then in those of the
-                newest `<work_dir>_*`. The run goes on in that file's work dir.
+                newest `<work_dir>_*`. The run continues in that file's work dir.
             checkpoint: weights alone, a `state_dict` such as `torch.load("best.pth")` gives; what fits is loaded.
 
         Returns:
             For weights, what was loaded and what was not.
 
         Raises:
-            FileNotFoundError: with all the places looked at.
-            CheckpointError: where the file is damaged, or does not fit this trainer; nothing is changed then.
+            FileNotFoundError: with all the places that were searched.
+            CheckpointError: if the file is damaged, or does not fit this trainer; nothing is changed then.
         """
         if checkpoint is not None and path is None:
-            report = state.load_weights_only(self, checkpoint)
-            self._news.append((logging.INFO, f"Loaded weights only: {report}."))
-            return report
+            return self._resumption.load_weights(checkpoint, self.model_or_module, self.model_ema)
         if path is None or checkpoint is not None:
             raise SettingError("load_checkpoint takes a path (a full state), or checkpoint= (weights): one of the two.")
-        self._resume = None  # this one is it
-        found = self._work_dir.find(path)
-        self._take_up(found, state.read(found))
+        self._resume_from(Found.at(self._work_dir.find(path)))
         return None
 
-    def _restore(self) -> None:
-        """What `resume=` asked for, once."""
-        resume, self._resume = self._resume, None
-        if resume == "auto":
-            found = state.newest(self.ckpt_dir, self._news)
-            if found is not None:
-                self._take_up(*found)
-        elif resume is not None:
-            self.load_checkpoint(resume)
-
-    def _take_up(self, path: str, saved: Mapping[str, Any]) -> None:
-        state.restore(self, saved)
-        self._resumed_state = saved
+    def _resume_from(self, found: Found) -> None:
+        self._resumption.restore(found, self._parts(), self.progress)
+        if found.state["seed"] is not None:
+            self.seed = found.state["seed"]
         self.resumed_iter = self.progress.iter
         self.start_epoch = self.progress.epoch
-        self._work_dir.move_to(path)
-        done = self.progress
-        place = f"epoch {done.epoch + 1}, after {done.inner_iter} of its batches"
-        counts = f"{done.iter} iterations and {done.num_updates} updates in all"
-        self._news.append((logging.INFO, f"Resumed from {path}: {place}; {counts}."))
-        differences = state.environment_differences(self, saved)
-        if differences:
-            text = "The run goes on, but not to the last bit as it would have, because " + "; ".join(differences) + "."
-            self._news.append((logging.WARNING, text))
-
-    def _restore_rng(self) -> None:
-        if self._resumed_state is not None:
-            state.restore_rng(self, self._resumed_state)
-            self._resumed_state = None
+        self._work_dir.move_to(found.path)
 
     # ---------------------------------------------------------------- hooks and values
 
     def register_hooks(self, hooks: Iterable[HookBase | None]) -> None:
         """Add hooks behind those there are; LoggerHook stays last. None in the list is left out."""
         hooks = checked_hooks(hooks)
+        trainer: HookTrainer = self  # mypy checks that hooks find what they are promised
         for hook in hooks:
-            hook.trainer = weakref.proxy(self)
+            hook.trainer = weakref.proxy(trainer)
         self.hook_caller.add(hooks)
 
     def check_main(self) -> bool:
         """This is the process that writes and prints (1.7's name)."""
-        return is_main()
+        return self.strategy.rank == 0 and is_main()
 
     def logger_print(self, string: str, function: Callable[[str], None] = logger.info) -> None:
         """Log on the main process (1.7's name)."""
-        if is_main():
+        if self.check_main():
             function(string)
 
     def log(self, *args: Any, **kwargs: Any) -> None:
@@ -729,17 +642,17 @@ class Trainer:
 
     @property
     def epoch_len(self) -> int | None:
-        """Batches in an epoch; None where the loader has no length."""
-        return checks.length_of(self.data_loader)
+        """Batches in an epoch; None if the loader has no length."""
+        return length_of(self.data_loader)
 
     @property
     def max_iters(self) -> int | None:
-        """Batches in the whole run; None where the loader has no length."""
+        """Batches in the whole run; None if the loader has no length."""
         return None if self.epoch_len is None else self.epoch_len * self.max_epochs
 
     @property
     def updates_per_epoch(self) -> int | None:
-        """Optimizer steps in an epoch; None where the loader has no length."""
+        """Optimizer steps in an epoch; None if the loader has no length."""
         return None if self.epoch_len is None else -(-self.epoch_len // self.gradient_accumulation_steps)
 
     @property
@@ -748,14 +661,19 @@ class Trainer:
         return float(self.optimizer.param_groups[0]["lr"])
 
     @property
+    def _batch_size(self) -> int | None:
+        """Samples in one of the loader's batches; None if the loader does not say."""
+        size: int | None = getattr(self.data_loader, "batch_size", None)
+        return size
+
+    @property
     def model_or_module(self) -> nn.Module:
         """The bare model, without the wrapper of DDP or DataParallel."""
-        wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-        return self.model.module if isinstance(self.model, wrappers) else self.model
+        return self.strategy.unwrap(self.model)
 
     @property
     def model_evaluate(self) -> nn.Module:
-        """The model to evaluate and to use: EMA's where EMA is on."""
+        """The model to evaluate and to use: EMA's if EMA is on."""
         return self.model_or_module if self.model_ema is None else self.model_ema.model
 
     @property
@@ -765,7 +683,7 @@ class Trainer:
 
     @property
     def ckpt_dir(self) -> str:
-        return os.path.join(self.work_dir, "checkpoints")
+        return self._work_dir.checkpoints
 
     @property
     def tb_log_dir(self) -> str:
@@ -774,8 +692,3 @@ class Trainer:
     @property
     def log_file(self) -> str:
         return os.path.join(self.work_dir, "log.txt")
-
-
-def _kept(value: Tensor) -> Tensor:
-    """A value as it is now, unread: a tensor that nobody changes, without its graph."""
-    return value.detach() if value.requires_grad else value.clone()

@@ -99,7 +99,7 @@ def converted(old: Mapping[str, Any], ema: Mapping[str, Any] | None = None) -> C
     left_out = {"work_dir": "a run's folder is the one that its file lies in"} if "work_dir" in old else {}
     try:
         progress, saved_inside = _progress(old)
-        # One line for each key of `state.capture`, in its order: here and nowhere else the two formats meet.
+        # One line for each part of `Trainer._parts`, in its order: here and nowhere else the two formats meet.
         state = {
             "format": FORMAT,
             "version": VERSION,
@@ -116,12 +116,12 @@ def converted(old: Mapping[str, Any], ema: Mapping[str, Any] | None = None) -> C
             "precision": "fp16" if "grad_scaler" in old else "fp32",
             "seed": None,
             "loader_seed": None,
-            "data": None,
             "data_length": None,
             "environment": None,
-            "loader_generators": None,
             "metric_storage": _metrics(old["metric_storage"], progress.iter),
             "hooks": {name: _hook(name, kept, left_out) for name, kept in old.get("hooks", {}).items()},
+            "data": None,
+            "loader_generators": None,
             "rng": None,
         }
         unknown = tuple(key for key, value in state.items() if value is None and key != "grad_scaler")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,9 +44,14 @@ class WeightsReport:
         return "; ".join(parts)
 
 
+def bare_names(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A bare model's `state_dict` under the names that it has without torch.compile."""
+    return {_without_compile(name): value for name, value in state.items()}
+
+
 def bare_state_dict(model: nn.Module) -> dict[str, Any]:
-    """The bare model's `state_dict` under the names that it has without torch.compile."""
-    return {_without_compile(name): value for name, value in model.state_dict().items()}
+    """The `state_dict` of a bare model under the names that it has without torch.compile."""
+    return bare_names(model.state_dict())
 
 
 def _without_compile(name: str) -> str:
@@ -62,15 +67,18 @@ def _matched(weights: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, An
     return {names.get(name, name): value for name, value in given.items()}
 
 
-def load_weights(model: nn.Module, weights: Any) -> WeightsReport:
+def load_weights(
+    model: nn.Module, weights: Any, load: Callable[[dict[str, Any]], object] | None = None
+) -> WeightsReport:
     """Load what fits into `model` and report the rest.
 
     Args:
         model: the bare model.
         weights: a `state_dict`, with or without wrappers' prefixes.
+        load: loads what fits, under the model's own names; None: the model's `load_state_dict`.
 
     Raises:
-        CheckpointError: where nothing fits, or `weights` is no `state_dict`.
+        CheckpointError: if nothing fits, or `weights` is no `state_dict`.
     """
     if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
         raise CheckpointError(
@@ -100,7 +108,10 @@ def load_weights(model: nn.Module, weights: Any) -> WeightsReport:
         raise CheckpointError(
             f"None of the {len(given)} weights fits this model ({report}). Is it the checkpoint of another model?"
         )
-    model.load_state_dict(fitting, strict=False)
+    if load is None:
+        model.load_state_dict(fitting, strict=False)
+    else:
+        load(fitting)
     return report
 
 

@@ -15,6 +15,7 @@ from torch_frame.data.infinite import InfiniteDataLoader
 from torch_frame.data.ordered import OrderedSource, Placed, Stateless
 from torch_frame.data.starting import signals_held_back
 from torch_frame.data.workers import Ending, no_second_warning, worker_settings
+from torch_frame.distributed.strategy import Strategy
 
 _logger = logging.getLogger("torch_frame")
 
@@ -52,12 +53,28 @@ class Source(Protocol):
         ...
 
 
-def source_of(loader: Iterable[Any], seed: int, *, take_over: bool = True, last_epoch: int | None = None) -> Source:
-    """How this loader is iterated: see the classes below."""
+def source_of(
+    loader: Iterable[Any],
+    seed: int,
+    strategy: Strategy | None = None,
+    *,
+    take_over: bool = True,
+    last_epoch: int | None = None,
+) -> Source:
+    """How this loader is iterated: see the classes below.
+
+    Args:
+        loader: any iterable of batches.
+        seed: of the run.
+        strategy: says which part of a taken-over loader's batches this process has; None: all.
+        take_over: give a plain DataLoader an order and augmentation of ours.
+        last_epoch: nothing is fetched beyond it.
+    """
     seed = operator.index(seed)
+    rank, world_size = (0, 1) if strategy is None else (strategy.rank, strategy.world_size)
     if isinstance(loader, InfiniteDataLoader):
         own_seed = seed if loader.seed is None else loader.seed
-        return OrderedSource(loader, own_seed, endless=True, last_epoch=last_epoch)
+        return OrderedSource(loader, own_seed, endless=True, last_epoch=last_epoch, rank=rank, world_size=world_size)
     if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
         return StatefulSource(loader)
     if isinstance(loader, Sequence):
@@ -66,7 +83,8 @@ def source_of(loader: Iterable[Any], seed: int, *, take_over: bool = True, last_
         assert isinstance(loader, DataLoader)
         if isinstance(loader.dataset, IterableDataset):
             return StreamSource(loader, seed)
-        return OrderedSource(loader, seed, endless=loader.persistent_workers, last_epoch=last_epoch)
+        endless = loader.persistent_workers
+        return OrderedSource(loader, seed, endless=endless, last_epoch=last_epoch, rank=rank, world_size=world_size)
     return ReplaySource(loader)
 
 
@@ -190,11 +208,17 @@ class StreamSource(Stateless):
         return islice(((batch, i) for i, batch in enumerate(stream, 1)), start, None)
 
 
-def _batches_of(loader: Any) -> tuple[int, str] | None:
+def length_of(loader: Any) -> int | None:
+    """len(loader), or None if it has none."""
     try:
-        return len(loader), "batches"
+        return len(loader)
     except (TypeError, NotImplementedError):
         return None
+
+
+def _batches_of(loader: Any) -> tuple[int, str] | None:
+    length = length_of(loader)
+    return None if length is None else (length, "batches")
 
 
 def can_take_over(loader: Iterable[Any]) -> bool:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from torch_frame.tracking.history import MetricStorage
-    from torch_frame.trainer import Trainer
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from torch_frame.distributed.strategy import Strategy
+from torch_frame.progress import Progress
+from torch_frame.tracking.history import MetricStorage
+from torch_frame.training.ema import EMA
+from torch_frame.training.schedules import LRWarmupScheduler
 
 STAGES = (
     "before_train",
@@ -22,6 +30,158 @@ STAGES = (
 )
 
 
+class HookTrainer(Protocol):
+    """What a hook may use of its trainer, whichever trainer that is. Trainers are checked against it by mypy.
+
+    The attributes may be set, by hooks and by scripts; the properties are read only.
+
+    Attributes:
+        model: the model that trains, in its wrapper if it has one.
+        optimizer: of the model's parameters.
+        lr_scheduler: the scheduler inside its warm-up.
+        data_loader: of the training.
+        max_epochs: epochs of the run.
+        start_epoch: index of the epoch that this `train()` began with.
+        should_stop: set it to True to end the run after the epoch under way.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    lr_scheduler: LRWarmupScheduler
+    data_loader: Iterable[Any]
+    max_epochs: int
+    start_epoch: int
+    should_stop: bool
+
+    # ------------------------------------------------------------ where the run stands; all count from 0
+
+    @property
+    def epoch(self) -> int:
+        """Index of the epoch under way, or of the last one."""
+        ...
+
+    @property
+    def inner_iter(self) -> int:
+        """Index in its epoch of the batch under way, or of the last one."""
+        ...
+
+    @property
+    def cur_iter(self) -> int:
+        """Index in the run of the batch under way, or of the last one."""
+        ...
+
+    @property
+    def epoch_len(self) -> int | None:
+        """Batches in an epoch; None if the loader has no length."""
+        ...
+
+    @property
+    def max_iters(self) -> int | None:
+        """Batches in the whole run; None if the loader has no length."""
+        ...
+
+    @property
+    def progress(self) -> Progress:
+        """The counters."""
+        ...
+
+    @property
+    def resumed_iter(self) -> int | None:
+        """Iterations that were done when this `train()` resumed the run; None if it began anew."""
+        ...
+
+    # ------------------------------------------------------------ model and values
+
+    @property
+    def model_or_module(self) -> nn.Module:
+        """The bare model."""
+        ...
+
+    @property
+    def model_evaluate(self) -> nn.Module:
+        """The model to evaluate: EMA's if EMA is on."""
+        ...
+
+    @property
+    def model_ema(self) -> EMA | None: ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model and the batches are."""
+        ...
+
+    @property
+    def strategy(self) -> Strategy:
+        """Which rank this is, and what is done together with the others."""
+        ...
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the first parameter group."""
+        ...
+
+    @property
+    def metric_storage(self) -> MetricStorage:
+        """The run's values by name."""
+        ...
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """log(iter, name=value, ..., smooth=True, window_size=None)."""
+        ...
+
+    def log_param(self, *args: Any, **kwargs: Any) -> None:
+        """Lines to put into the log when training begins."""
+        ...
+
+    def check_main(self) -> bool:
+        """This is the process that writes and prints."""
+        ...
+
+    # ------------------------------------------------------------ files and hooks
+
+    @property
+    def work_dir(self) -> str: ...
+
+    @property
+    def ckpt_dir(self) -> str: ...
+
+    @property
+    def tb_log_dir(self) -> str: ...
+
+    @property
+    def hooks(self) -> list[HookBase]:
+        """The registered hooks, in the order they run."""
+        ...
+
+    def register_hooks(self, hooks: Iterable[HookBase | None]) -> None:
+        """Add hooks behind those there are."""
+        ...
+
+    def save_at_safe_point(
+        self, file_name: str, save_single_model: bool = True, then_remove: Iterable[str] = ()
+    ) -> None:
+        """Ask for a save, which is carried out at the next safe point."""
+        ...
+
+    def save_checkpoint(self, file_name: str, save_single_model: bool = True, print_info: bool = False) -> None:
+        """Save there and then."""
+        ...
+
+    def load_checkpoint(
+        self, path: str | os.PathLike[str] | None = None, checkpoint: Mapping[str, Any] | None = None
+    ) -> object:
+        """Continue a saved run, or begin with given weights."""
+        ...
+
+    def wait_for_saves(self) -> None:
+        """Return when the files of the save under way are complete."""
+        ...
+
+    def check_stop(self) -> None:
+        """End the run here if a signal asks for it; for hooks that work for long."""
+        ...
+
+
 class HookBase:
     """Base of hooks: override the stages you need, the trainer calls only those.
 
@@ -30,16 +190,16 @@ class HookBase:
         restore a checkpoint, if one was loaded
         before_train
         for each epoch:
-            before_epoch                        # not repeated where a run resumes inside an epoch
+            before_epoch                        # not repeated if a run resumes inside an epoch
             for each batch:
                 before_iter
                 forward, backward
-                where a window of gradient_accumulation_steps batches is complete, or the epoch ends:
+                if a window of gradient_accumulation_steps batches is complete, or the epoch ends:
                     before_update
                     unscale, finite?, clip, optimizer.step, scheduler (per iteration), EMA
                     after_update
                 after_iter                      # this batch's values are recorded
-                a safe point, where a window is complete: saves that were asked for are carried out
+                a safe point, if a window is complete: saves that were asked for are carried out
             scheduler (per epoch)
             after_epoch                         # evaluate, ask for saves, log
             a safe point
@@ -57,7 +217,7 @@ class HookBase:
 
     idle_stages: frozenset[str] = frozenset()
 
-    trainer: Trainer = None  # type: ignore[assignment]  # set when the hook is registered
+    trainer: HookTrainer = None  # type: ignore[assignment]  # set when the hook is registered
 
     def before_train(self) -> None:
         """Before the first epoch, after a checkpoint was restored."""
@@ -90,10 +250,10 @@ class HookBase:
         """At the very end, whatever happened: close files, stop threads."""
 
     def check(self) -> None:
-        """Before the run begins and before anything is written: raise `SettingError` where the hook cannot do its work."""
+        """Before the run begins and before anything is written: raise `SettingError` if the hook cannot do its work."""
 
     def followed_metrics(self) -> list[tuple[str, str]]:
-        """The metrics that the hook depends on, as (what follows it, name): checked after the first step, where possible."""
+        """The metrics that the hook depends on, as (what follows it, name): checked after the first step, if possible."""
         return []
 
     def logged_metrics(self) -> set[str] | None:
@@ -105,7 +265,12 @@ class HookBase:
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the state of the run that is resumed."""
+        """Take on the state of the run that is resumed."""
+
+    @property
+    def saves_last_state(self) -> bool:
+        """The hook saves the whole state at the run's end, so one is saved at an early end too."""
+        return False
 
     @property
     def checkpointable(self) -> bool:
@@ -139,13 +304,13 @@ class HookBase:
         return n > 0 and (self.trainer.inner_iter + 1) % n == 0
 
     def is_last_epoch(self) -> bool:
-        """This epoch is the run's last: `max_epochs` is reached, or somebody has set `trainer.should_stop`."""
+        """This epoch is the run's last: `max_epochs` is reached, or `trainer.should_stop` is set."""
         return self.trainer.epoch >= self.trainer.max_epochs - 1 or self.trainer.should_stop
 
     def is_last_iter(self) -> bool:
-        """This batch is the run's last; never where the loader has no length."""
+        """This batch is the run's last; never if the loader has no length."""
         return self.is_last_epoch() and self.is_last_inner_iter()
 
     def is_last_inner_iter(self) -> bool:
-        """This batch is its epoch's last; never where the loader has no length."""
+        """This batch is its epoch's last; never if the loader has no length."""
         return self.trainer.inner_iter + 1 == self.trainer.epoch_len

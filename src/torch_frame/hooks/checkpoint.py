@@ -76,6 +76,10 @@ class CheckpointerHook(HookBase):
         if every_n_iters is None and every_n_minutes is None and type(self).after_iter is CheckpointerHook.after_iter:
             self.idle_stages = frozenset({"after_iter"})
 
+    @property
+    def saves_last_state(self) -> bool:
+        return self.save_last
+
     def is_better(self, value: float | HistoryBuffer) -> bool:
         """Whether `value` (of a HistoryBuffer: its mean) beats the best so far; NaN never does."""
         return float(value) > self.cur_best if self.max_first else float(value) < self.cur_best

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from torch_frame.data.move import move_to_device
 from torch_frame.data.seeding import preserved_rng
+from torch_frame.data.source import length_of
 from torch_frame.errors import SettingError
+from torch_frame.hooks.base import HookBase
 from torch_frame.hooks.checkpoint import CheckpointerHook
 from torch_frame.tracking.bar import ProgressBar
 
@@ -108,7 +111,7 @@ class EvaluationHook(CheckpointerHook):
 
     def batches(self, dataloader: Iterable[Any], desc: str) -> Iterator[Any]:
         """A loader's batches on the model's device, with a bar; a signal that ends the run is noticed between two of them."""
-        total = _length(dataloader)
+        total = length_of(dataloader)
         with ProgressBar(total=total, desc=desc, leave=False, disable=not self.progress_bar) as bar:
             try:
                 for batch in dataloader:
@@ -172,11 +175,25 @@ class EvalHook(EvaluationHook):
             for batch in self.batches(self.dataloader, self.prefix.rstrip("_")):
                 for name, of_samples in _checked(self._eval_func(model, batch)).items():
                     scores.setdefault(name, []).append(of_samples)
-        if not scores:
+        of_ranks = self.trainer.strategy.gather({name: _numbers(parts) for name, parts in scores.items()})
+        merged = {name: [ranks[name] for ranks in of_ranks if name in ranks] for ranks in of_ranks for name in ranks}
+        if not merged:
             raise SettingError(
                 "The evaluation yielded no score: its dataloader is empty, or eval_func returned no names."
             )
-        return {self.prefix + name: _mean(parts) for name, parts in scores.items()}
+        return {self.prefix + name: _mean(itertools.chain(*parts)) for name, parts in merged.items()}
+
+
+def evaluate_all(hooks: Iterable[HookBase]) -> dict[str, float]:
+    """Run the evaluations of hooks now: full name -> value.
+
+    Raises:
+        SettingError: if no hook evaluates.
+    """
+    evaluating_hooks = [hook for hook in hooks if isinstance(hook, EvaluationHook)]
+    if not evaluating_hooks:
+        raise SettingError("No hook evaluates. Register one: hooks=[EvalHook(...)] or EvalTotalHook(...).")
+    return {name: value for hook in evaluating_hooks for name, value in hook.evaluate().items()}
 
 
 def check_dataloader(dataloader: Any) -> None:
@@ -214,13 +231,6 @@ def evaluating(model: nn.Module, inference_mode: bool = False) -> Iterator[None]
                 module.training = mode
 
 
-def _length(dataloader: Iterable[Any]) -> int | None:
-    try:
-        return len(dataloader)  # type: ignore[arg-type]  # asked, and it may have none
-    except TypeError:
-        return None
-
-
 def _checked(result: Any) -> Scores:
     if not isinstance(result, Mapping):
         raise TypeError(
@@ -241,11 +251,17 @@ def _checked(result: Any) -> Scores:
     return result
 
 
-def _mean(parts: list[Any]) -> float:
-    """The mean over all samples, each counted once, rounded once."""
+def _numbers(parts: list[Any]) -> list[float]:
+    """The scores of all batches, sample by sample."""
     tensors = [part for part in parts if isinstance(part, Tensor)]
     values: list[float] = torch.cat(tensors).double().tolist() if tensors else []
     for part in parts:
         if not isinstance(part, Tensor):
             values.extend(float(score) for score in part)
+    return values
+
+
+def _mean(scores: Iterable[float]) -> float:
+    """The mean of all scores, each counted once, rounded once: the same however the samples are spread over ranks."""
+    values = list(scores)
     return math.fsum(values) / len(values) if values else math.nan

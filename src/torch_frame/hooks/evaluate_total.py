@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from torch_frame.data.move import move_to_device
+from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import SettingError
 from torch_frame.hooks.evaluate import EvaluationHook, check_dataloader, evaluating, first_batch
-from torch_frame.metrics.metric import is_torchmetrics, results_of
+from torch_frame.metrics.metric import Metric, is_torchmetrics, results_of
 
 
 class EvalTotalHook(EvaluationHook):
@@ -111,7 +112,7 @@ class EvalTotalHook(EvaluationHook):
                 )
 
     def _metrics_of(self, full_name: str) -> list[Any]:
-        """Whose result this is: of a collection, or of several metrics, the one with that name, else all that there are."""
+        """The metrics that could have produced a result: those with its name, else the only one; [] if it cannot be told."""
         name = next(full_name.removeprefix(f"{p}_") for p in self.dataloaders if full_name.startswith(f"{p}_"))
         parts = [part for given, metric in self._metrics for part in _parts(given, metric)]
         matching = [metric for known, metric in parts if known == name]
@@ -138,8 +139,10 @@ class EvalTotalHook(EvaluationHook):
             for prefix, loader in self.dataloaders.items():
                 self._reset()
                 try:
-                    if not self._update_all(loader, prefix):
+                    seen = self._update_all(loader, prefix)
+                    if not self.trainer.strategy.agree(seen):
                         raise SettingError(f"The evaluation's dataloader ({prefix}) is empty.")
+                    merge_over_ranks([metric for _, metric in self._metrics], self.trainer.strategy)
                     self.results[prefix] = _kept(self._compute())
                 finally:
                     self._reset()
@@ -189,6 +192,33 @@ class EvalTotalHook(EvaluationHook):
                 metric.to(self.trainer.device)
             if hasattr(metric, "reset"):
                 metric.reset()
+
+
+def merge_over_ranks(metrics: Iterable[Any], strategy: Strategy) -> None:
+    """Give each metric the state of all ranks; what a rank has seen counts once.
+
+    torchmetrics merge by themselves when they are computed.
+
+    Raises:
+        SettingError: for a metric whose state cannot be merged.
+    """
+    if strategy.world_size == 1:
+        return
+    for metric in metrics:
+        if is_torchmetrics(metric):
+            continue
+        if not isinstance(metric, Metric):
+            raise SettingError(
+                f"{type(metric).__name__} has seen one of {strategy.world_size} parts of the data, and has no merge(), "
+                "state_dict() and load_state_dict() to put them together. See torch_frame.metrics.Metric."
+            )
+        states = strategy.gather(metric.state_dict())
+        metric.load_state_dict(states[0])
+        for state in states[1:]:
+            other = copy.deepcopy(metric)
+            other.reset()
+            other.load_state_dict(state)
+            metric.merge(other)
 
 
 def _named(eval_metric: Any, *, has_inputs: bool) -> list[tuple[str | None, Any]]:

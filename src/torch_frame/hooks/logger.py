@@ -59,6 +59,7 @@ class LoggerHook(HookBase):
         self.tb_log_dir = tb_log_dir
         self.kwargs = kwargs
         self._progress_bar = progress_bar
+        self._writes = True  # on the main process
         self._last_write: dict[str, int] = {}
         self._files: dict[str, Any] | None = None  # where they ended; None: not opened yet
         self._run_id = uuid.uuid4().hex[:12]
@@ -74,6 +75,11 @@ class LoggerHook(HookBase):
     # ------------------------------------------------------------ stages
 
     def before_train(self) -> None:
+        self._writes = self.trainer.check_main()
+        if self._writes:
+            self._open_files()
+
+    def _open_files(self) -> None:
         self._train_started = time.perf_counter()
         self._iter_time_before = self._iter_time_sum()
         self._iters_before = self.trainer.progress.iter
@@ -101,6 +107,8 @@ class LoggerHook(HookBase):
         self._until_write = self._period
 
     def after_iter(self) -> None:
+        if not self._writes:
+            return
         if self._bar is None:
             self._bar = self._open_bar()
         self._bar.update()
@@ -110,12 +118,16 @@ class LoggerHook(HookBase):
             self._write()
 
     def after_epoch(self) -> None:
+        if not self._writes:
+            return
         self._close_bar()
         self._write()
         self._hand_over()
         self._write_console()
 
     def after_train(self) -> None:
+        if not self._writes:
+            return
         total = time.perf_counter() - self._train_started
         on_hooks = max(total - (self._iter_time_sum() - self._iter_time_before), 0.0)
         _logger.info("Total train time: %s (%s of it beside the training steps)", _duration(total), _duration(on_hooks))

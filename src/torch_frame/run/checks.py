@@ -8,7 +8,7 @@ import operator
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -16,6 +16,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, Dataset
 
+from torch_frame.data.source import length_of
+from torch_frame.distributed.strategy import SingleProcess, Strategy
 from torch_frame.errors import SettingError
 
 
@@ -153,15 +155,33 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise SettingError(f"{name} is {value!r}; it has to be one of {', '.join(map(repr, choices))}.")
 
 
-def check_metric_names(wanted: Iterable[tuple[str, str]], known: Iterable[str]) -> None:
-    """After the first step: the names that somebody follows are among those that will be logged.
+class LogsAndFollows(Protocol):
+    """What is asked of a hook here; see `HookBase`."""
+
+    def followed_metrics(self) -> list[tuple[str, str]]: ...
+
+    def logged_metrics(self) -> set[str] | None: ...
+
+
+def check_metric_names(hooks: Sequence[LogsAndFollows], plateau_metric: str | None, recorded: Iterable[str]) -> None:
+    """After the first step: the names that are followed are among those that will be logged.
+
+    Nothing is checked if a hook does not know yet what it logs.
 
     Args:
-        wanted: (who follows, name).
-        known: all names there will be.
+        hooks: the registered ones.
+        plateau_metric: `lr_scheduler_metric`.
+        recorded: names that the step has recorded.
     """
-    names = sorted(known)
-    for who, name in wanted:
+    logged = [hook.logged_metrics() for hook in hooks]
+    known = [names for names in logged if names is not None]
+    if len(known) < len(logged):
+        return
+    followed = [pair for hook in hooks for pair in hook.followed_metrics()]
+    if plateau_metric is not None:
+        followed.append(("lr_scheduler_metric", plateau_metric))
+    names = sorted(set(recorded).union(*known))
+    for who, name in followed:
         if name not in names:
             raise SettingError(f"{who} is {name!r}, but nothing logs this name; there are: {', '.join(names)}.")
 
@@ -200,12 +220,25 @@ def empty_loader_message(loader: Iterable[Any], epoch: int) -> str:
     return message
 
 
-def length_of(loader: Any) -> int | None:
-    """len(loader), or None where it has none."""
-    try:
-        return len(loader)
-    except (TypeError, NotImplementedError):
-        return None
+def check_device(model: nn.Module, device: torch.device) -> None:
+    """The model is where it was when the trainer was made."""
+    if device_of(model) != device:
+        raise SettingError(
+            f"The model was on {device} when the Trainer was made and is on {device_of(model)} now. "
+            "Move it before, or pass device= to the Trainer."
+        )
+
+
+def checked_strategy(strategy: Any) -> Strategy:
+    """The strategy that was given; None: one process."""
+    if strategy is None:
+        return SingleProcess()
+    if isinstance(strategy, type) or not isinstance(strategy, Strategy):
+        raise TypeError(
+            f"strategy is {_named(strategy)}; it has to be None or an object with the methods of "
+            "torch_frame.distributed.strategy.Strategy."
+        )
+    return strategy
 
 
 def device_of(model: nn.Module) -> torch.device:

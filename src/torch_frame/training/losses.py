@@ -157,6 +157,29 @@ def _hint(output: Any) -> str:
     return ""
 
 
+def recordable(values: Any) -> dict[str, Tensor | Number]:
+    """A step's values as they are now: numbers, and copies of what is on a device, which are not read.
+
+    Raises:
+        TypeError: if `values` is not a dict.
+    """
+    if type(values) is not dict and not isinstance(values, Mapping):
+        raise TypeError(
+            f"train_one_iter returned {type(values).__name__}; it has to return a dict of the values to record, "
+            "for example {'total_loss': loss}."
+        )
+    row: dict[str, Tensor | Number] = {**values}
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            row[name] = value.item() if value.is_cpu else _detached_copy(value)
+    return row
+
+
+def _detached_copy(value: Tensor) -> Tensor:
+    """A tensor that nobody changes, without its graph; of a value with a graph it is there already."""
+    return value.detach() if value.requires_grad else value.clone()
+
+
 def describe(values: Mapping[str, Tensor | Number]) -> str:
     """The values as text, for messages (reads them from the device).
 

@@ -4,22 +4,26 @@ The gradient of a window of micro-batches is the weighted mean over what the win
 
     sum_i w_i * grad(loss_i) / sum_i w_i        (w_i = loss_weight(batch), or 1)
 
-The sum is built as micro-batches arrive, scaled by what is known by then (the window's nominal length, its first weight), and
-corrected once where the window turns out different. A full window without weights needs no correction, and a window of one
-micro-batch no scaling at all: its bits are those of `loss.backward()`.
+over the micro-batches of all ranks. The sum is built as micro-batches arrive, scaled by what is known by then (the window's
+nominal length, its first weight), and corrected once if the window turns out different. A full window without weights needs no
+correction, and a window of one micro-batch on one rank no scaling at all: its bits are those of `loss.backward()`.
+
+What depends on other ranks or on how the model is spread over devices is the strategy's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
+from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import NonFiniteError, SettingError
 from torch_frame.training.buffers import BufferSnapshot
 from torch_frame.training.finite import FiniteCheck
@@ -36,15 +40,17 @@ class Update:
     Args:
         model: the trained model.
         optimizer: the optimizer of its parameters.
-        precision: where the gradient scaler is, if there is one.
+        precision: has the gradient scaler, if there is one.
+        strategy: how backward, exchange, clipping and step are done.
         clip_grad_norm: clip the gradient to this 2-norm; 0 or less: don't.
         window_len: micro-batches in a full window (gradient_accumulation_steps).
+        weighted: micro-batches have weights.
         on_nonfinite: "raise", or "skip" the update.
         on_cpu: the host may read values without waiting for a device.
 
     Attributes:
-        grad_norm: norm of the last gradient before clipping, where clipping computed it.
-        num_skipped: updates left out because of a non-finite loss or gradient.
+        grad_norm: norm of the last gradient before clipping, if clipping computed it.
+        num_skipped: updates that were skipped because of a non-finite loss or gradient.
     """
 
     def __init__(
@@ -52,9 +58,11 @@ class Update:
         model: nn.Module,
         optimizer: Optimizer,
         precision: Precision,
+        strategy: Strategy,
         *,
         clip_grad_norm: float,
         window_len: int,
+        weighted: bool,
         on_nonfinite: OnNonFinite,
         on_cpu: bool,
     ) -> None:
@@ -66,13 +74,21 @@ class Update:
         self.num_micro_batches = 0
         self.num_skipped = 0
         self.grad_norm: Tensor | None = None
+        self._strategy = strategy
         self._scaler = precision.scaler
         self._on_cpu = on_cpu
         self._weight_sum: Tensor | float = 0.0
         self._first_weight: Tensor | float = 1.0
         self._skips_in_a_row = 0
         self._may_skip = on_nonfinite == "skip" or self._scaler is not None
-        self._reads_losses = on_cpu and not self._may_skip
+        several_ranks = strategy.world_size > 1
+        self._scales = window_len > 1 or (weighted and several_ranks)
+        self._shares_weights = weighted and several_ranks
+        # A rank that raised before its backward pass would leave the others waiting: they look at the losses together.
+        self._reads_losses = on_cpu and not self._may_skip and not several_ranks
+        self._keeps_losses = on_nonfinite == "skip" or (on_cpu and self._scaler is None and several_ranks)
+        self._window_losses: list[Tensor] = []
+        self._exchanging: AbstractContextManager[Any] = contextlib.nullcontext()
         self.refresh()
 
     def refresh(self) -> None:
@@ -87,23 +103,28 @@ class Update:
         self._buffers = BufferSnapshot(self.model) if self._may_skip else None
 
     def reset(self) -> None:
-        """Forget a window that was broken off, by an exception for instance."""
+        """Forget a window that was interrupted, by an exception for instance."""
         self.num_micro_batches = 0
 
     # ---------------------------------------------------------------- the window
 
     @property
     def window_open(self) -> bool:
-        """Some micro-batches' gradients wait for the rest of their window."""
+        """The gradients of some micro-batches wait for the rest of their window."""
         return self.num_micro_batches > 0
 
-    def begin(self) -> None:
-        """Before a micro-batch's forward pass."""
+    def micro_batch(self, *, is_last: bool) -> AbstractContextManager[Any]:
+        """The context of a micro-batch's forward and backward pass.
+
+        Args:
+            is_last: the window ends with it. If that is not known, say so when it turns out, by calling `step`.
+        """
         if self.num_micro_batches == 0:
             self._zero_grad()
+            self._window_losses.clear()
             if self._buffers is not None:
                 self._buffers.take()
-                self._window_losses: list[Tensor] = []
+        return self._exchanging if is_last else self._strategy.accumulating(self.model)
 
     def _zero_grad(self) -> None:
         """What Optimizer.zero_grad does, without its profiling: 1 us instead of 8."""
@@ -124,31 +145,35 @@ class Update:
         """
         if self._reads_losses and not math.isfinite(loss.item()):
             raise NonFiniteError("the loss is not finite")
-        if self.on_nonfinite == "skip":
+        if self._keeps_losses:
             self._window_losses.append(loss.detach().reshape(()))
         self.num_micro_batches += 1
-        if self.window_len > 1:
+        if self._scales:
             loss = loss * self._scale_of(weight)
         if self._scaler is not None:
             loss = self._scaler.scale(loss)
-        loss.backward()
+        self._strategy.backward(loss)
 
     def _scale_of(self, weight: Tensor | float) -> Tensor | float:
         if self._on_cpu:
             weight = float(weight)
         if self.num_micro_batches == 1:
-            self._first_weight, self._weight_sum = weight, 0.0
+            self._first_weight, self._weight_sum = self._mean_over_ranks(weight), 0.0
         self._weight_sum = self._weight_sum + weight
         return weight / (self._first_weight * self.window_len)
 
     def _correction(self) -> Tensor | float:
-        """What the summed gradient is still to be multiplied by."""
-        return self._first_weight * self.window_len / self._weight_sum
+        """What the gradient, a mean over the ranks by now, is still to be multiplied by."""
+        return self._first_weight * self.window_len / self._mean_over_ranks(self._weight_sum)
+
+    def _mean_over_ranks(self, weight: Tensor | float) -> Tensor | float:
+        """One scale for all ranks; without weights they have the same already."""
+        return self._strategy.sum(weight) / self._strategy.world_size if self._shares_weights else weight
 
     # ---------------------------------------------------------------- the step
 
     def step(self) -> bool:
-        """End the window: one optimizer step, or none where the gradient is not finite and may be skipped.
+        """End the window: one optimizer step, or none if the gradient is not finite and may be skipped.
 
         Returns:
             Whether the weights were updated.
@@ -158,24 +183,25 @@ class Update:
         """
         if len(self.optimizer.param_groups) != self._num_groups:
             self.refresh()
-        correction = 1.0 if self.window_len == 1 else self._correction()
+        correction = self._correction() if self._scales else 1.0
         self.num_micro_batches = 0
         self.grad_norm = None
+        self._strategy.reduce_gradients(self._optimized)
         if self._scaler is not None:
             return self._scaled_step(correction)
-        gradients = self._gradients()  # held until the step is done: the optimizer then finds them made
+        gradients = self._gradients()  # kept alive through the step, which makes the optimizer's own lookup cheaper
         if isinstance(correction, Tensor) or correction != 1.0:
             torch._foreach_mul_(gradients, correction)
         if not self._may_be_used(gradients):
             self._skip()
             return False
-        self.optimizer.step()
+        self._strategy.step(self.optimizer)
         return True
 
     def _may_be_used(self, gradients: list[Tensor]) -> bool:
-        """Clip, and look whether the gradient is finite where that needs no wait for a device, or is asked for."""
+        """Clip, and check that the gradient is finite if that needs no wait for a device, or is asked for."""
         if self.clip_grad_norm > 0:
-            self.grad_norm = clip_grad_norm_(self._parameters, self.clip_grad_norm)
+            self.grad_norm = self._strategy.clip_grad_norm(self._parameters, self.clip_grad_norm)
             if not self._on_cpu and self.on_nonfinite == "raise":
                 return True  # found when the recorded norms are read
             finite = math.isfinite(self.grad_norm.item()) and (self._norm_covers_all or self._finite_check(gradients))
@@ -183,11 +209,14 @@ class Update:
             finite = self._finite_check(gradients)
         else:
             return True  # found when the recorded losses are read
+        finite_losses = not self._keeps_losses or bool(torch.stack(self._window_losses).isfinite().all())
+        if not self._strategy.agree(not (finite and finite_losses)):
+            return True
         if self.on_nonfinite == "skip":
-            return finite and bool(torch.stack(self._window_losses).isfinite().all())
-        if not finite:
-            raise NonFiniteError("the gradient is not finite")
-        return True
+            return False
+        if finite and finite_losses:
+            raise NonFiniteError("a loss or the gradient is not finite on another rank")
+        raise NonFiniteError(f"the {'gradient' if finite_losses else 'loss'} is not finite")
 
     def _scaled_step(self, correction: Tensor | float) -> bool:
         """fp16: the scaler decides whether the gradient may be used."""
@@ -196,9 +225,9 @@ class Update:
         if isinstance(correction, Tensor) or correction != 1.0:
             torch._foreach_mul_(self._gradients(), correction)
         if self.clip_grad_norm > 0:
-            self.grad_norm = clip_grad_norm_(self._parameters, self.clip_grad_norm)
+            self.grad_norm = self._strategy.clip_grad_norm(self._parameters, self.clip_grad_norm)
         found_inf = self._scaler._found_inf_per_device(self.optimizer)
-        self._scaler.step(self.optimizer)  # reads it, too
+        self._strategy.step(self.optimizer, self._scaler)  # reads it, too
         self._scaler.update()
         if not any(found.item() for found in found_inf.values()):
             self._skips_in_a_row = 0
@@ -225,7 +254,7 @@ def check_weight(weight: Any) -> Tensor | float:
     """A weight that `loss_weight` returned, as it can be used; a value on a device is not read.
 
     Raises:
-        SettingError: where it is not a positive number or a one-element tensor.
+        SettingError: if it is not a positive number or a one-element tensor.
     """
     if isinstance(weight, Tensor):
         if weight.numel() != 1:

@@ -1,0 +1,174 @@
+"""The seam between the loop and the processes and devices that it runs on.
+
+The loop, its saves, evaluation and data ask a `Strategy` whenever something depends on other processes or on how the model is
+spread over them. `SingleProcess` answers for one process; every answer there is the obvious one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+T = TypeVar("T")
+Summable = TypeVar("Summable", bound=Tensor | float)
+
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+
+
+@runtime_checkable
+class Strategy(Protocol):
+    """How one training is spread over processes and devices.
+
+    Methods that act on an optimizer or on parameters are given them: a run may have several optimizers. The methods under
+    "together" are collective: all ranks call them, in the same order.
+
+    Attributes:
+        rank: index of this process; rank 0 writes files and prints.
+        world_size: number of processes that train together.
+    """
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    # ---------------------------------------------------------------- the model and its step
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """The model as the loop calls it: wrapped or sharded. Called once, on the model on its device."""
+        ...
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        """The bare model inside a prepared one; a bare model is returned as it is."""
+        ...
+
+    def autocast(self, own: AbstractContextManager[Any]) -> AbstractContextManager[Any]:
+        """The context of a forward pass; `own` is that of the run's precision."""
+        ...
+
+    def accumulating(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Around forward and backward of a batch after which more follow in its window: gradients need no exchange yet."""
+        ...
+
+    def backward(self, loss: Tensor, inputs: Sequence[Tensor] | None = None) -> None:
+        """Add the gradient of `loss` to `.grad` of all parameters, or of `inputs` only."""
+        ...
+
+    def reduce_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Before a window's gradient is used: make `.grad` the mean over the ranks, if `backward` has not done so."""
+        ...
+
+    def clip_grad_norm(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+        """Clip the gradient of `parameters` to a 2-norm of `max_norm`; returns its norm before that, one element."""
+        ...
+
+    def step(self, optimizer: Optimizer, scaler: torch.amp.GradScaler | None = None) -> None:
+        """One step of an optimizer, through the scaler if there is one (which may leave it out)."""
+        ...
+
+    # ---------------------------------------------------------------- together
+
+    def agree(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank: the same answer on all."""
+        ...
+
+    def sum(self, value: Summable) -> Summable:
+        """The sum of a number or a one-element tensor over the ranks."""
+        ...
+
+    def gather(self, value: T) -> list[T]:
+        """The ranks' values (plain types and tensors), in the order of the ranks, on all of them."""
+        ...
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value (plain types and tensors), on all ranks."""
+        ...
+
+    # ---------------------------------------------------------------- states
+
+    def model_state(self, model: nn.Module) -> dict[str, Any]:
+        """The whole `state_dict` of the bare model, under its own names."""
+        ...
+
+    def load_model_state(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+        """Load a whole state; names that are missing in it stay as they are."""
+        ...
+
+    def optimizer_state(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+        """The whole `state_dict` of an optimizer of this model's parameters."""
+        ...
+
+    def load_optimizer_state(self, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+        """Load a whole state that `optimizer_state` returned."""
+        ...
+
+
+class SingleProcess:
+    """One process, whose model may be wrapped in DistributedDataParallel or DataParallel already.
+
+    >>> strategy = SingleProcess()
+    >>> strategy.agree(True), strategy.sum(2.0), strategy.gather("a"), strategy.broadcast("a")
+    (True, 2.0, ['a'], 'a')
+    """
+
+    rank: int = 0
+    world_size: int = 1
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        inner: nn.Module = model.module if isinstance(model, _WRAPPERS) else model
+        return inner
+
+    def autocast(self, own: AbstractContextManager[Any]) -> AbstractContextManager[Any]:
+        return own
+
+    def accumulating(self, model: nn.Module) -> AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor, inputs: Sequence[Tensor] | None = None) -> None:
+        loss.backward(inputs=inputs)
+
+    def reduce_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """There is one gradient."""
+
+    def clip_grad_norm(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
+
+    def step(self, optimizer: Optimizer, scaler: torch.amp.GradScaler | None = None) -> None:
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+
+    def agree(self, flag: bool) -> bool:
+        return flag
+
+    def sum(self, value: Summable) -> Summable:
+        return value
+
+    def gather(self, value: T) -> list[T]:
+        return [value]
+
+    def broadcast(self, value: T) -> T:
+        return value
+
+    def model_state(self, model: nn.Module) -> dict[str, Any]:
+        return self.unwrap(model).state_dict()
+
+    def load_model_state(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+        self.unwrap(model).load_state_dict(state, strict=False)
+
+    def optimizer_state(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+        return optimizer.state_dict()
+
+    def load_optimizer_state(self, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+        optimizer.load_state_dict(dict(state))

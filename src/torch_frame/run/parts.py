@@ -1,0 +1,295 @@
+"""The parts of a checkpoint that are not simply an object's own `state_dict`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torch_frame.checkpoint.weights import bare_names, load_weights
+from torch_frame.data.seeding import (
+    loader_generator_states,
+    rng_state,
+    set_loader_generator_states,
+    set_rng_state,
+    start_persistent_workers,
+)
+from torch_frame.data.source import Source
+from torch_frame.distributed.strategy import Strategy
+from torch_frame.progress import Progress
+from torch_frame.training.ema import EMA
+from torch_frame.training.schedules import LRWarmupScheduler
+
+
+class ModelPart:
+    """The weights and buffers, under the names of the bare model."""
+
+    def __init__(self, model: nn.Module, strategy: Strategy) -> None:
+        self._model = model
+        self._strategy = strategy
+
+    def state_dict(self) -> dict[str, Any]:
+        return bare_names(self._strategy.model_state(self._model))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        load = functools.partial(self._strategy.load_model_state, self._model)
+        load_weights(self._strategy.unwrap(self._model), state, load)
+
+    def differences(self, saved: Mapping[str, Any], unknown: Collection[str]) -> list[str]:
+        own = self.state_dict()
+        differences = [f"the model has no {name}" for name in saved if name not in own]
+        differences += [f"the checkpoint has no {name}" for name in own if name not in saved]
+        for name, value in own.items():
+            theirs = saved.get(name)
+            if isinstance(value, Tensor) and isinstance(theirs, Tensor) and value.shape != theirs.shape:
+                differences.append(f"{name} was {list(theirs.shape)}, now it is {list(value.shape)}")
+        return _first_few(differences, "more tensors differ")
+
+
+class AveragePart:
+    """EMA: its weights and its number of updates; None if there is no EMA."""
+
+    def __init__(self, ema: EMA | None, model: nn.Module, progress: Progress) -> None:
+        self._ema = ema
+        self._model = model
+        self._progress = progress
+
+    def state_dict(self) -> dict[str, Any] | None:
+        return None if self._ema is None else self._ema.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        if self._ema is None:
+            return
+        if (
+            state is None
+        ):  # 1.7 kept none: begin anew from the model, restored before, as far into the ramp as the run is
+            self._ema.reset(self._model)
+            self._ema.updates = self._progress.num_updates
+        else:
+            self._ema.load_state_dict(state)
+
+    def differences(self, saved: dict[str, Any] | None, unknown: Collection[str]) -> list[str]:
+        if (saved is None) == (self._ema is None):
+            return []
+        return [f"use_ema was {saved is not None}, now it is {self._ema is not None}"]
+
+
+class OptimizerPart:
+    """The optimizer's state and the settings of its groups."""
+
+    def __init__(self, optimizer: Optimizer, model: nn.Module, strategy: Strategy) -> None:
+        self._optimizer = optimizer
+        self._model = model
+        self._strategy = strategy
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._strategy.optimizer_state(self._model, self._optimizer)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._strategy.load_optimizer_state(self._model, self._optimizer, state)
+
+    def differences(self, saved: Mapping[str, Any], unknown: Collection[str]) -> list[str]:
+        own_groups, saved_groups = self.state_dict()["param_groups"], saved["param_groups"]
+        was, now = ([len(group["params"]) for group in groups] for groups in (saved_groups, own_groups))
+        if was != now:
+            return [f"the optimizer's parameter groups held {was} tensors, now they hold {now}"]
+        older = "classes" in unknown  # an older torch wrote it, whose optimizers had fewer settings
+        settings = [
+            set(other) - set(group) if older else set(group) ^ set(other)
+            for group, other in zip(own_groups, saved_groups, strict=True)
+        ]
+        names = sorted(set().union(*settings))
+        return [f"the optimizer is another one: only one of the two has {', '.join(names)}"] if names else []
+
+
+class SchedulePart:
+    """The learning-rate scheduler and its warm-up."""
+
+    def __init__(self, lr_scheduler: LRWarmupScheduler) -> None:
+        self._lr_scheduler = lr_scheduler
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._lr_scheduler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._lr_scheduler.load_state_dict(state)
+
+    def differences(self, saved: Mapping[str, Any], unknown: Collection[str]) -> list[str]:
+        was = (saved["scheduler"] or {}).get("total_steps")
+        now = getattr(self._lr_scheduler.scheduler, "total_steps", None)
+        return [] if was == now else [f"the lr_scheduler was made for {was} steps, now it is for {now}"]
+
+
+class ScalerPart:
+    """The gradient scaler of fp16, or None."""
+
+    def __init__(self, scaler: torch.amp.GradScaler | None) -> None:
+        self._scaler = scaler
+
+    def state_dict(self) -> dict[str, Any] | None:
+        return None if self._scaler is None else self._scaler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        if self._scaler is not None and state is not None:
+            self._scaler.load_state_dict(state)
+
+
+class FactPart:
+    """A value that is saved and read, and has nothing to restore."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def state_dict(self) -> Any:
+        return self._value
+
+    def load_state_dict(self, state: Any) -> None:
+        """Nothing to restore."""
+
+
+class SettingPart(FactPart):
+    """A setting that has to be the saved one.
+
+    Args:
+        name: in words: "precision".
+        value: a plain value.
+    """
+
+    def __init__(self, name: str, value: Any) -> None:
+        super().__init__(value)
+        self._name = name
+
+    def differences(self, saved: Any, unknown: Collection[str]) -> list[str]:
+        return [] if saved == self._value else [f"{self._name} was {saved}, now it is {self._value}"]
+
+
+class SeedPart(SettingPart):
+    """The seed of the data's order. The saved one is taken over, by the trainer, unless the script names another."""
+
+    def __init__(self, seed: int, is_explicit: bool) -> None:
+        super().__init__("seed", seed)
+        self._is_explicit = is_explicit
+
+    def differences(self, saved: int | None, unknown: Collection[str]) -> list[str]:
+        return super().differences(saved, unknown) if self._is_explicit and saved is not None else []
+
+
+class LoaderSeedPart(SettingPart):
+    """The seed that an InfiniteDataLoader was given, which goes before the trainer's; else None."""
+
+    def __init__(self, loader: Any) -> None:
+        seed = getattr(loader, "seed", None)
+        super().__init__("the loader's seed", seed if isinstance(seed, int) else None)
+
+
+class ClassesPart(FactPart):
+    """The classes of some objects, by what they are: "optimizer", "lr_scheduler"."""
+
+    def __init__(self, **objects: Any) -> None:
+        super().__init__({what: type(value).__qualname__ for what, value in objects.items()})
+
+    def differences(self, saved: Mapping[str, str], unknown: Collection[str]) -> list[str]:
+        return [
+            f"the {what} was {saved[what]}, now it is {name}"
+            for what, name in self._value.items()
+            if name != saved[what]
+        ]
+
+
+class LengthPart(FactPart):
+    """The length of an epoch's data, as (number, of what); None if it is not known."""
+
+    def differences(self, saved: tuple[int, str] | None, unknown: Collection[str]) -> list[str]:
+        now = self._value
+        if saved is None or now is None or tuple(saved) == tuple(now):
+            return []
+        return [f"an epoch's data was {saved[0]} {saved[1]}, now it is {now[0]} {now[1]}"]
+
+
+class EnvironmentPart:
+    """What the last bits of a step depend on, beside the state: compared when a run is resumed, for a warning.
+
+    Args:
+        device: that trains.
+        world_size: number of processes.
+        settings: of the run, that change how a step is computed.
+    """
+
+    def __init__(self, device: torch.device, world_size: int, **settings: Any) -> None:
+        self._device = device
+        self._world_size = world_size
+        self._settings = settings
+
+    def state_dict(self) -> dict[str, Any]:
+        device = self._device
+        return {
+            "torch": str(torch.__version__),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "num_threads": torch.get_num_threads(),
+            "world_size": self._world_size,
+            "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+            "cudnn_deterministic": torch.backends.cudnn.deterministic,
+            "cudnn_benchmark": torch.backends.cudnn.benchmark,
+            **self._settings,
+        }
+
+    def load_state_dict(self, state: Any) -> None:
+        """Nothing to restore."""
+
+
+# ---------------------------------------------------------------- restored as the last thing before the first batch
+
+
+class DataPart:
+    """Where the data stands beside the position, for loaders that have a state of their own."""
+
+    def __init__(self, source: Source, loader: Any, progress: Progress) -> None:
+        self._source = source
+        self._loader = loader
+        self._progress = progress
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._source.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        if state:
+            self._source.load_state_dict(state, self._progress.position)
+        if not self._source.is_ours:
+            start_persistent_workers(self._loader)
+
+
+class LoaderGeneratorsPart:
+    """The generators that the user gave the loader."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def state_dict(self) -> dict[str, Any]:
+        return loader_generator_states(self._loader)
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        if state is not None:
+            set_loader_generator_states(self._loader, state)
+
+
+class RandomPart:
+    """The random numbers of every rank, in the order of the ranks."""
+
+    def __init__(self, strategy: Strategy) -> None:
+        self._strategy = strategy
+
+    def state_dict(self) -> list[Any]:
+        return self._strategy.gather(rng_state())
+
+    def load_state_dict(self, state: list[Any] | None) -> None:
+        if state is not None and self._strategy.rank < len(state):
+            set_rng_state(state[self._strategy.rank])
+
+
+def _first_few(lines: list[str], of: str, most: int = 8) -> list[str]:
+    return lines if len(lines) <= most else [*lines[:most], f"{len(lines) - most} {of}"]

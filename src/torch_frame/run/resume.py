@@ -1,0 +1,165 @@
+"""Where a run continues: the file that `resume=` and `load_checkpoint` mean, and what is said about it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from torch import nn
+
+from torch_frame._version import __version__
+from torch_frame.checkpoint import io
+from torch_frame.checkpoint.format import VERSION, is_full_state
+from torch_frame.checkpoint.weights import WeightsReport, load_weights
+from torch_frame.errors import CheckpointError
+from torch_frame.progress import Progress
+from torch_frame.run.state import Part, State, restore, restore_last
+from torch_frame.run.work_dir import WorkDir
+from torch_frame.training.ema import EMA
+
+_logger = logging.getLogger("torch_frame")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A whole state that a run can continue from.
+
+    Attributes:
+        path: of its file.
+        state: what the file holds.
+        problems: what was wrong with newer files.
+    """
+
+    path: str
+    state: State
+    problems: list[str] = field(default_factory=list)
+
+    @classmethod
+    def at(cls, path: str) -> Self:
+        """What the file holds."""
+        return cls(path, read(path))
+
+
+def find(resume: str | os.PathLike[str], work_dir: WorkDir) -> Found | None:
+    """The state that `resume=` means; None if it is "auto" and there is none.
+
+    Raises:
+        FileNotFoundError: with all the places that were searched.
+        CheckpointError: if the file is damaged, or is not a whole state.
+    """
+    if resume == "auto":
+        return newest(work_dir.checkpoints)
+    return Found.at(work_dir.find(resume))
+
+
+def read(path: str) -> State:
+    """Read a whole state.
+
+    Raises:
+        CheckpointError: if the file is damaged, or holds weights only.
+    """
+    state: Any = io.read(path)
+    if not is_full_state(state):
+        raise CheckpointError(
+            f"{path} holds weights, not a training state to resume from. "
+            f"For the weights alone: trainer.load_checkpoint(checkpoint=torch.load({path!r}))."
+        )
+    if not 2 <= state["version"] <= VERSION:
+        raise CheckpointError(
+            f"{path} has format {state['version']}, and this torch-frame {__version__} reads formats 2 to {VERSION}. "
+            f"It was written by torch-frame {state.get('torch_frame')}: resume it with that version."
+        )
+    loaded: State = state
+    return loaded
+
+
+def newest(folder: str) -> Found | None:
+    """The newest whole state in a folder of checkpoints, or None if it has none.
+
+    Raises:
+        CheckpointError: if there are states, and all are damaged: beginning anew would overwrite them.
+    """
+    problems: list[str] = []
+    for name in ("latest.pth", "previous.pth"):
+        path = os.path.join(folder, name)
+        try:
+            return Found(path, read(path), problems)
+        except FileNotFoundError:
+            continue
+        except CheckpointError as error:
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError(
+            f"resume='auto' finds no whole state in {folder}: {' '.join(problems)} To begin anew, move them away; to begin "
+            "from weights alone (best.pth), use load_checkpoint(checkpoint=...)."
+        )
+    return None
+
+
+class Resumption:
+    """Whether and where a run continues, and what is still to be restored and told.
+
+    Args:
+        asked: the value of `resume=`.
+
+    Attributes:
+        told: (level, line) of what has happened before there was a log.
+    """
+
+    def __init__(self, asked: str | os.PathLike[str] | None) -> None:
+        self.told: list[tuple[int, str]] = []
+        self._asked = asked
+        self._last: State | None = None
+
+    def take_asked(self, work_dir: WorkDir) -> Found | None:
+        """The state that `resume=` means, once; None if there is none, or another one has been loaded."""
+        asked, self._asked = self._asked, None
+        return None if asked is None else find(asked, work_dir)
+
+    def restore(self, found: Found, parts: Mapping[str, Part], progress: Progress) -> None:
+        """Restore all that is not restored last.
+
+        Raises:
+            CheckpointError: if the state does not fit; nothing is changed then.
+        """
+        self._asked = None
+        restore(parts, found.state)
+        self._last = found.state
+        self.told += _lines(found, progress, parts["environment"].state_dict())
+
+    def restore_last(self, parts: Mapping[str, Part]) -> None:
+        """Restore the rest, as the last thing before the first batch."""
+        if self._last is not None:
+            restore_last(parts, self._last)
+            self._last = None
+
+    def load_weights(self, checkpoint: Mapping[str, Any], model: nn.Module, ema: EMA | None) -> WeightsReport:
+        """Begin with given weights, or with those of a whole state: what fits is loaded, and EMA begins anew from it."""
+        report = load_weights(model, checkpoint["model"] if is_full_state(checkpoint) else checkpoint)
+        if ema is not None:
+            ema.reset(model)
+        if not report.complete:
+            _logger.warning("The weights fit in part: %s", report)
+        self.told.append((logging.INFO, f"Loaded weights only: {report}."))
+        return report
+
+
+def _lines(found: Found, progress: Progress, environment: Mapping[str, Any]) -> list[tuple[int, str]]:
+    """What is said of a resumed run: (level, line)."""
+    place = f"epoch {progress.epoch + 1}, after {progress.inner_iter} of its batches"
+    counts = f"{progress.iter} iterations and {progress.num_updates} updates in all"
+    said = [(logging.WARNING, f"Not resumed from: {problem}") for problem in found.problems]
+    said.append((logging.INFO, f"Resumed from {found.path}: {place}; {counts}."))
+    differences = _differences(found.state["environment"] or {}, environment)
+    if differences:
+        text = "The run goes on, but not to the last bit as it would have, because " + "; ".join(differences) + "."
+        said.append((logging.WARNING, text))
+    return said
+
+
+def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    both = [name for name in now if name in was]
+    return [f"{name} was {was[name]}, now it is {now[name]}" for name in both if was[name] != now[name]]

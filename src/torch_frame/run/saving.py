@@ -1,0 +1,258 @@
+"""Saves: asked for by hooks, copied when the run's state is whole, written in the background."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from torch_frame.checkpoint import io
+from torch_frame.checkpoint.background import Background
+from torch_frame.checkpoint.snapshot import HostBuffers
+from torch_frame.distributed.strategy import Strategy
+from torch_frame.errors import CheckpointError, SettingError
+from torch_frame.run.state import Part, State, capture_before_after_epoch
+from torch_frame.training.finite import check_weights
+
+
+class SaveRequest(NamedTuple):
+    """A file that is to be written at the next safe point."""
+
+    file_name: str
+    save_single_model: bool
+    then_remove: list[str]
+    """Files that are not needed any more once this one is written."""
+
+
+class SaveRequests:
+    """The saves that hooks have asked for since the last safe point; a file asked for twice is written once."""
+
+    def __init__(self) -> None:
+        self._requests: dict[str, SaveRequest] = {}
+
+    def add(self, file_name: str, save_single_model: bool, then_remove: Iterable[str] = ()) -> None:
+        before = self._requests.get(file_name)
+        outdated = [] if before is None else before.then_remove
+        self._requests[file_name] = SaveRequest(file_name, save_single_model, [*outdated, *then_remove])
+
+    def take(self) -> list[SaveRequest]:
+        """All requests, which are forgotten then; full states last, so that they speak of files that exist."""
+        requests, self._requests = self._requests, {}
+        return sorted(requests.values(), key=lambda request: not request.save_single_model)
+
+
+class FileToWrite(NamedTuple):
+    """A checkpoint file and what goes into it."""
+
+    path: str
+    keep_as: str | None
+    """The file that `path` has been until then is kept under this name."""
+    content: Any
+    then_remove: list[str]
+
+
+@dataclass(frozen=True)
+class SaveJob:
+    """What one save writes: the run as it stood at one moment.
+
+    Attributes:
+        files: in the order of writing.
+        must_be_finite: nothing is written if one of these tensors is not.
+        where: the moment, in words.
+    """
+
+    files: list[FileToWrite]
+    must_be_finite: Mapping[str, Tensor]
+    where: str
+
+    def copied_into(self, buffers: HostBuffers) -> SaveJob:
+        """The same job, of copies: training may change the run's own tensors."""
+        contents, tensors = buffers.copy(([file.content for file in self.files], dict(self.must_be_finite)))
+        files = [file._replace(content=content) for file, content in zip(self.files, contents, strict=True)]
+        return replace(self, files=files, must_be_finite=tensors)
+
+    def write(self, cancelled: Callable[[], bool] | None = None) -> None:
+        """Write the files; what a file makes superfluous is removed once that file is verified.
+
+        Raises:
+            NonFiniteError: if weights are NaN or infinite; nothing is written then.
+            CheckpointError: if a file cannot be written.
+        """
+        check_weights(self.must_be_finite, self.where)
+        for file in self.files:
+            io.write(file.path, file.content, keep_as=file.keep_as, cancelled=cancelled)
+            remove(file.then_remove)
+
+
+@dataclass(frozen=True)
+class RunContents:
+    """What files can be made of, as the run stands now.
+
+    Attributes:
+        folder: of the checkpoints.
+        weights: gives the weights, plain types and tensors.
+        state: gives the whole state; all ranks call it.
+        must_be_finite, where: as in `SaveJob`.
+        window_open: there are gradients that a state cannot hold.
+    """
+
+    folder: str
+    weights: Callable[[], Any]
+    state: Callable[[], Any]
+    must_be_finite: Mapping[str, Tensor]
+    where: str
+    window_open: bool
+
+    def job(self, requests: Sequence[SaveRequest]) -> SaveJob:
+        """The job that carries out some requests.
+
+        Raises:
+            SettingError: for a whole state inside a window of gradients.
+        """
+        whole = [request.file_name for request in requests if not request.save_single_model]
+        if whole and self.window_open:
+            raise SettingError(
+                f"{whole[0]} would be saved inside a window of gradient_accumulation_steps, whose gradient it cannot hold. "
+                "Ask with trainer.save_at_safe_point(...), which waits for the window's end."
+            )
+        kinds = {request.save_single_model for request in requests}
+        contents = {single: (self.weights if single else self.state)() for single in kinds}
+        previous = os.path.join(self.folder, "previous.pth")
+        files = [
+            FileToWrite(
+                os.path.join(self.folder, request.file_name),
+                previous if request.file_name == "latest.pth" else None,
+                contents[request.save_single_model],
+                list(request.then_remove),
+            )
+            for request in requests
+        ]
+        return SaveJob(files, self.must_be_finite, self.where)
+
+
+class Saver:
+    """Carries out saves: the run's tensors are copied at once, and written while training continues.
+
+    Args:
+        contents: gives what the run holds now; called when the save before is complete, whose copies are in the buffers.
+        strategy: rank 0 decides which files are saved, and writes them.
+        by_override: saves one file, now; for trainers that override `save_checkpoint`. None: in the background.
+
+    Attributes:
+        pending: there is something to do at the next safe point: a request, a stop signal, a save that has failed.
+        rollback: parts of the state that are saved as they were before `after_epoch`; None outside it.
+    """
+
+    def __init__(
+        self,
+        contents: Callable[[], RunContents],
+        strategy: Strategy,
+        by_override: Callable[[str, bool], None] | None = None,
+    ) -> None:
+        self.pending = False
+        self.rollback: State | None = None
+        self._contents = contents
+        self._strategy = strategy
+        self._by_override = by_override
+        self._requests = SaveRequests()
+        self._background = Background(on_failure=self.wake)
+        self._buffers = HostBuffers()
+
+    def wake(self) -> None:
+        """There is something to do at the next safe point. Called in signal handlers and from the writing thread too."""
+        self.pending = True
+
+    def request(self, file_name: str, save_single_model: bool, then_remove: Iterable[str] = ()) -> None:
+        """Ask for a file, written at the next safe point."""
+        self._requests.add(file_name, save_single_model, then_remove)
+        self.wake()
+
+    def carry_out_requests(self) -> None:
+        """At a safe point, on all ranks: begin to write what was asked for.
+
+        Raises:
+            BaseException: what an earlier save has failed with.
+        """
+        self.pending = False
+        self._background.raise_failure()
+        self._save(self._strategy.broadcast(self._requests.take()))
+
+    def _save(self, requests: Sequence[SaveRequest]) -> None:
+        if self._by_override is None:
+            self.start(requests)
+            return
+        for file_name, save_single_model, outdated in requests:
+            self._by_override(file_name, save_single_model)
+            remove(outdated)
+
+    def start(self, requests: Sequence[SaveRequest]) -> None:
+        """Copy what the files hold, and begin to write them."""
+        if not requests:
+            return
+        self.wait()
+        contents = self._contents()
+        if self._writes:
+            _make_folder(contents.folder)
+        job = contents.job(requests)
+        if self._writes:
+            copied = job.copied_into(self._buffers)
+            self._background.start(lambda: copied.write(self._background.is_cancelled))
+
+    @contextlib.contextmanager
+    def rolled_back_if_stopped(self, parts: Mapping[str, Part]) -> Iterator[None]:
+        """If a signal ends `after_epoch`, which is inside, the run is saved as it was before.
+
+        A hook whose state cannot be saved has no way back: a signal then waits for the end of `after_epoch`.
+        """
+        self.rollback = capture_before_after_epoch(parts)
+        yield
+        self.rollback = None
+
+    def save_last(self) -> None:
+        """Save the whole state before the run ends by a signal: complete when this returns."""
+        if self.rollback is not None:
+            self._requests.take()  # asked for in an after_epoch that the resumed run goes through again
+        self._requests.add("latest.pth", save_single_model=False)
+        self._save(self._strategy.broadcast(self._requests.take()))
+        self.wait()
+
+    @property
+    def _writes(self) -> bool:
+        return self._strategy.rank == 0
+
+    @property
+    def busy(self) -> bool:
+        """A save is being written."""
+        return self._background.busy
+
+    def wait(self) -> None:
+        """Return when the save that is being written is complete; raises what it failed with, once."""
+        self._background.wait()
+
+    def cancel(self) -> None:
+        """Give up the save that is being written; the files that it would have replaced stay."""
+        self._background.cancel()
+
+    def remove_unfinished_files(self, folder: str) -> None:
+        """Remove what a process that was killed inside a save has left in the folder of a run that begins."""
+        if self._writes:
+            remove(glob.glob(os.path.join(glob.escape(folder), ".*.tmp")))
+
+
+def remove(paths: Iterable[str]) -> None:
+    """Remove files that may be gone already."""
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
+
+
+def _make_folder(path: str) -> None:
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be made, so nothing is saved: {error}.") from error

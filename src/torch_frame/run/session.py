@@ -1,0 +1,173 @@
+"""What surrounds the loop of one `train()`: log, signals, the first lines, reports and the end.
+
+Context managers, because they add no frame to a traceback.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from torch import nn
+
+from torch_frame._version import __version__
+from torch_frame.progress import Progress
+from torch_frame.run.saving import Saver
+from torch_frame.run.work_dir import WorkDir
+from torch_frame.stopping import StopRequested, StopSignals
+
+_logger = logging.getLogger("torch_frame")
+_RULE = "-" * 50
+
+Stages = Mapping[str, Sequence[Callable[..., None]]]
+
+
+@contextmanager
+def opened(
+    log: AbstractContextManager[Any],
+    signals: StopSignals,
+    saver: Saver,
+    stages: Stages,
+    on_error: Callable[[BaseException], str],
+    on_end: Callable[[], None],
+) -> Iterator[None]:
+    """One `train()`: inside, the log is open and signals are listened to. At its end hooks and saves are closed.
+
+    Args:
+        log: open inside.
+        signals: listened to inside; if one came, the process is ended as by that signal afterwards.
+        saver: its last save is complete at the end; a Ctrl-C gives it up.
+        stages: of the hooks; "on_exception" is called with an error, "close" in every case.
+        on_error: says where the run was; called before the hooks are told.
+        on_end: called in every case, before the hooks are closed.
+    """
+    with log, signals.listening():
+        failed = True
+        try:
+            yield
+            saver.wait()
+            failed = False
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                saver.cancel()  # the user waits for nothing
+            _report(error, on_error(error), stages["on_exception"])
+            raise
+        finally:
+            on_end()
+            error_at_close = _close(saver, stages["close"])
+            if error_at_close is not None and not failed:
+                raise error_at_close  # here and not in _close: one frame less above an error in a hook's close
+    if signals.received is not None:
+        signals.end()
+
+
+@contextmanager
+def ended_by_signals(signals: StopSignals, saver: Saver, progress: Progress, work_dir: WorkDir) -> Iterator[None]:
+    """A signal that asks the run to end ends what is inside; the whole state is saved then."""
+    try:
+        yield
+    except StopRequested:
+        assert signals.received is not None
+        saver.save_last()
+        _logger.warning(
+            "%s came: saved after iteration %d as %s/latest.pth.",
+            signals.received.name,
+            progress.iter,
+            work_dir.checkpoints,
+        )
+
+
+def _report(error: BaseException, where: str, tell: Sequence[Callable[[BaseException], None]]) -> None:
+    """Tell the hooks of an error; one that fails at it does not hide the error itself."""
+    _logger.error("Training ended in %s: %s", where, type(error).__name__)
+    for on_exception in tell:
+        try:
+            on_exception(error)
+        except Exception:
+            _logger.exception("A hook's on_exception failed as well")
+
+
+def _close(saver: Saver, closes: Sequence[Callable[[], None]]) -> Exception | None:
+    """Close saves and all hooks; returns the first error."""
+    first: Exception | None = None
+    try:
+        saver.wait()
+    except Exception as error:
+        _logger.error("A save in the background failed: %s", error)
+        first = error
+    for close in closes:
+        try:
+            close()
+        except Exception as error:
+            _logger.exception("A hook's close failed")
+            first = first or error
+    return first
+
+
+# ---------------------------------------------------------------- the first lines
+
+
+def log_first_lines(rows: Mapping[str, str], told: list[tuple[int, str]], parameters: Sequence[str]) -> None:
+    """Log the run at a glance, and what has happened before there was a log.
+
+    Args:
+        rows: name -> text, such as "Model" -> "Net, 41 parameters".
+        told: (level, line); emptied, for each is told once.
+        parameters: lines that the script wants in the log.
+    """
+    block = [_RULE, f"torch-frame {__version__}", *(f"{name}: {row}" for name, row in rows.items()), _RULE]
+    _logger.info("\n%s", "\n".join(block))
+    for level, line in told:
+        _logger.log(level, line)
+    told.clear()
+    if parameters:
+        _logger.info("\n%s", "\n".join(parameters))
+
+
+def log_beginning(epochs_done: int, max_epochs: int) -> None:
+    """Log where training begins."""
+    if epochs_done >= max_epochs:
+        _logger.info("Nothing to train: max_epochs is %d, and %d epochs are done.", max_epochs, epochs_done)
+    else:
+        _logger.info("Training begins at epoch %d of %d.", epochs_done + 1, max_epochs)
+
+
+def model_row(model: nn.Module) -> str:
+    """The size of a bare model."""
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    size = sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers()))
+    return f"{type(model).__name__}, {total:,} parameters ({trainable:,} trainable), {size / 2**20:.1f} MiB"
+
+
+def batch_row(batch_size: int | None, accumulation: int, num_processes: int) -> str:
+    """The samples that one update is made of.
+
+    Args:
+        batch_size: samples in one of the loader's batches, on one process; None: not known.
+        accumulation: batches in an update, on one process.
+
+    >>> batch_row(8, 4, 2)
+    '64 samples an update (8 a batch x 4 accumulated x 2 processes)'
+    """
+    if batch_size is None:
+        return f"{accumulation * num_processes} of the loader's batches an update"
+    parts = [f"{batch_size} a batch"]
+    if accumulation > 1:
+        parts.append(f"{accumulation} accumulated")
+    if num_processes > 1:
+        parts.append(f"{num_processes} processes")
+    return f"{batch_size * accumulation * num_processes} samples an update ({' x '.join(parts)})"
+
+
+def steps_row(max_epochs: int, epoch_len: int | None, updates_per_epoch: int | None) -> str:
+    """How long the run is; lengths are None if the loader has none.
+
+    >>> steps_row(3, 10, 5)
+    '3 epochs x 10 batches, 15 updates'
+    """
+    if updates_per_epoch is None:
+        return f"{max_epochs} epochs; the loader has no length"
+    return f"{max_epochs} epochs x {epoch_len} batches, {max_epochs * updates_per_epoch:,} updates"
