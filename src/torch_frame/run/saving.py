@@ -180,9 +180,11 @@ class Saver:
         """
         self.pending = False
         self._background.raise_failure()
-        self._save(self._strategy.broadcast(self._requests.take()))
+        self._save_requested()
 
-    def _save(self, requests: Sequence[SaveRequest]) -> None:
+    def _save_requested(self) -> None:
+        plain: list[Any] = [tuple(request) for request in self._requests.take()]
+        requests = [SaveRequest(*fields) for fields in self._strategy.broadcast(plain)]
         if self._by_override is None:
             self.start(requests)
             return
@@ -218,7 +220,7 @@ class Saver:
         if self.rollback is not None:
             self._requests.take()  # asked for in an after_epoch that the resumed run goes through again
         self._requests.add("latest.pth", save_single_model=False)
-        self._save(self._strategy.broadcast(self._requests.take()))
+        self._save_requested()
         self.wait()
 
     @property
