@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import StepLR
 
 from tests.small_runs import Net, make_batches, make_trainer, raised_by
 from torch_frame import HookBase, LoggerHook, SettingError, Trainer
-from torch_frame.hooks.base import STAGES
+from torch_frame.hooks.base import STAGES, HookTrainer
 
 
 class UserError(Exception):
@@ -240,3 +240,25 @@ def test_check_refuses_before_anything_is_made(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="not like this"):
         make_trainer(tmp_path / "run", hooks=[Picky()]).train()
     assert os.listdir(tmp_path) == []
+
+
+# ---------------------------------------------------------------- what a hook may use of its trainer
+
+RELIED_ON = """
+epoch inner_iter cur_iter start_epoch epoch_len max_epochs max_iters lr work_dir ckpt_dir tb_log_dir model model_or_module
+model_evaluate optimizer lr_scheduler data_loader metric_storage log log_param register_hooks should_stop
+""".split()
+"""What hooks of 1.7 use."""
+
+
+def names_of_the_protocol() -> set[str]:
+    return {name for name in (*HookTrainer.__annotations__, *vars(HookTrainer)) if not name.startswith("_")}
+
+
+def test_the_protocol_has_what_hooks_rely_on() -> None:
+    assert set(RELIED_ON) <= names_of_the_protocol()
+
+
+def test_a_trainer_has_all_that_the_protocol_promises(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    assert [name for name in names_of_the_protocol() if not hasattr(trainer, name)] == []

@@ -1,0 +1,79 @@
+"""The lines that a run begins with, and how it ends."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import torch_frame
+from tests.small_runs import Net, make_batches, make_trainer
+from torch_frame import CheckpointerHook
+from torch_frame.run import session
+
+
+def test_the_first_lines_say_what_is_trained_on_what_and_how_long(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Net()
+    model.layers[0].bias.requires_grad_(False)
+    data = DataLoader(TensorDataset(torch.ones(20, 3), torch.ones(20, 1)), batch_size=4)
+    settings = {"gradient_accumulation_steps": 2, "precision": "bf16", "seed": 7}
+    trainer = make_trainer(tmp_path / "run", model, data=data, max_epochs=3, **settings)
+    trainer.log_param("a note", learning_rate=0.05)
+    with caplog.at_level(logging.INFO, "torch_frame"):
+        trainer.train()
+    text = caplog.text
+    for line in (
+        f"torch-frame {torch_frame.__version__}",
+        f"Work directory: {tmp_path / 'run'}",
+        "Model: Net, 41 parameters (33 trainable), 0.0 MiB",
+        "Device: cpu, precision bf16",
+        "Batch: 8 samples an update (4 a batch x 2 accumulated)",
+        "Steps: 3 epochs x 5 batches, 9 updates",
+        "functions of seed 7 and the position",
+        "a note\nlearning_rate: 0.05",
+        "Training begins at epoch 1 of 3.",
+    ):
+        assert line in text
+    trainer.train()
+    assert "Nothing to train: max_epochs is 3, and 3 epochs are done." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "row"),
+    [
+        ((None, 1, 1), "1 of the loader's batches an update"),
+        ((None, 4, 2), "8 of the loader's batches an update"),
+        ((8, 1, 1), "8 samples an update (8 a batch)"),
+        ((8, 1, 4), "32 samples an update (8 a batch x 4 processes)"),
+    ],
+)
+def test_the_batch_row_counts_the_samples_of_one_update(arguments: tuple[int | None, int, int], row: str) -> None:
+    assert session.batch_row(*arguments) == row
+
+
+def test_the_model_row_counts_shared_parameters_once_and_buffers_in_the_size() -> None:
+    tied = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.BatchNorm1d(1024))
+    tied[1].weight = tied[0].weight
+    assert session.model_row(tied) == "Sequential, 2,064 parameters (2,064 trainable), 0.0 MiB"
+
+
+def test_a_loader_without_a_length_has_no_steps() -> None:
+    assert session.steps_row(3, None, None) == "3 epochs; the loader has no length"
+
+
+def test_what_happened_before_the_log_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_trainer(tmp_path / "run", hooks=[CheckpointerHook()]).train()
+    trainer = make_trainer(tmp_path / "run", data=make_batches(), max_epochs=3, hooks=[CheckpointerHook()])
+    trainer.load_checkpoint("latest.pth")
+    with caplog.at_level(logging.INFO, "torch_frame"):
+        trainer.train()
+        trainer.max_epochs = 4
+        trainer.train()
+    assert caplog.text.count("Resumed from ") == 1
+    assert "epoch 3, after 0 of its batches; 10 iterations and 10 updates in all." in caplog.text
