@@ -221,11 +221,13 @@ SAVE = [("write", 1, 3), ("verify", 1, 6), ("link", 1, 2), ("rename", 1, 4), ("r
 INSIDE_A_SAVE = [("verify", 1, 6), ("link", 1, 2), ("rename", 1, 4)]  # where the temporary file is there for certain
 EPOCH_END = [("evaluate", 2, 4), ("evaluated", 1, 1), ("logged", 1, 1)]
 RESUMING = [("before_train", 1, 1), ("curves", 1, 2), ("before_epoch", 1, 1)]
+BEFORE_BEGIN = [("remove", 1, 1)]  # of a temporary file that the kill before has left
 ANY_MOMENT = [("before_train", 1, 1)]  # and a time after it
 KINDS = {
     "step": STEP,
     "save": SAVE,
     "inside a save": INSIDE_A_SAVE,
+    "before begin": BEFORE_BEGIN,
     "epoch's end": EPOCH_END,
     "resuming": RESUMING,
     "any moment": ANY_MOMENT,
@@ -252,7 +254,7 @@ _BEFORE_TWO_SAVES = {
 
 def draw(kind: str, rng: random.Random, *, first: bool) -> str:
     """A point to be killed at; see `training.Fault`."""
-    if first and kind in ("resuming", "any moment"):
+    if first and kind in ("before begin", "resuming", "any moment"):
         kind = "step"
     point, least, most = rng.choice(KINDS[kind])
     before = _BEFORE_TWO_SAVES.get(point, 0) if first else 0
@@ -272,12 +274,14 @@ class Kill:
         at: the point.
         saved_iter: of `latest.pth`.
         was_saving: a file was half written, or had not got all of its names.
+        began: the training had begun. A resumed run first removes half-written files, and may be killed there.
         iter: the last one that had begun.
     """
 
     at: str
     saved_iter: int
     was_saving: bool
+    began: bool
     iter: int
 
 
@@ -304,7 +308,8 @@ def kill_and_resume(folder: Path, config: Config, kinds: Sequence[str], seed: in
     """Train, killed once for each of `kinds`; a run that ends before its kill comes is followed by another one.
 
     Everything that is said of a resumed run is checked here: `latest.pth` is whole at every death and never older than at the
-    death before, the run goes on from it, and repeats no iteration before it.
+    death before, the run goes on from it, and repeats no iteration before it. A process killed before its training begins
+    changes no checkpoint.
     """
     series = Series(config, seed)
     rng = random.Random(seed)
@@ -324,19 +329,33 @@ def _train_to_the_end(run: Path, series: Series, left: list[str], rng: random.Ra
         seed = 0 if saved is None else rng.randint(1, 1000)
         if saved is not None and rng.random() < 0.5:
             _write_half_a_row(run, saved)
-        saving_before = _traces_of_a_save(run)
+        saving_before, files_before = _traces_of_a_save(run), _checkpoint_digests(run)
         with Training(run, *series.config.options, "--seed", str(seed), "--at", at) as training:
             status = training.wait()
             where = f"{series}; now {at or 'to the end'}:\n{training.tail()}"
-        _check_that_it_went_on(training, saved, where)
         if status == 0:
+            _check_that_it_went_on(training, saved, where)
             return
         assert status == -signal.SIGKILL, where
+        began = _check_what_came_before_the_kill(training, saved, files_before, where)
         saved = _check_files(run, saved, where)
         iterations = [event["iter"] for event in training.events("iter")]
         was_saving = bool(_traces_of_a_save(run) - saving_before)
-        series.kills.append(Kill(at, saved, was_saving, iterations[-1] if iterations else saved))
+        series.kills.append(Kill(at, saved, was_saving, began, iterations[-1] if iterations else saved))
         left.pop(0)
+
+
+def _check_what_came_before_the_kill(
+    training: Training, saved: int | None, files_before: dict[str, str], where: str
+) -> bool:
+    """Returns whether the training had begun. If it had not, no iteration was made and no checkpoint is another one."""
+    assert training.events("signal"), f"something else than the script's own fault has killed it; {where}"
+    if training.events("begin"):
+        _check_that_it_went_on(training, saved, where)
+        return True
+    assert not training.events("iter"), where
+    assert _checkpoint_digests(training.folder) == files_before, where
+    return False
 
 
 def _check_that_it_went_on(training: Training, saved: int | None, where: str) -> None:
@@ -354,6 +373,11 @@ def _check_files(run: Path, saved_before: int | None, where: str) -> int:
     for path in checkpoints(run).glob("*.pth"):
         assert is_whole(path), f"{path.name} is damaged; {where}"
     return saved
+
+
+def _checkpoint_digests(run: Path) -> dict[str, str]:
+    """Name -> sha256 of the checkpoints, without temporary files."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in checkpoints(run).glob("*.pth")}
 
 
 def _traces_of_a_save(run: Path) -> set[tuple[str, int, int]]:

@@ -133,6 +133,20 @@ def test_no_temporary_file_is_left_at_the_end(case: Any, killed: Ahead) -> None:
         assert not temporary_files(folder)
 
 
+def test_a_kill_before_training_begins_changes_nothing(tmp_path: Path, reference: dict[int, Path]) -> None:
+    """A resumed run first removes what the kill inside a save has left; it is killed there, and resumed again."""
+    series = kill_and_resume(tmp_path, Config("plain", 0), ["inside a save", "before begin"], SEED)
+    inside, before = series.kills
+    assert inside.was_saving
+    assert inside.began
+    assert not before.began
+    assert before.saved_iter == inside.saved_iter
+    assert len(series.finished) == 1
+    assert result(series.finished[0]) == result(reference[0])
+    assert rows(series.finished[0]) == rows(reference[0])
+    assert not temporary_files(series.finished[0])
+
+
 def test_the_run_is_the_same_without_workers_and_with_them(reference: dict[int, Path]) -> None:
     assert result(reference[0]) == result(reference[2])
     assert rows(reference[0]) == rows(reference[2])
