@@ -244,30 +244,11 @@ def test_check_refuses_before_anything_is_made(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- what a hook may use of its trainer
 
-RELIED_ON = [
-    "epoch",
-    "inner_iter",
-    "cur_iter",
-    "start_epoch",
-    "epoch_len",
-    "max_epochs",
-    "max_iters",
-    "lr",
-    "work_dir",
-    "ckpt_dir",
-    "tb_log_dir",
-    "model",
-    "model_or_module",
-    "model_evaluate",
-    "optimizer",
-    "lr_scheduler",
-    "data_loader",
-    "metric_storage",
-    "log",
-    "log_param",
-    "register_hooks",
-    "should_stop",
-]
+NAMES = (
+    "epoch inner_iter cur_iter start_epoch epoch_len max_epochs max_iters lr work_dir ckpt_dir tb_log_dir model should_stop "
+    "model_or_module model_evaluate optimizer lr_scheduler data_loader metric_storage log log_param register_hooks"
+)
+RELIED_ON = NAMES.split()
 """What hooks of 1.7 use."""
 
 
