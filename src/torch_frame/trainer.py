@@ -69,7 +69,7 @@ class Trainer:
         hooks: see `HookBase`; None: `[CheckpointerHook(), LoggerHook()]`; `[]`: none.
         use_ema: keep an exponential moving average of the weights, evaluate it and save it as `best.pth`.
         ema_decay: its decay.
-        create_new_dir: where `work_dir` exists already: None uses it; "time_s", "time_m", "time_h", "time_d" make a new one with
+        create_new_dir: if `work_dir` exists already: None uses it; "time_s", "time_m", "time_h", "time_d" make a new one with
             the time behind its name, "count" one with a number.
         step_fn: (model, batch) -> what a model may return; for models that don't hold their loss.
         device: where the model and batches go; None: where the model is.
@@ -78,11 +78,11 @@ class Trainer:
         loss_weight: (batch) -> number of items or tokens that its loss is a mean of; weights the batches of a window.
         lr_scheduler_interval: "epoch" or "iter": the scheduler steps after each epoch, or after each update.
         lr_scheduler_metric: name of the metric that ReduceLROnPlateau follows.
-        on_nonfinite: "raise" where a loss or a gradient is NaN or infinite, or "skip" that update.
+        on_nonfinite: "raise" if a loss or a gradient is NaN or infinite, or "skip" that update.
         seed: of the data's order and augmentation; None: that of the loader's own generator, if it was given one, else
             `torch.initial_seed()`. Kept in the checkpoint.
-        resume: None; "auto": go on from the newest whole checkpoint in `work_dir`, which is used as it is named, or begin anew
-            where there is none; a path: go on from that file, as `load_checkpoint(path)` does. The state is restored when
+        resume: None; "auto": continue from the newest whole checkpoint in `work_dir`, which is used as it is named, or begin anew
+            if there is none; a path: continue from that file, as `load_checkpoint(path)` does. The state is restored when
             `train()` begins, so that hooks registered until then get theirs.
         take_over: give a plain DataLoader an order and augmentation seeds that are a function of (seed, epoch, position), so that
             they do not depend on workers and any place is reached directly; False: leave it as torch has it.
@@ -256,7 +256,7 @@ class Trainer:
             lr = self.lr
             values = self.train_one_iter(batch)  # forward -> losses -> backward -> update
             self.progress.end_iter(position)
-            self.record(values, lr)  # nothing is read from the device until somebody looks
+            self.record(values, lr)  # nothing is read from the device until the values are
             self.call("after_iter")
             self.safe_point()
         self._finish_epoch()
@@ -464,7 +464,7 @@ class Trainer:
 
         Args:
             file_name: below `ckpt_dir`.
-            save_single_model: the weights alone; False: the whole state.
+            save_single_model: the weights only; False: the whole state.
             then_remove: files that are not needed any more once this one is written.
         """
         self._saver.request(file_name, save_single_model, then_remove)
@@ -482,8 +482,8 @@ class Trainer:
         The run is saved as it was before `after_epoch`, and goes through it again when it is resumed. Several ranks end together,
         at the next safe point.
         """
-        alone = self.strategy.world_size == 1
-        if alone and self.stop_signals.received is not None and self._saver.rollback is not None:
+        is_single = self.strategy.world_size == 1
+        if is_single and self.stop_signals.received is not None and self._saver.rollback is not None:
             raise StopRequested
 
     def _contents(self) -> RunContents:
@@ -504,7 +504,7 @@ class Trainer:
         Args:
             file_name: below `ckpt_dir`, or an absolute path. A full state called `latest.pth` keeps the one before it as
                 `previous.pth`.
-            save_single_model: the weights alone (EMA's if EMA is on), a plain `state_dict`; False: the whole state.
+            save_single_model: the weights only (EMA's if EMA is on), a plain `state_dict`; False: the whole state.
             print_info: log where it was written.
 
         Raises:
@@ -563,7 +563,7 @@ class Trainer:
         Args:
             path: a full state (`latest.pth`): looked for as given, then in the work dir's `checkpoints`, then in those of the
                 newest `<work_dir>_*`. The run continues in that file's work dir.
-            checkpoint: weights alone, a `state_dict` such as `torch.load("best.pth")` gives; what fits is loaded.
+            checkpoint: weights only, a `state_dict` such as `torch.load("best.pth")` gives; what fits is loaded.
 
         Returns:
             For weights, what was loaded and what was not.

@@ -1,4 +1,4 @@
-"""Weights alone: loading them into a model that may differ, and saying how it differed."""
+"""Weights only: loading them into a model that may differ, and saying how it differed."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class WeightsReport:
     def __str__(self) -> str:
         parts = [f"{len(self.loaded)} tensors loaded"]
         if self.missing_keys:
-            parts.append(f"{len(self.missing_keys)} missing (kept as they were): {_some(self.missing_keys)}")
+            parts.append(f"{len(self.missing_keys)} missing (kept as they were): {_first_few(self.missing_keys)}")
         if self.unexpected_keys:
-            parts.append(f"{len(self.unexpected_keys)} unexpected (left out): {_some(self.unexpected_keys)}")
+            parts.append(f"{len(self.unexpected_keys)} unexpected (left out): {_first_few(self.unexpected_keys)}")
         if self.mismatched_shapes:
             shapes = [f"{name} {list(got)} -> {list(own)}" for name, (got, own) in self.mismatched_shapes.items()]
-            parts.append(f"{len(shapes)} of another shape (kept as they were): {_some(shapes)}")
+            parts.append(f"{len(shapes)} of another shape (kept as they were): {_first_few(shapes)}")
         return "; ".join(parts)
 
 
@@ -115,5 +115,5 @@ def load_weights(
     return report
 
 
-def _some(names: list[str], most: int = 10) -> str:
+def _first_few(names: list[str], most: int = 10) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -26,8 +26,8 @@ class Source(Protocol):
     Attributes:
         exact: an epoch can be resumed inside, bitwise.
         is_ours: order and augmentation of a user's loader are replaced by ours.
-        interruptible: a wait for a batch may be broken off; what was fetched is fetched again.
-        length: of an epoch, as (number, of what), or None where it is not known.
+        interruptible: a wait for a batch may be interrupted; what was fetched is fetched again.
+        length: of an epoch, as (number, of what), or None if it is not known.
     """
 
     exact: bool
@@ -106,7 +106,7 @@ class SequenceSource(Stateless):
 
 
 class ReplaySource(Stateless):
-    """Any iterable: to go on inside an epoch, what was consumed is loaded again and left out."""
+    """Any iterable: to resume inside an epoch, what was consumed is loaded again and skipped."""
 
     exact = False
 
@@ -164,8 +164,8 @@ class StatefulSource(Stateless):
 class StreamSource(Stateless):
     """A DataLoader over an IterableDataset: its order is its own; random numbers are of (seed, epoch, worker, count).
 
-    To go on inside an epoch, what was consumed is loaded again and left out; the batches are those of the interrupted epoch
-    where the dataset yields the same samples again.
+    To resume inside an epoch, what was consumed is loaded again and skipped; the batches are those of the interrupted epoch
+    if the dataset yields the same samples again.
     """
 
     exact = True

@@ -244,7 +244,7 @@ class HookBase:
         """After the optimizer, a per-iteration scheduler and EMA."""
 
     def on_exception(self, error: BaseException) -> None:
-        """When training ends by an exception, Ctrl-C included; it goes on to the caller afterwards."""
+        """When training ends by an exception, Ctrl-C included; it reaches the caller afterwards."""
 
     def close(self) -> None:
         """At the very end, whatever happened: close files, stop threads."""

@@ -22,12 +22,12 @@ _LOWER_IS_BETTER = re.compile(r"(^|_)(loss|error|err|mae|mse|rmse|perplexity|ppl
 class CheckpointerHook(HookBase):
     """Saves the run every `period` epochs, and after the last one; with `every_n_iters` or `every_n_minutes` inside epochs too.
 
-    Runs after each epoch (and each batch, where it is to save inside epochs), on all ranks. Saves are carried out when all hooks
+    Runs after each epoch (and each batch, if it is to save inside epochs), on all ranks. Saves are carried out when all hooks
     of the event have run and no window of gradients is open; training waits for the copy of the state (45 ms for 307 MB), and
     the file is written meanwhile. Files in the work dir's `checkpoints`:
 
     * `latest.pth`, `previous.pth`: the full state, to resume from (`save_last`);
-    * `best.pth`: the weights (EMA's where EMA is on) of the best epoch by `save_metric`; without `save_metric` of the last one,
+    * `best.pth`: the weights (EMA's if EMA is on) of the best epoch by `save_metric`; without `save_metric` of the last one,
       unless another hook with a `save_metric` writes it;
     * `epoch_N.pth`: the weights of the last `max_to_keep` saved epochs (with `save_metric`: of the last that were best).
 
@@ -38,7 +38,7 @@ class CheckpointerHook(HookBase):
         max_first: higher is better; False: lower is better.
         save_last: write `latest.pth`.
         every_n_iters: write `latest.pth` every so many batches of the run as well.
-        every_n_minutes: write `latest.pth` as well where so much time has passed since the last time.
+        every_n_minutes: write `latest.pth` as well when so much time has passed since the last time.
 
     When to save and what to keep are independent: several CheckpointerHooks with different settings work side by side, and a
     file that two of them ask for at once is written once.

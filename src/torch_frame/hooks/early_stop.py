@@ -16,7 +16,7 @@ class EarlyStoppingHook(HookBase):
     """Ends training when a metric has not become better for `patience` epochs in a row.
 
     Runs after each epoch in which the metric was logged; register it behind the hook that logs it. The run ends as it would
-    after its last epoch: `after_train` is called, and `latest.pth` is written where a CheckpointerHook writes it.
+    after its last epoch: `after_train` is called, and `latest.pth` is written if a CheckpointerHook writes it.
 
     Args:
         metric: name in `trainer.metric_storage`, such as "eval_acc" or "total_loss".

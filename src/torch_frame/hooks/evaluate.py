@@ -28,7 +28,7 @@ class EvaluationHook(CheckpointerHook):
     """Base of hooks that evaluate: when they do, under which conditions, and what follows from the scores.
 
     Runs after each `period`-th epoch and after the last one, or, with `period_unit="iter"`, after each `period`-th batch of the
-    run and after the last one. The model is EMA's where EMA is on, in eval mode, without gradients, in the precision of its
+    run and after the last one. The model is EMA's if EMA is on, in eval mode, without gradients, in the precision of its
     weights (use `torch.autocast` in your function for another); training mode and random numbers of the training are as if there
     had been no evaluation.
 
@@ -211,7 +211,7 @@ def first_batch(dataloader: Iterable[Any]) -> Any:
     """The first batch.
 
     Raises:
-        SettingError: where there is none.
+        SettingError: if there is none.
     """
     for batch in dataloader:
         return batch
@@ -246,7 +246,7 @@ def _checked(result: Any) -> Scores:
             raise TypeError(
                 f"eval_func returned {name!r} as {type(scores).__name__}{shape}; it has to be a list "
                 "(or a 1-d tensor) with one score for each sample. A mean of the batch would "
-                "give a wrong mean over all samples where batches differ in size."
+                "give a wrong mean over all samples if batches differ in size."
             )
     return result
 

@@ -30,11 +30,11 @@ class EvalTotalHook(EvaluationHook):
 
     Args:
         dataloader: an iterable of batches that can be iterated again and again, or several: {prefix: dataloader}.
-        eval_metric: a metric, a list of metrics, or {name: metric}, where results are called `<name>_<result>` (a metric with a
-            single result gives it the name alone).
+        eval_metric: a metric, a list of metrics, or {name: metric}: results are then called `<name>_<result>` (a metric with a
+            single result gives it the name only).
         period: epochs, or batches with `period_unit="iter"`, between evaluations.
         max_to_keep, max_first, save_last: as for CheckpointerHook.
-        save_metric: the result that `best.pth` follows, without prefix where there is one dataloader, with it where there are
+        save_metric: the result that `best.pth` follows, without prefix if there is one dataloader, with it if there are
             several; None: no metric decides.
         prefix: results are logged as `<prefix>_<result>`.
         inputs: (model, batch) -> the arguments of the metrics' `update`: a tuple, a dict of keyword arguments, or a single one.
@@ -75,7 +75,7 @@ class EvalTotalHook(EvaluationHook):
         self.dataloaders = dict(dataloader) if isinstance(dataloader, Mapping) else {prefix: dataloader}
         for loader in self.dataloaders.values():
             check_dataloader(loader)
-        self._metrics = _named(eval_metric, has_inputs=inputs is not None)
+        self._metrics = _with_names(eval_metric, has_inputs=inputs is not None)
         if inputs is not None and not callable(inputs):
             raise TypeError(f"inputs is {inputs!r}; it has to be a function of (model, batch), or None.")
         self._inputs = inputs
@@ -143,7 +143,7 @@ class EvalTotalHook(EvaluationHook):
                     if not self.trainer.strategy.agree(seen):
                         raise SettingError(f"The evaluation's dataloader ({prefix}) is empty.")
                     merge_over_ranks([metric for _, metric in self._metrics], self.trainer.strategy)
-                    self.results[prefix] = _kept(self._compute())
+                    self.results[prefix] = _detached_results(self._compute())
                 finally:
                     self._reset()
                 scalars |= self._scalars(prefix, self.results[prefix])
@@ -188,7 +188,7 @@ class EvalTotalHook(EvaluationHook):
 
     def _reset(self) -> None:
         for _, metric in self._metrics:
-            if isinstance(metric, nn.Module):  # torchmetrics: its state lives where the model's outputs are
+            if isinstance(metric, nn.Module):  # torchmetrics: its state is on the device of the model's outputs
                 metric.to(self.trainer.device)
             if hasattr(metric, "reset"):
                 metric.reset()
@@ -221,7 +221,7 @@ def merge_over_ranks(metrics: Iterable[Any], strategy: Strategy) -> None:
             metric.merge(other)
 
 
-def _named(eval_metric: Any, *, has_inputs: bool) -> list[tuple[str | None, Any]]:
+def _with_names(eval_metric: Any, *, has_inputs: bool) -> list[tuple[str | None, Any]]:
     """(name or None, metric) of what was given.
 
     Raises:
@@ -274,7 +274,7 @@ def _renamed(given: str | None, metric: Any, results: dict[str, Any]) -> dict[st
     return {f"{given}_{name}": value for name, value in results.items()}
 
 
-def _kept(results: dict[str, Any]) -> dict[str, Any]:
+def _detached_results(results: dict[str, Any]) -> dict[str, Any]:
     """The results as they are now, whatever the metric does with its tensors next."""
     return {name: copy.deepcopy(_detached(value)) for name, value in results.items()}
 

@@ -27,14 +27,14 @@ class LoggerHook(HookBase):
     """Writes what is in `metric_storage`: a line on the console for each epoch, TensorBoard, `metrics.jsonl`, a bar.
 
     Runs after all other hooks, every `period` batches and after each epoch, on the main process. TensorBoard is left out, with
-    one line that says so, where the package is not installed; `metrics.jsonl` in the work dir is always written.
+    one line that says so, if the package is not installed; `metrics.jsonl` in the work dir is always written.
 
     Args:
         period: batches between writes.
         tb_log_dir: where TensorBoard's files go; None: `tb_logs` in the work dir.
         modes: groups of names, by their first word: with "eval", `eval_acc` is shown with the eval scores and written as
             `eval/eval_acc`. Names of no group belong to "train". None: ["train", "eval"].
-        progress_bar: show a bar (a line now and then, where the output is no terminal).
+        progress_bar: show a bar (a line now and then, if the output is no terminal).
         kwargs: passed to `torch.utils.tensorboard.SummaryWriter`.
 
     Stores: up to which iteration each name has been written, and where the files ended: a resumed run cuts them there.
@@ -248,7 +248,7 @@ class LoggerHook(HookBase):
         self._files = state_dict.get("files")
 
     def _note_ends(self) -> None:
-        """Have everything in the files and remember where they end: a run that goes on from here writes what comes after."""
+        """Write everything to the files and remember where they end: a resumed run cuts them there."""
         self._hand_over()
         if self._jsonl is None:
             return

@@ -24,9 +24,9 @@ from torch_frame.errors import SettingError
 def check_arguments(model: Any, optimizer: Any, lr_scheduler: Any, data_loader: Any) -> None:
     """The things that a Trainer is made of are what they have to be, and belong together."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is {_named(model)}; it has to be a torch.nn.Module object.")
+        raise TypeError(f"model is {_described(model)}; it has to be a torch.nn.Module object.")
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer is {_named(optimizer)}; it has to be a torch.optim.Optimizer object.")
+        raise TypeError(f"optimizer is {_described(optimizer)}; it has to be a torch.optim.Optimizer object.")
     _check_parameters(model, optimizer)
     if lr_scheduler is not None and getattr(lr_scheduler, "optimizer", optimizer) is not optimizer:
         raise SettingError(
@@ -34,14 +34,14 @@ def check_arguments(model: Any, optimizer: Any, lr_scheduler: Any, data_loader: 
             "Make it from the same optimizer object."
         )
     if lr_scheduler is not None and not hasattr(lr_scheduler, "optimizer"):
-        raise TypeError(f"lr_scheduler is {_named(lr_scheduler)}; it has to be a torch scheduler, or None.")
+        raise TypeError(f"lr_scheduler is {_described(lr_scheduler)}; it has to be a torch scheduler, or None.")
     if isinstance(data_loader, Dataset):
         raise TypeError(
-            f"data_loader is a dataset ({_named(data_loader)}); wrap it: DataLoader(dataset, batch_size=..., shuffle=True)."
+            f"data_loader is a dataset ({_described(data_loader)}); wrap it: DataLoader(dataset, batch_size=..., shuffle=True)."
         )
     if isinstance(data_loader, str | bytes | dict | type) or not hasattr(data_loader, "__iter__"):
         raise TypeError(
-            f"data_loader is {_named(data_loader)}; it has to be a DataLoader or another iterable of batches."
+            f"data_loader is {_described(data_loader)}; it has to be a DataLoader or another iterable of batches."
         )
 
 
@@ -203,7 +203,7 @@ def check_loader(loader: Iterable[Any], epochs_left: int, epoch_len: int | None)
         raise SettingError(empty_loader_message(loader, 0))
     if isinstance(loader, Iterator) and epochs_left > 1:
         raise SettingError(
-            f"data_loader is an iterator ({_named(loader)}), which is used up after one epoch, "
+            f"data_loader is an iterator ({_described(loader)}), which is used up after one epoch, "
             f"but {epochs_left} are to be trained. Pass a DataLoader, a list, or an object whose __iter__ begins anew."
         )
 
@@ -235,7 +235,7 @@ def checked_strategy(strategy: Any) -> Strategy:
         return SingleProcess()
     if isinstance(strategy, type) or not isinstance(strategy, Strategy):
         raise TypeError(
-            f"strategy is {_named(strategy)}; it has to be None or an object with the methods of "
+            f"strategy is {_described(strategy)}; it has to be None or an object with the methods of "
             "torch_frame.distributed.strategy.Strategy."
         )
     return strategy
@@ -247,7 +247,7 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
-def _named(value: Any) -> str:
+def _described(value: Any) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")

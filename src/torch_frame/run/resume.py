@@ -155,7 +155,11 @@ def _lines(found: Found, progress: Progress, environment: Mapping[str, Any]) -> 
     said.append((logging.INFO, f"Resumed from {found.path}: {place}; {counts}."))
     differences = _differences(found.state["environment"] or {}, environment)
     if differences:
-        text = "The run goes on, but not to the last bit as it would have, because " + "; ".join(differences) + "."
+        text = (
+            "The run continues, but its last bits may differ from those of the uninterrupted run, because "
+            + "; ".join(differences)
+            + "."
+        )
         said.append((logging.WARNING, text))
     return said
 

@@ -97,7 +97,7 @@ def get_workspace(work_dir: str | os.PathLike[str], create_new_dir: str | None) 
     """Proposes a folder for a run, and makes nothing; `claim_work_dir` makes it.
 
     Args:
-        work_dir: the folder that the user named. It is the answer where it does not exist yet.
+        work_dir: the folder that the user named. It is the answer if it does not exist yet.
         create_new_dir: what is put behind the name of a folder that exists: the time down to the second, minute, hour
             or day (`"time_s"`, `"time_m"`, `"time_h"`, `"time_d"`), a number (`"count"`), or nothing (None: the folder
             is used again).
@@ -155,7 +155,7 @@ _ADVICE = "Choose a work_dir in a folder that you may write to."
 
 
 def _make(path: str) -> bool:
-    """Makes a folder; False where the name is taken, by another process perhaps."""
+    """Makes a folder; False if the name is taken, by another process perhaps."""
     try:
         os.mkdir(path)
     except FileExistsError:
@@ -192,7 +192,7 @@ def _newest(paths: list[str]) -> str | None:
 def find_checkpoint(name: str | os.PathLike[str], work_dir: str | os.PathLike[str]) -> str:
     """Finds a checkpoint: as given, then in `work_dir/checkpoints`, then in the newest sibling `work_dir_*`.
 
-    The newest sibling is the one whose `checkpoints/name` was changed last. A warning says where such a file is newer
+    The newest sibling is the one whose `checkpoints/name` was changed last. A warning says so if such a file is newer
     than the one found.
 
     Args:

@@ -52,7 +52,7 @@ class ConsoleHandler(logging.Handler):
     A console is a courtesy: missing, closed, gone or unable to show a character, it never stops or litters a run.
 
     Args:
-        color: colours the lines where `supports_color` says so.
+        color: colours the lines if `supports_color` says so.
     """
 
     def __init__(self, level: int = logging.NOTSET, *, color: bool = False) -> None:
@@ -95,7 +95,7 @@ def _write(stream: Any, line: str) -> None:
 
 
 def _detach(stream: Any) -> None:
-    """Points a pipe that nobody reads any more at the null device.
+    """Points a pipe that is not read any more at the null device.
 
     The line is still in Python's buffer. Its last flush would fail too, print an error and make the exit status 120.
     """
@@ -133,7 +133,7 @@ def setup_logger(
     file_log_level: int = logging.INFO,
     color: bool = False,
 ) -> logging.Logger:
-    """Gives a logger a console handler, and a file where `output` names one; on rank 0 only.
+    """Gives a logger a console handler, and a file if `output` names one; on rank 0 only.
 
     A second call for the same name changes nothing, but a new `output` is added as one more file.
 
@@ -142,7 +142,7 @@ def setup_logger(
         output: a file that ends in `.txt` or `.log`, else a folder, for its `log.txt`. Missing folders are made.
         console_log_level: of the console, a level of `logging`.
         file_log_level: of the file, a level of `logging`.
-        color: colours the console's lines where it is a terminal that knows colours (see `supports_color`).
+        color: colours the console's lines if it is a terminal that knows colours (see `supports_color`).
 
     Returns:
         The logger. It doesn't hand its records to its parents.
@@ -208,7 +208,7 @@ def open_run_log(path: str | os.PathLike[str] | None, console_log_level: int, fi
     """Shows the "torch_frame" logger's records on the console and appends them to a file, until it is closed.
 
     A console that is there already is used as it is: one of `setup_logger` or of a run still open, or one that the
-    user's own handler writes to. Other handlers of the root logger (pytest's, a file) go on receiving the records.
+    user's own handler writes to. Other handlers of the root logger (pytest's, a file) still receive the records.
 
     Args:
         path: of the run's log file; None is no file.

@@ -121,7 +121,7 @@ def _checked_total(loss: Tensor, name: str) -> Tensor:
 
 @functools.cache
 def _warn_of_no_graph(name: str) -> None:
-    """Once for each name: a term that is sometimes constant (no object in the picture) is nobody's mistake."""
+    """Once for each name: a term that is sometimes constant (no object in the picture) is no mistake."""
     _logger.warning(
         "Loss %r has no graph in this step: it counts in total_loss, but nothing is trained by it. "
         "If it is a metric, return it beside the losses: (losses, {%r: ...}).",
@@ -176,7 +176,7 @@ def recordable(values: Any) -> dict[str, Tensor | Number]:
 
 
 def _detached_copy(value: Tensor) -> Tensor:
-    """A tensor that nobody changes, without its graph; of a value with a graph it is there already."""
+    """A tensor that no later step changes, without its graph. A value with a graph is one already."""
     return value.detach() if value.requires_grad else value.clone()
 
 

@@ -62,7 +62,7 @@ class LRWarmupScheduler:
         warmup_method: "constant", "linear", "exp" or None.
         warmup_iters: length of the warm-up, in updates.
         warmup_factor: the learning rate begins at this fraction of the scheduler's.
-        optimizer: needed only where `scheduler` is None.
+        optimizer: needed only if `scheduler` is None.
     """
 
     def __init__(
@@ -195,7 +195,7 @@ class LRWarmupScheduler:
         """Restore the schedule, and the optimizer's rates with it.
 
         Raises:
-            SettingError: where the saved run had a scheduler and this one has none, or the other way round.
+            SettingError: if the saved run had a scheduler and this one has none, or the other way round.
         """
         if (state_dict["scheduler"] is None) != (self.scheduler is None):
             had, has = ("no scheduler", "one") if self.scheduler is not None else ("a scheduler", "none")
@@ -212,7 +212,7 @@ class LRWarmupScheduler:
 
 def _given(optimizer: Optimizer | None) -> Optimizer:
     if optimizer is None:
-        raise SettingError("LRWarmupScheduler needs a scheduler, or an optimizer where there is none.")
+        raise SettingError("LRWarmupScheduler needs a scheduler, or an optimizer if there is none.")
     return optimizer
 
 

@@ -98,7 +98,7 @@ class Update:
         self._num_groups = len(self.optimizer.param_groups)
         self._plain_zero_grad = type(self.optimizer).zero_grad is Optimizer.zero_grad
         self._finite_check = FiniteCheck(self._optimized)
-        # Clipping looks at the model's gradients alone, so parameters beside it have to be looked at as well.
+        # Clipping looks at the model's gradients only: parameters outside the model are checked beside it.
         self._norm_covers_all = {id(p) for p in self._optimized} <= {id(p) for p in self._parameters}
         self._buffers = BufferSnapshot(self.model) if self._may_skip else None
 
