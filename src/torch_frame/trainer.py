@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_frame.checkpoint.weights import WeightsReport, bare_state_dict
+from torch_frame.checkpoint.weights import WeightsReport, bare_names
 from torch_frame.data.move import move_to_device, resolve_device
 from torch_frame.data.prefetch import prefetch_to_device
 from torch_frame.data.source import Source, length_of, source_of
@@ -27,8 +27,8 @@ from torch_frame.hooks.defaults import default_hooks
 from torch_frame.hooks.evaluate import evaluate_all
 from torch_frame.progress import Progress
 from torch_frame.run import checks, parts, session, state
-from torch_frame.run.resume import Found, Resumption
-from torch_frame.run.saving import RunContents, Saver, SaveRequest
+from torch_frame.run.resume import Found, Resumption, newest
+from torch_frame.run.saving import Saver, SaveRequest, job_of, save_one_by_one
 from torch_frame.run.state import Part
 from torch_frame.run.step_times import StepTimes
 from torch_frame.run.work_dir import WorkDir
@@ -175,7 +175,7 @@ class Trainer:
             on_cpu=self.device.type == "cpu",
         )
 
-        self.seed = checks.checked_seed(seed, data_loader)
+        self.seed = self.strategy.broadcast(checks.checked_seed(seed, data_loader))
         self.seed_is_explicit = seed is not None
         self.take_over = take_over
         self.source = self._source()
@@ -184,15 +184,13 @@ class Trainer:
         self.start_epoch = 0
         self.metric_storage = MetricStorage()
         self.metric_storage.declare("lr", smooth=False)
-        proxy = weakref.proxy(self)  # the storage must not keep the trainer, and so the model, alive
-        self.metric_storage.on_read = lambda columns: proxy._check_read_values(columns)
+        reference = weakref.ref(self)  # the storage must not keep the trainer, and so the model, alive
+        self.metric_storage.on_read = lambda columns: _check_read_values(reference(), columns)
         self.resumed_iter: int | None = None
         self._resumption = Resumption(checks.checked_resume(resume))
         self._work_dir = WorkDir(work_dir, None if resume == "auto" else create_new_dir)
         self._info_params: list[str] = []
-        own_way = type(self).save_checkpoint is not Trainer.save_checkpoint  # a subclass of 1.7 saves in its own way
-        by_override = (lambda name, single: proxy.save_checkpoint(name, single)) if own_way else None
-        self._saver = Saver(lambda: proxy._contents(), self.strategy, by_override)
+        self._saver = Saver(self.strategy)
         self.stop_signals = StopSignals(on_first=self._saver.wake)
         self._names_checked = False
         self._times = StepTimes()
@@ -218,14 +216,14 @@ class Trainer:
         with self._session(console_log_level, file_log_level):  # restore, check, log; report and close whatever happens
             self._begin()
             self.call("before_train")
-            self._resumption.restore_last(self._parts())  # random numbers
-            with session.ended_by_signals(self.stop_signals, self._saver, self.progress, self._work_dir):
+            self._resumption.restore_last(self._parts)  # random numbers
+            with session.ended_by_signals(self._save_last):
                 while self.progress.epoch < self.max_epochs and not self.strategy.agree(self.should_stop):
                     self.safe_point()  # a signal may have come before the first step
                     self.progress.begin_epoch()
                     if not self.progress.epoch_trained:
                         self.train_one_epoch()
-                    with self._saver.rolled_back_if_stopped(self._parts()):
+                    with self._saver.rolled_back_if_stopped(self._parts_of_hooks()):
                         self.call("after_epoch")
                         self._step_plateau()
                         self._save_if_stopping()
@@ -256,7 +254,9 @@ class Trainer:
             lr = self.lr
             values = self.train_one_iter(batch)  # forward -> losses -> backward -> update
             self.progress.end_iter(position)
-            self.record(values, lr)  # nothing is read from the device until the values are
+            row = recordable(values)
+            row["lr"] = lr  # that the step was made with
+            self.record(row)  # nothing is read from the device until the values are
             self.call("after_iter")
             self.safe_point()
         self._finish_epoch()
@@ -323,12 +323,11 @@ class Trainer:
         finally:  # after a fetch that failed, too: later waits must not be interrupted
             signals.may_interrupt = False
 
-    def record(self, values: Values, lr: float) -> None:
-        """Keep a step's values, its times, and the learning rate it was made with; nothing is read from the device."""
-        row = recordable(values)
+    def record(self, values: Values) -> None:
+        """Keep a step's values, and its times, unread."""
+        row = dict(values)
         row["data_time"] = self._times.data_s
         row["iter_time"] = self._times.step_s
-        row["lr"] = lr
         self.metric_storage.record(self.progress.iter - 1, row)
         if not self._names_checked:
             self._names_checked = True
@@ -376,26 +375,26 @@ class Trainer:
         self.progress.end_batches()
 
     def _step_plateau(self) -> None:
-        if self.lr_scheduler_metric is not None:
-            storage, is_last = self.metric_storage, self.epoch == self.max_epochs - 1
-            self.lr_scheduler.follow(self.lr_scheduler_metric, storage, storage.latest_iters, is_last)
+        """ReduceLROnPlateau: a step for each new value of its metric, on all ranks by rank 0's."""
+        name, storage = self.lr_scheduler_metric, self.metric_storage
+        if name is None:
+            return
+        found = (storage[name].avg, storage.latest_iters()[name]) if name in storage else None
+        found = self.strategy.broadcast(found)
+        if found is not None:
+            self.lr_scheduler.step_by_metric(*found)
+        elif self.epoch == self.max_epochs - 1:
+            raise SettingError(checks.unknown_metric_message("lr_scheduler_metric", name, storage))
 
     def _save_if_stopping(self) -> None:
         """A run that ends early leaves a `latest.pth`, even if the hook that writes it ran before the decision."""
+        self.should_stop = self.strategy.agree(self.should_stop)
         if self.should_stop and any(hook.saves_last_state for hook in self.hook_caller.hooks):
             self.save_at_safe_point("latest.pth", save_single_model=False)
 
     def _source(self) -> Source:
         last = self.max_epochs - 1
         return source_of(self.data_loader, self.seed, self.strategy, take_over=self.take_over, last_epoch=last)
-
-    def _check_read_values(self, columns: Columns) -> None:
-        """Values of steps have been read from the device: are losses and gradients finite?"""
-        if self.on_nonfinite == "skip" or self.precision.scaler is not None:
-            return
-        bad = first_nonfinite(columns)
-        if bad is not None:
-            raise self._nonfinite(f"{bad.name} is not finite", bad.values, bad.iteration)
 
     def _nonfinite(self, what: str, values: Values, iteration: int | None = None) -> NonFiniteError:
         iteration = self.cur_iter if iteration is None else iteration
@@ -404,14 +403,16 @@ class Trainer:
     # ---------------------------------------------------------------- begin and end
 
     def _session(self, console_log_level: int, file_log_level: int) -> AbstractContextManager[None]:
-        found = self._resumption.take_asked(self._work_dir)
-        if found is not None:
-            self._resume_from(found)
+        asked = self._resumption.take_asked()
+        if asked == "auto":
+            self._resume_from(newest(self.ckpt_dir))
+        elif asked is not None:
+            self.load_checkpoint(asked)
         self._check()
-        self._work_dir.claim()
+        self._work_dir.claim(self.strategy)
         self.source = self._source()  # the seed may be a checkpoint's by now
         log = open_run_log(self.log_file if self.check_main() else None, console_log_level, file_log_level)
-        return session.opened(log, self.stop_signals, self._saver, self.stages, self._on_error, self._on_end)
+        return session.Session(log, self.stop_signals, self._saver, self.stages, self._on_error, self._on_end)
 
     def _check(self) -> None:
         checks.check_device(self.model, self.device)
@@ -472,7 +473,7 @@ class Trainer:
     def safe_point(self) -> None:
         """Carry out the saves that were asked for and end if a signal asks for it, unless a window of gradients is open."""
         if not self.updater.window_open and self.strategy.agree(self._saver.pending):
-            self._saver.carry_out_requests()
+            self._save(self._saver.take_requests())
             if self.stop_signals.agree(self.strategy):
                 raise StopRequested
 
@@ -486,20 +487,42 @@ class Trainer:
         if is_single and self.stop_signals.received is not None and self._saver.rollback is not None:
             raise StopRequested
 
-    def _contents(self) -> RunContents:
-        """What files can be made of now; raises if a loss or a gradient that has not been read yet is not finite."""
+    def _save(self, requests: Sequence[SaveRequest], *, by_override: bool = True) -> None:
+        """Take a snapshot, and begin to write it.
+
+        Raises:
+            NonFiniteError: if a loss or a gradient that has not been read yet is not finite.
+            SettingError: for a whole state inside a window of gradients.
+        """
+        if not requests:
+            return
+        if (
+            by_override and type(self).save_checkpoint is not Trainer.save_checkpoint
+        ):  # a subclass of 1.7 saves its own way
+            save_one_by_one(requests, self.save_checkpoint)
+            return
         self.metric_storage.flush()
-        return RunContents(
-            folder=self.ckpt_dir,
-            weights=lambda: bare_state_dict(self.model_evaluate),
-            state=lambda: state.capture(self._parts(), self._saver.rollback),
-            must_be_finite=trained_tensors(self.model_or_module),
-            where=f"epoch {self.epoch}, iteration {self.cur_iter}",
-            window_open=self.updater.window_open,
-        )
+        checks.check_outside_window(requests, self.updater.window_open)
+        contents: dict[bool, Any] = {}
+        if any(request.save_single_model for request in requests):
+            contents[True] = bare_names(self.strategy.model_state(self.model_evaluate))
+        if not all(request.save_single_model for request in requests):
+            contents[False] = state.capture(self._parts(), self._saver.rollback)
+        where = f"epoch {self.epoch}, iteration {self.cur_iter}"
+        job = job_of(requests, self.ckpt_dir, contents, trained_tensors(self.model_or_module), where)
+        self._saver.start(job, self.ckpt_dir)
+
+    def _save_last(self) -> None:
+        """The last save before the run ends by a signal: complete when this returns."""
+        self._saver.request_last_state()
+        self._save(self._saver.take_requests())
+        self._saver.wait()
+        assert self.stop_signals.received is not None
+        name = self.stop_signals.received.name
+        logger.warning("%s came: saved after iteration %d as %s/latest.pth.", name, self.progress.iter, self.ckpt_dir)
 
     def save_checkpoint(self, file_name: str, save_single_model: bool = True, print_info: bool = False) -> None:
-        """Save there and then; the file is complete when this returns.
+        """Save there and then; the file is complete when this returns. On several ranks, all of them call it.
 
         Args:
             file_name: below `ckpt_dir`, or an absolute path. A full state called `latest.pth` keeps the one before it as
@@ -511,8 +534,8 @@ class Trainer:
             CheckpointError: if it cannot be written; the file that was there before is untouched.
             NonFiniteError: if the weights hold NaN or infinite values.
         """
-        self._work_dir.claim()
-        self._saver.start([SaveRequest(file_name, save_single_model, [])])
+        self._work_dir.claim(self.strategy)
+        self._save([SaveRequest(file_name, save_single_model, [])], by_override=False)
         self._saver.wait()
         if print_info:
             logger.info("Saved %s", os.path.join(self.ckpt_dir, file_name))
@@ -555,6 +578,14 @@ class Trainer:
             "rng": parts.RandomPart(self.strategy),
         }
 
+    def _parts_of_hooks(self) -> dict[str, Part]:
+        """What `after_epoch` changes."""
+        return {
+            "metric_storage": self.metric_storage,
+            "hooks": self.hook_caller,
+            "rng": parts.RandomPart(self.strategy),
+        }
+
     def load_checkpoint(
         self, path: str | os.PathLike[str] | None = None, checkpoint: Mapping[str, Any] | None = None
     ) -> WeightsReport | None:
@@ -579,7 +610,9 @@ class Trainer:
         self._resume_from(Found.at(self._work_dir.find(path)))
         return None
 
-    def _resume_from(self, found: Found) -> None:
+    def _resume_from(self, found: Found | None) -> None:
+        if found is None:
+            return
         self._resumption.restore(found, self._parts(), self.progress)
         if found.state["seed"] is not None:
             self.seed = found.state["seed"]
@@ -642,8 +675,8 @@ class Trainer:
 
     @property
     def epoch_len(self) -> int | None:
-        """Batches in an epoch; None if the loader has no length."""
-        return length_of(self.data_loader)
+        """Batches in an epoch, on this rank; None if the loader has no length."""
+        return length_of(self.data_loader) if self.strategy.world_size == 1 else self.source.num_batches
 
     @property
     def max_iters(self) -> int | None:
@@ -692,3 +725,15 @@ class Trainer:
     @property
     def log_file(self) -> str:
         return os.path.join(self.work_dir, "log.txt")
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        raise TypeError("A Trainer cannot be copied: its hooks, files and saves belong to one run. Make a new one.")
+
+
+def _check_read_values(trainer: Trainer | None, columns: Columns) -> None:
+    """Values of steps have been read from the device: are losses and gradients finite?"""
+    if trainer is None or trainer.on_nonfinite == "skip" or trainer.precision.scaler is not None:
+        return
+    bad = first_nonfinite(columns)
+    if bad is not None:
+        raise trainer._nonfinite(f"{bad.name} is not finite", bad.values, bad.iteration)

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import StepLR
+from torch.optim import SGD, AdamW
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.distributed.threads import ThreadStrategy, on_ranks
@@ -465,3 +465,92 @@ def test_the_distributed_room_can_be_imported_alone() -> None:
     assert result.stdout.strip() == str(
         ["torch_frame.distributed", "torch_frame.distributed.comm", "torch_frame.distributed.strategy"]
     )
+
+
+# ---------------------------------------------------------------- what every rank must have in common
+
+
+def test_ranks_with_seeds_of_their_own_train_on_every_sample_once(tmp_path: Path) -> None:
+    """People seed each rank with seed + rank; the order of the data is rank 0's."""
+    data = TensorDataset(torch.arange(12.0).reshape(12, 1))
+
+    def seen(strategy: ThreadStrategy) -> list[float]:
+        values: list[float] = []
+
+        def step(model: nn.Module, batch: Any) -> Tensor:
+            values.extend(batch[0].flatten().tolist())
+            return model(batch[0]).square().mean()
+
+        model = nn.Linear(1, 1)
+        loader = DataLoader(data, 2, shuffle=True, generator=torch.Generator().manual_seed(strategy.rank))
+        quiet(
+            make_trainer(
+                tmp_path, model, SGD(model.parameters(), 0.1), None, loader, 1, strategy=strategy, step_fn=step
+            )
+        )
+        return values
+
+    first, second = on_ranks(seen)
+    assert sorted([*first, *second]) == list(map(float, range(12)))  # type: ignore[misc]
+
+
+def test_an_epoch_is_as_long_as_this_ranks_part(tmp_path: Path) -> None:
+    loader = DataLoader(TensorDataset(torch.ones(22, 3), torch.ones(22, 1)), batch_size=3)
+    lengths = on_ranks(lambda strategy: make_trainer(tmp_path, double_net(), data=loader, strategy=strategy).max_iters)
+    assert lengths == [2 * 4] * 2
+
+
+class Falling(HookBase):
+    """Logs a score that gets better by so much each epoch."""
+
+    def __init__(self, gain: float) -> None:
+        self.gain = gain
+
+    def after_epoch(self) -> None:
+        self.log(self.trainer.epoch, score=9 - self.gain * self.trainer.epoch, smooth=False, window_size=1)
+
+
+@pytest.mark.parametrize("gains", [(0.0, 1.0), (1.0, 0.0)])
+def test_the_plateau_steps_alike_on_all_ranks(gains: tuple[float, float], tmp_path: Path) -> None:
+    def lr(strategy: ThreadStrategy) -> float:
+        model = double_net()
+        optimizer = SGD(model.parameters(), lr=0.1)
+        scheduler = ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
+        settings = {"lr_scheduler_metric": "score", "strategy": strategy, "hooks": [Falling(gains[strategy.rank])]}
+        trainer = make_trainer(tmp_path, model, optimizer, scheduler, doubles(), 4, **settings)
+        quiet(trainer)
+        return trainer.lr
+
+    assert on_ranks(lr) == [0.1 if gains[0] else 0.1 * 0.5**3] * 2, "as rank 0's score has it"
+
+
+def test_a_stop_that_another_rank_wants_leaves_a_state_and_one_folder(tmp_path: Path) -> None:
+    def work(strategy: ThreadStrategy) -> str:
+        hooks: list[HookBase] = [CheckpointerHook(period=5)]
+        hooks += [StopAt(1)] if strategy.rank == 1 else []
+        trainer = make_trainer(
+            tmp_path / "run", double_net(), data=doubles(), max_epochs=9, strategy=strategy, hooks=hooks
+        )
+        quiet(trainer)
+        return trainer.ckpt_dir
+
+    (tmp_path / "run").mkdir()
+    first, second = on_ranks(work)
+    assert first == second
+    state = torch.load(Path(str(first)) / "latest.pth", weights_only=True)
+    assert state["progress"]["epoch"] == 2
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+class Halved(SingleProcess):
+    """Holds half of each weight, and gives the whole when it is asked."""
+
+    def model_state(self, model: nn.Module) -> dict[str, Any]:
+        return {name: torch.cat([value, value]) for name, value in super().model_state(model).items()}
+
+
+def test_weights_alone_are_whole_too(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, nn.Linear(2, 2), strategy=Halved())
+    trainer.save_checkpoint("best.pth")
+    saved = torch.load(Path(trainer.ckpt_dir) / "best.pth", weights_only=True)
+    assert {name: tuple(value.shape) for name, value in saved.items()} == {"weight": (4, 2), "bias": (4,)}

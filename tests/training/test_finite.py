@@ -99,6 +99,7 @@ class OwnNorm(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("running_mean", torch.zeros(2))
+        self.register_buffer("running_var", torch.ones(2))
         self.register_buffer("mask", torch.full((2,), -INF))
 
 
@@ -107,7 +108,7 @@ def test_trained_parameters_and_statistics_of_any_norm_have_to_be_finite_and_mas
     model["a"].bias.requires_grad_(False)
     assert set(trained_tensors(model)) == {
         *("a.weight", "b.weight", "b.bias"),
-        *("b.running_mean", "b.running_var", "c.running_mean"),
+        *("b.running_mean", "b.running_var", "c.running_mean", "c.running_var"),
     }
     check_weights(trained_tensors(model), "epoch 0")
     model["c"].running_mean[1] = NAN

@@ -29,25 +29,27 @@ class HostBuffers:
         taken: dict[_Form, int] = {}
         copies: dict[Any, Tensor] = {}
         plan: list[tuple[Tensor, Tensor]] = []  # (buffer, tensor)
-
-        def copied(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                key = _same_memory(value)
-                if key not in copies:
-                    copies[key] = self._placed(value, taken, plan)
-                return copies[key]
-            if isinstance(value, dict):
-                made = type(value)()
-                for name, item in value.items():
-                    made[name] = copied(item)
-                return made
-            if type(value) is list or type(value) is tuple:
-                return type(value)(copied(item) for item in value)
-            return value
-
-        result = copied(state)
+        result = self._copied(state, taken, copies, plan)
         _carry_out(plan)
         return result
+
+    def _copied(
+        self, value: Any, taken: dict[_Form, int], copies: dict[Any, Tensor], plan: list[tuple[Tensor, Tensor]]
+    ) -> Any:
+        # A method: a nested function that calls itself is a circle, which would hold every tensor until it is collected.
+        if isinstance(value, Tensor):
+            key = _same_memory(value)
+            if key not in copies:
+                copies[key] = self._placed(value, taken, plan)
+            return copies[key]
+        if isinstance(value, dict):
+            made = type(value)()
+            for name, item in value.items():
+                made[name] = self._copied(item, taken, copies, plan)
+            return made
+        if type(value) is list or type(value) is tuple:
+            return type(value)([self._copied(item, taken, copies, plan) for item in value])
+        return value
 
     def _placed(self, tensor: Tensor, taken: dict[_Form, int], plan: list[tuple[Tensor, Tensor]]) -> Tensor:
         if (

@@ -24,6 +24,15 @@ class Stateless:
     interruptible = True
     seed = 0
 
+    _loader: Any
+
+    @property
+    def num_batches(self) -> int | None:
+        try:
+            return len(self._loader)
+        except (TypeError, NotImplementedError):
+            return None
+
     def close(self) -> None:
         """Nothing runs in the background between epochs."""
 
@@ -70,6 +79,13 @@ class OrderedSource(Stateless):
 
     def __len__(self) -> int:
         return len(self.plan)
+
+    @property
+    def num_batches(self) -> int | None:
+        try:
+            return len(self.plan)
+        except (TypeError, NotImplementedError):  # a sampler without a length
+            return None
 
     @property
     def length(self) -> tuple[int, str] | None:

@@ -38,6 +38,11 @@ class Source(Protocol):
     @property
     def length(self) -> tuple[int, str] | None: ...
 
+    @property
+    def num_batches(self) -> int | None:
+        """Batches in an epoch, on this rank; None if it is not known."""
+        ...
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Placed]:
         """The epoch's batches from position `start` on; a position of 0 is the epoch's beginning."""
         ...
@@ -94,7 +99,7 @@ class SequenceSource(Stateless):
     exact = True
 
     def __init__(self, batches: Sequence[Any]) -> None:
-        self._batches = batches
+        self._batches = self._loader = batches
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Placed]:
         batches = self._batches

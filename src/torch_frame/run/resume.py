@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -17,7 +17,6 @@ from torch_frame.checkpoint.weights import WeightsReport, load_weights
 from torch_frame.errors import CheckpointError
 from torch_frame.progress import Progress
 from torch_frame.run.state import Part, State, restore, restore_last
-from torch_frame.run.work_dir import WorkDir
 from torch_frame.training.ema import EMA
 
 _logger = logging.getLogger("torch_frame")
@@ -41,18 +40,6 @@ class Found:
     def at(cls, path: str) -> Self:
         """What the file holds."""
         return cls(path, read(path))
-
-
-def find(resume: str | os.PathLike[str], work_dir: WorkDir) -> Found | None:
-    """The state that `resume=` means; None if it is "auto" and there is none.
-
-    Raises:
-        FileNotFoundError: with all the places that were searched.
-        CheckpointError: if the file is damaged, or is not a whole state.
-    """
-    if resume == "auto":
-        return newest(work_dir.checkpoints)
-    return Found.at(work_dir.find(resume))
 
 
 def read(path: str) -> State:
@@ -114,10 +101,10 @@ class Resumption:
         self._asked = asked
         self._last: State | None = None
 
-    def take_asked(self, work_dir: WorkDir) -> Found | None:
-        """The state that `resume=` means, once; None if there is none, or another one has been loaded."""
+    def take_asked(self) -> str | os.PathLike[str] | None:
+        """The value of `resume=`, once; None if another state has been loaded meanwhile."""
         asked, self._asked = self._asked, None
-        return None if asked is None else find(asked, work_dir)
+        return asked
 
     def restore(self, found: Found, parts: Mapping[str, Part], progress: Progress) -> None:
         """Restore all that is not restored last.
@@ -130,10 +117,10 @@ class Resumption:
         self._last = found.state
         self.told += _lines(found, progress, parts["environment"].state_dict())
 
-    def restore_last(self, parts: Mapping[str, Part]) -> None:
-        """Restore the rest, as the last thing before the first batch."""
+    def restore_last(self, parts: Callable[[], Mapping[str, Part]]) -> None:
+        """Restore the rest, as the last thing before the first batch; `parts` gives the table."""
         if self._last is not None:
-            restore_last(parts, self._last)
+            restore_last(parts(), self._last)
             self._last = None
 
     def load_weights(self, checkpoint: Mapping[str, Any], model: nn.Module, ema: EMA | None) -> WeightsReport:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -15,8 +17,8 @@ from torch_frame.checkpoint import io
 from torch_frame.checkpoint.background import Background
 from torch_frame.checkpoint.snapshot import HostBuffers
 from torch_frame.distributed.strategy import Strategy
-from torch_frame.errors import CheckpointError, SettingError
-from torch_frame.run.state import Part, State, capture_before_after_epoch
+from torch_frame.errors import CheckpointError
+from torch_frame.run.state import Part, State, capture_copy
 from torch_frame.training.finite import check_weights
 
 
@@ -89,78 +91,52 @@ class SaveJob:
             remove(file.then_remove)
 
 
-@dataclass(frozen=True)
-class RunContents:
-    """What files can be made of, as the run stands now.
+def job_of(
+    requests: Sequence[SaveRequest],
+    folder: str,
+    contents: Mapping[bool, Any],
+    tensors: Mapping[str, Tensor],
+    where: str,
+) -> SaveJob:
+    """The job that carries out some requests.
 
-    Attributes:
+    Args:
+        requests: in the order of writing.
         folder: of the checkpoints.
-        weights: gives the weights, plain types and tensors.
-        state: gives the whole state; all ranks call it.
-        must_be_finite, where: as in `SaveJob`.
-        window_open: there are gradients that a state cannot hold.
+        contents: {True: the weights, False: the whole state}, of those that are asked for.
+        tensors, where: `must_be_finite` and `where` of the job.
     """
-
-    folder: str
-    weights: Callable[[], Any]
-    state: Callable[[], Any]
-    must_be_finite: Mapping[str, Tensor]
-    where: str
-    window_open: bool
-
-    def job(self, requests: Sequence[SaveRequest]) -> SaveJob:
-        """The job that carries out some requests.
-
-        Raises:
-            SettingError: for a whole state inside a window of gradients.
-        """
-        whole = [request.file_name for request in requests if not request.save_single_model]
-        if whole and self.window_open:
-            raise SettingError(
-                f"{whole[0]} would be saved inside a window of gradient_accumulation_steps, whose gradient it cannot hold. "
-                "Ask with trainer.save_at_safe_point(...), which waits for the window's end."
-            )
-        kinds = {request.save_single_model for request in requests}
-        contents = {single: (self.weights if single else self.state)() for single in kinds}
-        previous = os.path.join(self.folder, "previous.pth")
-        files = [
-            FileToWrite(
-                os.path.join(self.folder, request.file_name),
-                previous if request.file_name == "latest.pth" else None,
-                contents[request.save_single_model],
-                list(request.then_remove),
-            )
-            for request in requests
-        ]
-        return SaveJob(files, self.must_be_finite, self.where)
+    previous = os.path.join(folder, "previous.pth")
+    files = [
+        FileToWrite(
+            os.path.join(folder, request.file_name),
+            previous if request.file_name == "latest.pth" else None,
+            contents[request.save_single_model],
+            list(request.then_remove),
+        )
+        for request in requests
+    ]
+    return SaveJob(files, tensors, where)
 
 
 class Saver:
     """Carries out saves: the run's tensors are copied at once, and written while training continues.
 
     Args:
-        contents: gives what the run holds now; called when the save before is complete, whose copies are in the buffers.
         strategy: rank 0 decides which files are saved, and writes them.
-        by_override: saves one file, now; for trainers that override `save_checkpoint`. None: in the background.
 
     Attributes:
         pending: there is something to do at the next safe point: a request, a stop signal, a save that has failed.
         rollback: parts of the state that are saved as they were before `after_epoch`; None outside it.
     """
 
-    def __init__(
-        self,
-        contents: Callable[[], RunContents],
-        strategy: Strategy,
-        by_override: Callable[[str, bool], None] | None = None,
-    ) -> None:
+    def __init__(self, strategy: Strategy) -> None:
         self.pending = False
         self.rollback: State | None = None
-        self._contents = contents
         self._strategy = strategy
-        self._by_override = by_override
         self._requests = SaveRequests()
-        self._background = Background(on_failure=self.wake)
+        proxy = weakref.proxy(self)  # no circle: the buffers are freed with the trainer
+        self._background = Background(on_failure=lambda: proxy.wake())
         self._buffers = HostBuffers()
 
     def wake(self) -> None:
@@ -172,60 +148,51 @@ class Saver:
         self._requests.add(file_name, save_single_model, then_remove)
         self.wake()
 
-    def carry_out_requests(self) -> None:
-        """At a safe point, on all ranks: begin to write what was asked for.
+    def take_requests(self) -> list[SaveRequest]:
+        """What is to be written now, on all ranks; rank 0 decides.
 
         Raises:
             BaseException: what an earlier save has failed with.
         """
         self.pending = False
         self._background.raise_failure()
-        self._save_requested()
-
-    def _save_requested(self) -> None:
         plain: list[Any] = [tuple(request) for request in self._requests.take()]
-        requests = [SaveRequest(*fields) for fields in self._strategy.broadcast(plain)]
-        if self._by_override is None:
-            self.start(requests)
-            return
-        for file_name, save_single_model, outdated in requests:
-            self._by_override(file_name, save_single_model)
-            remove(outdated)
+        return [SaveRequest(*fields) for fields in self._strategy.broadcast(plain)]
 
-    def start(self, requests: Sequence[SaveRequest]) -> None:
-        """Copy what the files hold, and begin to write them."""
-        if not requests:
-            return
-        self.wait()
-        contents = self._contents()
-        if self._writes:
-            _make_folder(contents.folder)
-        job = contents.job(requests)
-        if self._writes:
+    def start(self, job: SaveJob, folder: str) -> None:
+        """Copy what a job writes, and begin to write it; on rank 0, the others have helped to make the job.
+
+        Args:
+            job: what is to be written.
+            folder: of the checkpoints; made if need be.
+
+        Raises:
+            BaseException: what the save before has failed with.
+        """
+        self.wait()  # its copies are in the buffers
+        if self._strategy.rank == 0:
+            _make_folder(folder)
             copied = job.copied_into(self._buffers)
             self._background.start(lambda: copied.write(self._background.is_cancelled))
 
-    @contextlib.contextmanager
-    def rolled_back_if_stopped(self, parts: Mapping[str, Part]) -> Iterator[None]:
-        """If a signal ends `after_epoch`, which is inside, the run is saved as it was before.
+    def rolled_back_if_stopped(self, parts: Mapping[str, Part]) -> AbstractContextManager[None]:
+        """If a signal ends `after_epoch`, which is inside, the run is saved with these parts as they were before.
 
         A hook whose state cannot be saved has no way back: a signal then waits for the end of `after_epoch`.
         """
-        self.rollback = capture_before_after_epoch(parts)
+        self.rollback = capture_copy(parts)
+        return self._rollback_dropped()
+
+    @contextlib.contextmanager
+    def _rollback_dropped(self) -> Iterator[None]:
         yield
         self.rollback = None
 
-    def save_last(self) -> None:
-        """Save the whole state before the run ends by a signal: complete when this returns."""
+    def request_last_state(self) -> None:
+        """Ask for the whole state before the run ends by a signal."""
         if self.rollback is not None:
             self._requests.take()  # asked for in an after_epoch that the resumed run goes through again
-        self._requests.add("latest.pth", save_single_model=False)
-        self._save_requested()
-        self.wait()
-
-    @property
-    def _writes(self) -> bool:
-        return self._strategy.rank == 0
+        self.request("latest.pth", save_single_model=False)
 
     @property
     def busy(self) -> bool:
@@ -242,8 +209,15 @@ class Saver:
 
     def remove_unfinished_files(self, folder: str) -> None:
         """Remove what a process that was killed inside a save has left in the folder of a run that begins."""
-        if self._writes:
+        if self._strategy.rank == 0:
             remove(glob.glob(os.path.join(glob.escape(folder), ".*.tmp")))
+
+
+def save_one_by_one(requests: Iterable[SaveRequest], save: Callable[[str, bool], None]) -> None:
+    """Carry out requests by a trainer's own `save_checkpoint(file_name, save_single_model)`."""
+    for file_name, save_single_model, outdated in requests:
+        save(file_name, save_single_model)
+        remove(outdated)
 
 
 def remove(paths: Iterable[str]) -> None:

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
 
 from torch_frame._version import __version__
-from torch_frame.progress import Progress
 from torch_frame.run.saving import Saver
-from torch_frame.run.work_dir import WorkDir
 from torch_frame.stopping import StopRequested, StopSignals
 
 _logger = logging.getLogger("torch_frame")
@@ -24,16 +22,11 @@ _RULE = "-" * 50
 Stages = Mapping[str, Sequence[Callable[..., None]]]
 
 
-@contextmanager
-def opened(
-    log: AbstractContextManager[Any],
-    signals: StopSignals,
-    saver: Saver,
-    stages: Stages,
-    on_error: Callable[[BaseException], str],
-    on_end: Callable[[], None],
-) -> Iterator[None]:
+class Session:
     """One `train()`: inside, the log is open and signals are listened to. At its end hooks and saves are closed.
+
+    Written out as a class, because a user's code runs at its end: a generator would turn a StopIteration of a hook into another
+    error.
 
     Args:
         log: open inside.
@@ -43,40 +36,59 @@ def opened(
         on_error: says where the run was; called before the hooks are told.
         on_end: called in every case, before the hooks are closed.
     """
-    with log, signals.listening():
-        failed = True
-        try:
-            yield
-            saver.wait()
-            failed = False
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                saver.cancel()  # the user waits for nothing
-            _report(error, on_error(error), stages["on_exception"])
-            raise
-        finally:
-            on_end()
-            error_at_close = _close(saver, stages["close"])
-            if error_at_close is not None and not failed:
-                raise error_at_close  # here and not in _close: one frame less above an error in a hook's close
-    if signals.received is not None:
-        signals.end()
+
+    def __init__(
+        self,
+        log: AbstractContextManager[Any],
+        signals: StopSignals,
+        saver: Saver,
+        stages: Stages,
+        on_error: Callable[[BaseException], str],
+        on_end: Callable[[], None],
+    ) -> None:
+        self._log = log
+        self._signals = signals
+        self._saver = saver
+        self._stages = stages
+        self._on_error = on_error
+        self._on_end = on_end
+        self._open = ExitStack()
+
+    def __enter__(self) -> None:
+        self._open.enter_context(self._log)
+        self._open.enter_context(self._signals.listening())
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        with self._open:
+            own_error: BaseException | None = None
+            if error is None:
+                try:
+                    self._saver.wait()
+                except BaseException as failure:
+                    own_error = error = failure
+            try:
+                if error is not None:
+                    if isinstance(error, KeyboardInterrupt):
+                        self._saver.cancel()  # the user waits for nothing
+                    _report(error, self._on_error(error), self._stages["on_exception"])
+            finally:
+                self._on_end()
+                error_at_close = _close(self._saver, self._stages["close"])
+            if error is None:
+                own_error = error_at_close
+            if own_error is not None:
+                raise own_error  # here and not in _close: one frame less above an error in a hook's close
+        if error is None and self._signals.received is not None:
+            self._signals.end()
 
 
 @contextmanager
-def ended_by_signals(signals: StopSignals, saver: Saver, progress: Progress, work_dir: WorkDir) -> Iterator[None]:
-    """A signal that asks the run to end ends what is inside; the whole state is saved then."""
+def ended_by_signals(save: Callable[[], None]) -> Iterator[None]:
+    """A signal that asks the run to end ends what is inside; `save` is called then."""
     try:
         yield
     except StopRequested:
-        assert signals.received is not None
-        saver.save_last()
-        _logger.warning(
-            "%s came: saved after iteration %d as %s/latest.pth.",
-            signals.received.name,
-            progress.iter,
-            work_dir.checkpoints,
-        )
+        save()
 
 
 def _report(error: BaseException, where: str, tell: Sequence[Callable[[BaseException], None]]) -> None:

@@ -18,9 +18,6 @@ State = Mapping[str, Any]
 RESTORED_LAST = ("data", "loader_generators", "rng")
 """Restored after everything else, before the first batch: the random numbers, and what draws some when it is restored."""
 
-CHANGED_AFTER_EPOCH = ("metric_storage", "hooks", "rng")
-"""What `after_epoch` changes."""
-
 
 class Part(Protocol):
     """A part of a run's state."""
@@ -64,17 +61,20 @@ def capture(parts: Mapping[str, Part], replaced: State | None = None) -> dict[st
         "version": VERSION,
         "sealed": True,  # a digest follows in the file: one that lacks it has been cut
         "torch_frame": __version__,
-        **{name: replaced[name] if name in replaced else part.state_dict() for name, part in parts.items()},
     }
+    for name, part in parts.items():  # a loop, for a comprehension is one more frame above an error in a state_dict
+        state[name] = replaced[name] if name in replaced else part.state_dict()
     converted: dict[str, Any] = plain(state)
     return converted
 
 
-def capture_before_after_epoch(parts: Mapping[str, Part]) -> dict[str, Any] | None:
-    """The parts that `after_epoch` changes, as they are now, sharing no memory with the run; None if one cannot be saved."""
-    changing = {name: parts[name].state_dict() for name in CHANGED_AFTER_EPOCH}
+def capture_copy(parts: Mapping[str, Part]) -> dict[str, Any] | None:
+    """Some parts as they are now, sharing no memory with the run; None if one of them cannot be saved."""
+    state: dict[str, Any] = {}
+    for name, part in parts.items():
+        state[name] = part.state_dict()
     try:
-        copied: dict[str, Any] = plain(changing, copy_tensors=True)
+        copied: dict[str, Any] = plain(state, copy_tensors=True)
     except CheckpointError:
         return None
     return copied

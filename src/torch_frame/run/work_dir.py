@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Iterator
 
+from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import WorkDirError
 
 _logger = logging.getLogger(__name__)
@@ -44,12 +45,18 @@ class WorkDir:
         """The folder of the checkpoints."""
         return os.path.join(self.path, "checkpoints")
 
-    def claim(self) -> None:
-        """Make the folder; under another name if another run has taken the proposed one in the meantime."""
-        if not self._claimed:
+    def claim(self, strategy: Strategy) -> None:
+        """Make the folder; under another name if another run has taken the proposed one in the meantime.
+
+        Rank 0 makes it, and all ranks have the same one.
+        """
+        if self._claimed:
+            return
+        if strategy.rank == 0:
             base = self.path if self._create_new_dir is None else self._given
             self.path = claim_work_dir(base, self._create_new_dir)
-            self._claimed = True
+        self.path = strategy.broadcast(self.path)
+        self._claimed = True
 
     def find(self, checkpoint: str | os.PathLike[str]) -> str:
         """The checkpoint's place: as given, in this work dir, or in the newest sibling."""

@@ -97,13 +97,16 @@ _STATISTICS = ("running_mean", "running_var")
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors without which no weights are written if they are not finite: trained parameters, batch norm's statistics.
+    """The tensors that have to be finite, or no weights are written: trained parameters, and statistics of normalisations.
 
-    Other buffers may hold infinities on purpose, a mask for instance.
+    A normalisation is a module with the buffers `running_mean` and `running_var`, torch's or a user's. Other buffers may hold
+    infinities on purpose, a mask for instance.
     """
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad and p.is_floating_point()}
     statistics = {n: b for n, b in model.named_buffers() if n.rpartition(".")[2] in _STATISTICS}
-    return {**trained, **statistics}
+    owners = [{n.rpartition(".")[0] for n in statistics if n.endswith(kind)} for kind in _STATISTICS]
+    norms = set.intersection(*owners)
+    return {**trained, **{n: b for n, b in statistics.items() if n.rpartition(".")[0] in norms}}
 
 
 def check_weights(tensors: Mapping[str, Tensor], where: str) -> None:

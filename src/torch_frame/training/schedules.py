@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
@@ -120,28 +120,6 @@ class LRWarmupScheduler:
         if at != self._metric_at:
             self._metric_at = at
             self._step_wrapped(functools.partial(self.scheduler.step, metric))  # type: ignore[union-attr, call-arg]  # a plateau
-
-    def follow(
-        self, name: str, values: Mapping[str, Any], logged_at: Callable[[], Mapping[str, int]], last: bool
-    ) -> None:
-        """Step a ReduceLROnPlateau by the metric that it follows, if there is a new value.
-
-        Args:
-            name: of the metric.
-            values: name -> value with `avg`, a mean.
-            logged_at: gives for each name when its latest value is of.
-            last: there is no later epoch in which the metric could be logged.
-
-        Raises:
-            SettingError: if nothing has been logged under this name by the last epoch.
-        """
-        if name in values:
-            self.step_by_metric(values[name].avg, logged_at()[name])
-        elif last:
-            raise SettingError(
-                f"lr_scheduler_metric is {name!r}, but nothing has been logged under this name; there are: "
-                f"{', '.join(sorted(values))}."
-            )
 
     def _step_wrapped(self, step: Callable[[], None]) -> None:
         if not self.warming_up and not self._scaled:

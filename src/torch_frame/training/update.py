@@ -82,7 +82,7 @@ class Update:
         self._skips_in_a_row = 0
         self._may_skip = on_nonfinite == "skip" or self._scaler is not None
         several_ranks = strategy.world_size > 1
-        self._scales = window_len > 1 or (weighted and several_ranks)
+        self._scales = False  # whether losses are, in the window under way: window_len may be set between two windows
         self._shares_weights = weighted and several_ranks
         # A rank that raised before its backward pass would leave the others waiting: they look at the losses together.
         self._reads_losses = on_cpu and not self._may_skip and not several_ranks
@@ -122,6 +122,7 @@ class Update:
         if self.num_micro_batches == 0:
             self._zero_grad()
             self._window_losses.clear()
+            self._scales = self.window_len > 1 or self._shares_weights
             if self._buffers is not None:
                 self._buffers.take()
         return self._exchanging if is_last else self._strategy.accumulating(self.model)
