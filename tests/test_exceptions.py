@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
+from tests.small_data import open_files
+from tests.small_hooks import On, Stages, at_iter
 from tests.small_runs import Net, environment, library_frames, make_batches, make_trainer, raised_by
 from torch_frame import CheckpointerHook, EvalHook, HookBase, LoggerHook, Trainer
 
@@ -38,25 +40,9 @@ STAGES = [
 ERRORS: list[type[BaseException]] = [ValueError, KeyboardInterrupt, SystemExit, AssertionError]
 
 
-class At(HookBase):
-    """Calls a function at a stage: At(after_iter=function)."""
-
-    def __init__(self, **stages: Callable[..., Any]) -> None:
-        for stage, function in stages.items():
-            setattr(self, stage, function)
-
-
-class Witness(HookBase):
+def witness() -> Stages:
     """Writes down how the run ended."""
-
-    def __init__(self) -> None:
-        self.seen: list[Any] = []
-
-    def on_exception(self, error: BaseException) -> None:
-        self.seen.append(error)
-
-    def close(self) -> None:
-        self.seen.append("close")
+    return Stages("on_exception", "close")
 
 
 class Unsized:
@@ -133,7 +119,7 @@ IN_THE_STEP: dict[str, Callable[[BaseException], dict[str, Any]]] = {
     "step_fn": lambda error: {"step_fn": raiser(error)},
     "loss": lambda error: {"step_fn": lambda model, batch: raiser(error)(model(batch))},
     "loss_weight": lambda error: {"loss_weight": raiser(error)},
-    **{stage: lambda error, stage=stage: {"hooks": [At(**{stage: raiser(error)})]} for stage in STAGES},
+    **{stage: lambda error, stage=stage: {"hooks": [On(**{stage: raiser(error)})]} for stage in STAGES},
 }
 ELSEWHERE: dict[str, Callable[[BaseException], dict[str, Any]]] = {
     "data": lambda error: {"data": FailingData(error)},
@@ -151,70 +137,57 @@ def trainer_failing(tmp_path: Path, place: str, error: BaseException, *hooks: Ho
     return make_trainer(tmp_path / "run", **{**settings, **made, "hooks": [*hooks, *made.pop("hooks", [])]})
 
 
-def open_files(folder: Path) -> list[str]:
-    """The files below `folder` that this process holds open."""
-    descriptors = Path("/proc/self/fd")
-    if not descriptors.is_dir():
-        pytest.skip("needs /proc")
-    targets = []
-    for descriptor in descriptors.iterdir():
-        try:
-            targets.append(os.readlink(descriptor))
-        except FileNotFoundError:
-            pass
-    return [target for target in targets if target.startswith(str(folder))]
-
-
 # ---------------------------------------------------------------- hooks are told, and closed
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_each_hook_is_told_of_the_error_and_closed_once(place: str, tmp_path: Path) -> None:
     error = ValueError("mine")
-    first, last = Witness(), Witness()
+    first, last = witness(), witness()
     trainer = trainer_failing(tmp_path, place, error, first, last)
     assert raised_by(trainer.train, ValueError) is error
-    for witness in (first, last):
-        assert witness.seen == [error, "close"]
+    for hook in (first, last):
+        assert (hook.calls, hook.errors) == (["on_exception", "close"], [error])
 
 
 @pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("place", ["model", "before_train", "after_iter", "eval_func"])
 def test_ctrl_c_and_exit_are_told_as_errors_are(place: str, error: type[BaseException], tmp_path: Path) -> None:
-    raised, witness = error("mine"), Witness()
-    trainer = trainer_failing(tmp_path, place, raised, witness)
+    raised, hook = error("mine"), witness()
+    trainer = trainer_failing(tmp_path, place, raised, hook)
     assert raised_by(trainer.train, error) is raised
-    assert witness.seen == [raised, "close"]
+    assert (hook.calls, hook.errors) == (["on_exception", "close"], [raised])
     assert error.__name__ in Path(trainer.log_file).read_text(encoding="utf-8")
 
 
 def test_a_normal_end_closes_and_tells_of_no_error(tmp_path: Path) -> None:
-    witness = Witness()
-    make_trainer(tmp_path, hooks=[witness]).train()
-    assert witness.seen == ["close"]
+    hook = witness()
+    make_trainer(tmp_path, hooks=[hook]).train()
+    assert hook.calls == ["close"]
 
 
 def test_a_hook_that_fails_at_an_error_does_not_hide_it(tmp_path: Path) -> None:
     error = ValueError("mine")
-    first, last = Witness(), Witness()
-    failing = At(on_exception=raiser(RuntimeError("on_exception")), close=raiser(RuntimeError("close")))
+    first, last = witness(), witness()
+    failing = On(on_exception=raiser(RuntimeError("on_exception")), close=raiser(RuntimeError("close")))
     trainer = make_trainer(tmp_path, hooks=[first, failing, last], step_fn=raiser(error))
     assert raised_by(trainer.train, ValueError) is error
-    assert first.seen == last.seen == [error, "close"]
+    assert first.calls == last.calls == ["on_exception", "close"]
+    assert first.errors == last.errors == [error]
 
 
 def test_a_close_that_fails_is_raised_when_all_the_others_are_closed(tmp_path: Path) -> None:
     error = ValueError("mine")
-    first, last = Witness(), Witness()
-    trainer = make_trainer(tmp_path, hooks=[first, At(close=raiser(error)), last])
+    first, last = witness(), witness()
+    trainer = make_trainer(tmp_path, hooks=[first, On(close=raiser(error)), last])
     assert raised_by(trainer.train, ValueError) is error
-    assert first.seen == last.seen == ["close"]
+    assert first.calls == last.calls == ["close"]
 
 
 def test_a_run_can_be_started_again_after_an_error(tmp_path: Path) -> None:
     """A notebook's user interrupts, looks, and goes on."""
     model = Net()
-    failing = At(after_iter=lambda: trainer.cur_iter == 2 and raiser(KeyboardInterrupt())())
+    failing = On(after_iter=at_iter(2, raiser(KeyboardInterrupt())))
     trainer = make_trainer(tmp_path, model, hooks=[failing], gradient_accumulation_steps=2)
     raised_by(trainer.train, KeyboardInterrupt)
     failing.after_iter = lambda: None  # type: ignore[method-assign]
@@ -226,6 +199,7 @@ def test_a_run_can_be_started_again_after_an_error(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- files are closed, nothing is left changed
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
 @pytest.mark.parametrize("place", [*PLACES, "close", "nowhere"])
 def test_all_files_and_handlers_are_closed_however_the_run_ends(place: str, tmp_path: Path) -> None:
     logger = logging.getLogger("torch_frame")
@@ -235,10 +209,10 @@ def test_all_files_and_handlers_are_closed_however_the_run_ends(place: str, tmp_
     if place == "nowhere":
         make_trainer(tmp_path / "run", hooks=hooks).train()
     elif place == "close":
-        raised_by(make_trainer(tmp_path / "run", hooks=[*hooks, At(close=raiser(error))]).train, ValueError)
+        raised_by(make_trainer(tmp_path / "run", hooks=[*hooks, On(close=raiser(error))]).train, ValueError)
     else:
         raised_by(trainer_failing(tmp_path, place, error, *hooks).train, ValueError)
-    assert open_files(tmp_path) == []
+    assert [name for name in open_files() if name.startswith(str(tmp_path))] == []
     assert (logger.level, logger.propagate, list(logger.handlers), threading.active_count()) == before
 
 
@@ -272,7 +246,7 @@ def test_at_most_three_frames_of_ours_stand_above_the_users_error(
 @pytest.mark.parametrize("stage", ["before_update", "after_update"])
 def test_so_few_also_in_the_last_window_of_a_loader_without_length(stage: str, tmp_path: Path) -> None:
     trainer = make_trainer(
-        tmp_path, data=Unsized(), gradient_accumulation_steps=9, hooks=[At(**{stage: raiser(ValueError())})]
+        tmp_path, data=Unsized(), gradient_accumulation_steps=9, hooks=[On(**{stage: raiser(ValueError())})]
     )
     frames = library_frames(raised_by(trainer.train, ValueError))
     assert 0 < len(frames) <= 3, frames

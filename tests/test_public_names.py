@@ -2,20 +2,14 @@
 
 import importlib
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import torch_frame
+from tests.small_runs import environment, run_python
 
 PACKAGE = Path(torch_frame.__file__).parent
-
-
-def run_python(code: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    search = f"import sys; sys.path.insert(0, {str(path or PACKAGE.parent)!r})\n"
-    return subprocess.run([sys.executable, "-c", search + code], capture_output=True, text=True, check=False)
 
 
 def test_every_exported_name_exists():
@@ -53,7 +47,7 @@ def test_import_paths_of_1_7_work(path, names):
         assert hasattr(module, name), f"{path}.{name}"
 
 
-def test_import_is_light_and_changes_no_global_state():
+def test_import_is_light_and_changes_no_global_state(tmp_path):
     heavy = [
         "cv2",
         "accelerate",
@@ -68,7 +62,7 @@ def test_import_is_light_and_changes_no_global_state():
         "torchmetrics",
     ]
     result = run_python(
-        "import logging, random, signal\n"
+        "import logging, random, signal, sys\n"
         "import numpy, torch\n"
         "def globals_now():\n"
         "    return (torch.get_rng_state().tolist(), random.getstate(), numpy.random.get_state()[1].tolist(),\n"
@@ -80,7 +74,8 @@ def test_import_is_light_and_changes_no_global_state():
         "import torch_frame\n"
         "assert globals_now() == before\n"
         "assert not torch.cuda.is_initialized()\n"
-        f"print([name for name in {heavy} if name in set(sys.modules) - loaded])\n"
+        f"print([name for name in {heavy} if name in set(sys.modules) - loaded])\n",
+        tmp_path,
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]"
@@ -88,9 +83,10 @@ def test_import_is_light_and_changes_no_global_state():
 
 def test_an_install_overwritten_by_pytorch_frame_is_noticed_at_import(tmp_path):
     shutil.copytree(PACKAGE, tmp_path / "torch_frame", ignore=shutil.ignore_patterns("__pycache__"))
-    assert run_python("import torch_frame", tmp_path).returncode == 0
+    copy = environment(PYTHONPATH=str(tmp_path))
+    assert run_python("import torch_frame", tmp_path, env=copy).returncode == 0
     (tmp_path / "torch_frame" / "_stype.py").write_text("class stype: ...\n")  # one of the other package's own files
-    result = run_python("import torch_frame", tmp_path)
+    result = run_python("import torch_frame", tmp_path, env=copy)
     assert result.returncode == 1
     assert "Two packages share the import name torch_frame" in result.stderr
     assert "pip uninstall" in result.stderr

@@ -12,6 +12,7 @@ import torch
 from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.small_hooks import On
 from tests.small_runs import CountingHook, Net, differences, make_batches, make_trainer, raised_by, weights_of
 from torch_frame import CheckpointerHook, CheckpointError, HookBase, InfiniteDataLoader, LoggerHook, Trainer
 
@@ -211,17 +212,13 @@ def test_outside_the_main_thread_training_works_and_no_handler_is_installed(tmp_
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     seen: list[Any] = []
-
-    class Look(HookBase):
-        def before_epoch(self) -> None:
-            seen.append({number: signal.getsignal(number) for number in before})
-
-    trainer = run(tmp_path / "run", Look())
+    look = On(before_epoch=lambda trainer: seen.append({number: signal.getsignal(number) for number in before}))
+    trainer = run(tmp_path / "run", look)
     thread = threading.Thread(target=trainer.train)
     thread.start()
     thread.join(60)
     assert trainer.progress.epoch == 4
     assert seen == [before] * 4
-    run(tmp_path / "other", Look()).train()
+    run(tmp_path / "other", look).train()
     assert seen[-1] != before
     assert {number: signal.getsignal(number) for number in before} == before

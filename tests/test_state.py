@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import (
 )
 from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
 
+from tests.small_hooks import Stages
 from tests.small_runs import (
     CountingHook,
     Net,
@@ -303,18 +304,8 @@ class SaveAt(HookBase):
             raise Stopped
 
 
-class Stages(HookBase):
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, int]] = []
-
-    def before_epoch(self) -> None:
-        self.calls.append(("before_epoch", self.trainer.epoch))
-
-    def before_iter(self) -> None:
-        self.calls.append(("before_iter", self.trainer.cur_iter))
-
-    def after_epoch(self) -> None:
-        self.calls.append(("after_epoch", self.trainer.epoch))
+def place_of(stage: str, trainer: Trainer) -> tuple[str, int]:
+    return stage, trainer.epoch if stage.endswith("epoch") else trainer.cur_iter
 
 
 @pytest.mark.parametrize(
@@ -334,7 +325,7 @@ def test_a_state_saved_inside_an_epoch_goes_on_where_it_was(
     seed_everything(7)
     with pytest.raises(Stopped):
         trainer.train()
-    stages = Stages()
+    stages = Stages("before_epoch", "before_iter", "after_epoch", note=place_of)
     trainer = run.trainer(tmp_path / "parts", stages, model_seed=1)
     trainer.load_checkpoint("latest.pth")
     trainer.train()

@@ -30,6 +30,7 @@ from torch.optim.lr_scheduler import (
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import torch_frame
+from tests.small_hooks import On, Recorder
 from tests.small_runs import (
     DictNet,
     Net,
@@ -46,7 +47,6 @@ from torch_frame import (
     CheckpointerHook,
     CheckpointError,
     EvalHook,
-    HookBase,
     LoggerHook,
     NonFiniteError,
     SettingError,
@@ -55,24 +55,6 @@ from torch_frame import (
 )
 
 FORBIDDEN_ON_WINDOWS = set('<>:"|?* ')
-
-
-class Lambda(HookBase):
-    """Runs a function at one stage."""
-
-    def __init__(self, stage: str, function: Callable[..., Any]) -> None:
-        setattr(self, stage, function)
-
-
-class Recorder(HookBase):
-    """Keeps what a function gives after each batch."""
-
-    def __init__(self, function: Callable[[Trainer], Any]) -> None:
-        self.function = function
-        self.values: list[Any] = []
-
-    def after_iter(self) -> None:
-        self.values.append(self.function(self.trainer))
 
 
 class UserError(Exception):
@@ -671,11 +653,11 @@ def test_no_file_of_a_run_has_a_name_that_windows_forbids(tmp_path: Path) -> Non
     ("levels", "texts"), [((), {"info", "warning"}), ((1, 1), {"debug", "info", "warning"}), ((2, 3), {"warning"})]
 )
 def test_log_levels_count_from_debug(levels: tuple[int, ...], texts: set[str], tmp_path: Path) -> None:
-    def write() -> None:
+    def write(trainer: Trainer) -> None:
         for text in ("debug", "info", "warning"):
             getattr(torch_frame.logger, text)("user's %s line", text)
 
-    trainer = make_trainer(tmp_path / "run", hooks=[Lambda("before_train", write)])
+    trainer = make_trainer(tmp_path / "run", hooks=[On(before_train=write)])
     trainer.train(*levels)
     log = Path(trainer.log_file).read_text(encoding="utf-8")
     assert {text for text in ("debug", "info", "warning") if f"user's {text} line" in log} == texts
@@ -862,12 +844,12 @@ def test_a_saved_checkpoint_is_there_when_the_call_returns(tmp_path: Path) -> No
     model = Net()
     found: list[Any] = []
 
-    def save() -> None:
+    def save(trainer: Trainer) -> None:
         trainer.save_checkpoint("mine.pth")
         found.append(torch.load(os.path.join(trainer.ckpt_dir, "mine.pth"), weights_only=True))
         found.append(weights_of(model))
 
-    trainer = make_trainer(tmp_path / "run", model, max_epochs=1, hooks=[Lambda("after_epoch", save)])
+    trainer = make_trainer(tmp_path / "run", model, max_epochs=1, hooks=[On(after_epoch=save)])
     trainer.train()
     assert differences(*found) == []
 
@@ -897,15 +879,13 @@ class FailingNet(Net):
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_few_library_frames_stand_above_an_error_in_a_hook(stage: str, accumulate: int, tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, hooks=[Lambda(stage, fail)], gradient_accumulation_steps=accumulate)
+    trainer = make_trainer(tmp_path, hooks=[On(**{stage: fail})], gradient_accumulation_steps=accumulate)
     frames = library_frames(raised_by(trainer.train, UserError))
     assert len(frames) <= 3, frames
 
 
 def test_few_library_frames_stand_above_an_error_in_the_last_partial_window(tmp_path: Path) -> None:
-    trainer = make_trainer(
-        tmp_path, data=Restartable(), hooks=[Lambda("before_update", fail)], gradient_accumulation_steps=9
-    )
+    trainer = make_trainer(tmp_path, data=Restartable(), hooks=[On(before_update=fail)], gradient_accumulation_steps=9)
     assert len(library_frames(raised_by(trainer.train, UserError))) <= 3
 
 

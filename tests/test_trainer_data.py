@@ -17,6 +17,7 @@ from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, WeightedRandomSampler
 
 from tests.small_data import KINDS, descendants, make_loader, processes_gone
+from tests.small_hooks import On, Recorder, at_iter
 from tests.small_runs import (
     Net,
     copied,
@@ -55,16 +56,6 @@ class Stream(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         samples = Samples()
         return (samples[index] for index in range(SIZE))
-
-
-class Record(HookBase):
-    """Keeps the batches' positions as weights change: a trace of the run."""
-
-    def __init__(self) -> None:
-        self.trace: list[Any] = []
-
-    def after_iter(self) -> None:
-        self.trace.append(copied(self.trainer.model.state_dict()))
 
 
 class SaveEverywhere(HookBase):
@@ -315,16 +306,9 @@ def test_nothing_that_was_consumed_is_loaded_again(tmp_path: Path, kind: str, it
 
 
 def test_a_position_counts_samples_of_the_global_order(tmp_path: Path) -> None:
-    class Positions(HookBase):
-        def __init__(self) -> None:
-            self.seen: list[int] = []
-
-        def after_iter(self) -> None:
-            self.seen.append(self.trainer.progress.position)
-
-    hook = Positions()
+    hook = Recorder(lambda trainer: trainer.progress.position)
     make_trainer(tmp_path, data=loader_of("infinite", 2), hooks=[hook]).train()
-    assert hook.seen == [4, 8, 12, 16, 18] * 2
+    assert hook.values == [4, 8, 12, 16, 18] * 2
 
 
 def test_a_foreign_iterable_is_replayed_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -381,13 +365,11 @@ def test_a_stateful_data_loader_resumes_inside_an_epoch(tmp_path: Path, num_work
 def test_no_process_is_left_when_a_run_ends_by_an_exception(
     tmp_path: Path, kind: str, error: type[BaseException]
 ) -> None:
-    class Failing(HookBase):
-        def after_iter(self) -> None:
-            if self.trainer.cur_iter == 1:
-                raise error
+    def fail(trainer: Trainer) -> None:
+        raise error
 
     before = descendants()
-    trainer = make_trainer(tmp_path, data=loader_of(kind, 2), hooks=[Failing()])
+    trainer = make_trainer(tmp_path, data=loader_of(kind, 2), hooks=[On(after_iter=at_iter(1, fail))])
     with pytest.raises(error) as caught:
         trainer.train()
     assert processes_gone(before)  # though the traceback is still there, as in a notebook

@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from tests.faults.kit import is_whole, saved_iter
+from tests.small_hooks import On, at_iter
 from tests.small_runs import differences, make_batches, weights_of
 from torch_frame import CheckpointerHook, CheckpointError, HookBase, LoggerHook, Trainer
 
@@ -30,18 +31,6 @@ class Wide(nn.Module):
 
     def forward(self, batch: Any) -> Any:
         return (self.layers(batch[0]) - batch[1]).square().mean()
-
-
-class At(HookBase):
-    """Calls a function after an iteration."""
-
-    def __init__(self, iter: int, function: Callable[[], Any]) -> None:
-        self.iter = iter
-        self.function = function
-
-    def after_iter(self) -> None:
-        if self.trainer.cur_iter == self.iter:
-            self.function()
 
 
 def make(work_dir: Path, *hooks: HookBase, every_n_iters: int | None = 2, **settings: Any) -> Trainer:
@@ -108,11 +97,11 @@ def test_a_full_disk_is_told_at_the_next_safe_point_and_the_state_before_is_kept
 ) -> None:
     work_dir = small_disk / "run"
 
-    def fill_when_saved() -> None:
+    def fill_when_saved(trainer: Trainer) -> None:
         trainer.wait_for_saves()  # the save of iteration 10
         fill(small_disk, leave)
 
-    trainer = make(work_dir, At(10, fill_when_saved))
+    trainer = make(work_dir, On(after_iter=at_iter(10, fill_when_saved)))
     with pytest.raises(CheckpointError, match="No space left on device") as raised:
         trainer.train()
     assert str(work_dir / "checkpoints" / "latest.pth") in str(raised.value)
@@ -128,11 +117,11 @@ def test_a_full_disk_is_told_at_the_next_safe_point_and_the_state_before_is_kept
 def test_a_disk_that_is_full_at_the_last_save_is_told_before_train_returns(small_disk: Path) -> None:
     work_dir = small_disk / "run"
 
-    def fill_when_saved() -> None:
+    def fill_when_saved(trainer: Trainer) -> None:
         trainer.wait_for_saves()  # the save of iteration 15
         fill(small_disk, 4096)
 
-    trainer = make(work_dir, At(18, fill_when_saved), every_n_iters=None)
+    trainer = make(work_dir, On(after_iter=at_iter(18, fill_when_saved)), every_n_iters=None)
     with pytest.raises(CheckpointError, match="No space left on device"):
         trainer.train()
     assert trainer.progress.epoch == EPOCHS
@@ -186,11 +175,11 @@ def test_a_folder_that_may_not_be_written_is_told_at_the_next_safe_point(tmp_pat
     checkpoints = work_dir / "checkpoints"
     with unwritable(checkpoints) as forbid:
 
-        def forbid_when_saved() -> None:
+        def forbid_when_saved(trainer: Trainer) -> None:
             trainer.wait_for_saves()
             forbid()
 
-        trainer = make(work_dir, At(10, forbid_when_saved))
+        trainer = make(work_dir, On(after_iter=at_iter(10, forbid_when_saved)))
         with pytest.raises(CheckpointError, match=r"Read-only file system|Permission denied") as raised:
             trainer.train()
         assert str(checkpoints) in str(raised.value)

@@ -11,6 +11,7 @@ import torch
 from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 
+from tests.small_hooks import Stages
 from tests.small_runs import Net, make_batches, make_trainer, raised_by
 from torch_frame import HookBase, LoggerHook, SettingError, Trainer
 from torch_frame.hooks.base import STAGES, HookTrainer
@@ -18,29 +19,6 @@ from torch_frame.hooks.base import STAGES, HookTrainer
 
 class UserError(Exception):
     pass
-
-
-class Calls(HookBase):
-    """Writes down each stage, and what stands beside the loop, in one list."""
-
-    def __init__(self, name: str = "", into: list[str] | None = None) -> None:
-        self.name = name
-        self.calls: list[str] = [] if into is None else into
-
-    def on_exception(self, error: BaseException) -> None:
-        self.calls.append(f"{self.name}on_exception {type(error).__name__}")
-
-
-def writes(stage: str) -> Any:
-    def write(self: Calls) -> None:
-        self.calls.append(self.name + stage)
-
-    return write
-
-
-for _stage in STAGES:
-    if _stage != "on_exception":
-        setattr(Calls, _stage, writes(_stage))
 
 
 class WatchedTrainer(Trainer):
@@ -85,7 +63,7 @@ def documented_order(num_epochs: int, num_batches: int, window_len: int, interva
 def test_the_order_of_calls_is_the_documented_one(
     num_epochs: int, num_batches: int, window_len: int, interval: Any, tmp_path: Path
 ) -> None:
-    hook = Calls()
+    hook = Stages()
     calls = hook.calls
     model = Net()
     optimizer = SGD(model.parameters(), lr=0.1)
@@ -121,22 +99,27 @@ def test_an_exception_is_told_to_all_hooks_and_all_are_closed(stage: str, tmp_pa
 
     setattr(Failing, stage, fail)
     calls: list[str] = []
-    trainer = make_trainer(tmp_path, hooks=[Calls("a.", calls), Failing(), Calls("b.", calls)])
-    assert str(raised_by(trainer.train, UserError)) == "mine"
-    assert calls[-4:] == ["a.on_exception UserError", "b.on_exception UserError", "a.close", "b.close"]
+    first = Stages(note=lambda stage, trainer: f"a.{stage}", into=calls)
+    second = Stages(note=lambda stage, trainer: f"b.{stage}", into=calls)
+    trainer = make_trainer(tmp_path, hooks=[first, Failing(), second])
+    error = raised_by(trainer.train, UserError)
+    assert str(error) == "mine"
+    assert first.errors == second.errors == [error]
+    assert calls[-4:] == ["a.on_exception", "b.on_exception", "a.close", "b.close"]
     assert f"a.{stage}" in calls
     assert f"b.{stage}" not in calls
     assert not any("after_train" in call for call in calls)
 
 
 def test_ctrl_c_is_told_and_goes_on(tmp_path: Path) -> None:
-    hook = Calls()
+    hook = Stages()
 
     def interrupt(model: Any, batch: Any) -> Any:
         raise KeyboardInterrupt
 
-    raised_by(make_trainer(tmp_path, hooks=[hook], step_fn=interrupt).train, KeyboardInterrupt)
-    assert hook.calls[-2:] == ["on_exception KeyboardInterrupt", "close"]
+    error = raised_by(make_trainer(tmp_path, hooks=[hook], step_fn=interrupt).train, KeyboardInterrupt)
+    assert hook.calls[-2:] == ["on_exception", "close"]
+    assert hook.errors == [error]
 
 
 def test_a_hook_that_fails_at_an_error_does_not_hide_it(tmp_path: Path) -> None:
@@ -150,10 +133,11 @@ def test_a_hook_that_fails_at_an_error_does_not_hide_it(tmp_path: Path) -> None:
         def close(self) -> None:
             raise RuntimeError("the third")
 
-    hook = Calls()
+    hook = Stages()
     error = raised_by(make_trainer(tmp_path, hooks=[Failing(), hook]).train, UserError)
     assert str(error) == "the first"
-    assert hook.calls[-2:] == ["on_exception UserError", "close"]
+    assert hook.calls[-2:] == ["on_exception", "close"]
+    assert hook.errors == [error]
 
 
 def test_a_close_that_fails_is_raised_after_all_are_closed(tmp_path: Path) -> None:
@@ -161,21 +145,21 @@ def test_a_close_that_fails_is_raised_after_all_are_closed(tmp_path: Path) -> No
         def close(self) -> None:
             raise UserError("closing")
 
-    hook = Calls()
+    hook = Stages()
     raised_by(make_trainer(tmp_path, hooks=[Failing(), hook]).train, UserError)
     assert hook.calls[-1] == "close"
 
 
 def test_hooks_run_in_the_order_of_registration_with_the_logger_last(tmp_path: Path) -> None:
-    first, second, third, logger = Calls(), Calls(), Calls(), LoggerHook()
+    first, second, third, logger = Stages(), Stages(), Stages(), LoggerHook()
     trainer = make_trainer(tmp_path, hooks=[logger, first, None, second])
     trainer.register_hooks([third])
     assert trainer.hooks == [first, second, third, logger]
-    assert trainer.registered_hook_names == ["Calls", "Calls", "Calls", "LoggerHook"]
+    assert trainer.registered_hook_names == ["Stages", "Stages", "Stages", "LoggerHook"]
 
 
 def test_one_object_cannot_be_registered_twice(tmp_path: Path) -> None:
-    hook = Calls()
+    hook = Stages()
     with pytest.raises(SettingError, match="twice"):
         make_trainer(tmp_path, hooks=[hook, hook])
 

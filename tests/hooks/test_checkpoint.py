@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.small_data import wait_until
+from tests.small_hooks import On
 from tests.small_runs import Net, differences, make_batches, make_trainer, weights_of
 from torch_frame import CheckpointerHook, CheckpointError, EvalHook, HistoryBuffer, HookBase, SettingError, Trainer
 
@@ -110,14 +111,10 @@ def test_no_best_is_written_where_the_metric_was_never_a_number(tmp_path: Path) 
 
 def test_best_follows_a_training_loss(tmp_path: Path) -> None:
     rows: list[float] = []
-
-    class Look(HookBase):
-        def after_epoch(self) -> None:
-            rows.append(self.metric_storage["total_loss"].avg)
-
+    look = On(after_epoch=lambda trainer: rows.append(trainer.metric_storage["total_loss"].avg))
     snapshots = Snapshots()
     hook = CheckpointerHook(save_metric="total_loss", max_first=False)
-    trainer = train(tmp_path, Look(), snapshots, hook)
+    trainer = train(tmp_path, look, snapshots, hook)
     best = rows.index(min(rows))
     assert differences(snapshots.weights[best], dict(load(trainer, "best.pth"))) == []
     assert hook.cur_best == pytest.approx(min(rows))

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.small_hooks import Stages
 from tests.small_runs import Net, differences, make_batches, make_trainer, weights_of
 from torch_frame import (
     CheckpointerHook,
@@ -35,25 +36,6 @@ class Log(HookBase):
         value = self.values[self.trainer.epoch]
         if value is not None:
             self.log(self.trainer.epoch, **{self.name: value}, smooth=False, window_size=1)
-
-
-class Stages(HookBase):
-    """Writes down how a run ends."""
-
-    def __init__(self) -> None:
-        self.seen: list[str] = []
-
-    def after_epoch(self) -> None:
-        self.seen.append("after_epoch")
-
-    def after_train(self) -> None:
-        self.seen.append("after_train")
-
-    def on_exception(self, error: BaseException) -> None:
-        self.seen.append("on_exception")
-
-    def close(self) -> None:
-        self.seen.append("close")
 
 
 def run(
@@ -123,9 +105,9 @@ def test_it_stops_where_a_plain_loop_would(
 
 
 def test_the_run_ends_as_after_its_last_epoch(tmp_path: Path) -> None:
-    stages = Stages()
+    stages = Stages("after_epoch", "after_train", "on_exception", "close")
     trainer = run(tmp_path, [1, 1, 1, 1], stages, LoggerHook(), patience=1)
-    assert stages.seen == ["after_epoch", "after_epoch", "after_train", "close"]
+    assert stages.calls == ["after_epoch", "after_epoch", "after_train", "close"]
     assert trainer.epoch == 1
     assert "ends early" in Path(trainer.log_file).read_text(encoding="utf-8")
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from tests.small_hooks import On
 from tests.small_runs import Net, differences, make_batches, make_trainer, weights_of
-from torch_frame import EvalHook, HookBase, SettingError, Trainer
+from torch_frame import EvalHook, SettingError, Trainer
 
 
 def squared_errors(model: Any, batch: Any) -> dict[str, Tensor]:
@@ -86,9 +87,8 @@ class Frozen(Net):
 def test_each_modules_mode_is_as_before(tmp_path: Path) -> None:
     modes: list[list[bool]] = []
 
-    class Look(HookBase):
-        def after_epoch(self) -> None:
-            modes.append([module.training for module in self.trainer.model.modules()])
+    def look(trainer: Trainer) -> None:
+        modes.append([module.training for module in trainer.model.modules()])
 
     seen: list[bool] = []
 
@@ -96,13 +96,9 @@ def test_each_modules_mode_is_as_before(tmp_path: Path) -> None:
         seen.append(any(module.training for module in model.modules()) or torch.is_grad_enabled())
         return {"a": [1.0]}
 
-    def freeze() -> None:
-        model.layers[3].eval()
-
-    freezer = HookBase()
-    freezer.before_iter = freeze  # type: ignore[method-assign]
     model = Net(norm=True, dropout=True)
-    hooks = [freezer, Look(), EvalHook(make_batches(1), scores), Look()]
+    before = On(before_iter=lambda trainer: model.layers[3].eval(), after_epoch=look)
+    hooks = [before, EvalHook(make_batches(1), scores), On(after_epoch=look)]
     make_trainer(tmp_path, model, hooks=hooks).train()
     assert seen == [False, False]
     assert modes[0] == modes[1] == [True, True, True, True, True, False, True]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.small_hooks import On, Recorder, at_iter
 from tests.small_runs import environment, make_batches, make_trainer, raised_by, run_python
 from torch_frame import CheckpointerHook, EvalHook, HookBase, LoggerHook, SettingError, Trainer
 
@@ -42,15 +43,10 @@ def test_a_row_is_written_every_period_and_at_the_end_of_each_epoch(
 
 
 def test_rows_hold_the_values_of_the_run(tmp_path: Path) -> None:
-    seen: list[dict[str, float]] = []
-
-    class Look(HookBase):
-        def after_iter(self) -> None:
-            seen.append({"total_loss": self.metric_storage["total_loss"].avg, "lr": self.trainer.lr})
-
-    trainer = train(tmp_path, EvalHook(make_batches(1), scores), Look(), LoggerHook(1))
+    seen = Recorder(lambda trainer: {"total_loss": trainer.metric_storage["total_loss"].avg, "lr": trainer.lr})
+    trainer = train(tmp_path, EvalHook(make_batches(1), scores), seen, LoggerHook(1))
     rows = rows_of(trainer)
-    assert [{key: row[key] for key in seen[0]} for row in rows if "total_loss" in row] == seen
+    assert [{key: row[key] for key in ("total_loss", "lr")} for row in rows if "total_loss" in row] == seen.values
     assert [row["eval_acc"] for row in rows if "eval_acc" in row] == [0.5, 0.5]
 
 
@@ -61,15 +57,13 @@ def test_each_value_is_written_once(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_writes_each_row_once(tmp_path: Path) -> None:
-    class Stop(HookBase):
-        def after_iter(self) -> None:
-            if self.trainer.cur_iter == 8:
-                raise InterruptedError
+    def stop(trainer: Trainer) -> None:
+        raise InterruptedError
 
     def trainer_of(*hooks: HookBase) -> Trainer:
         return make_trainer(tmp_path / "run", max_epochs=3, hooks=[CheckpointerHook(), LoggerHook(1), *hooks])
 
-    raised_by(trainer_of(Stop()).train, InterruptedError)
+    raised_by(trainer_of(On(after_iter=at_iter(8, stop))).train, InterruptedError)
     trainer = trainer_of()
     trainer.load_checkpoint("latest.pth")
     trainer.train()

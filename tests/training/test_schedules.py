@@ -33,20 +33,13 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
+from tests.small_hooks import On
 from tests.small_runs import Net, copied, make_batches, make_trainer
-from torch_frame import CheckpointerHook, EvalHook, HookBase, LRWarmupScheduler, SettingError, Trainer
+from torch_frame import CheckpointerHook, EvalHook, LRWarmupScheduler, SettingError, Trainer
 from torch_frame.training.schedules import warmup_factor_at
 
 EPOCHS, BATCHES = 6, 3
 Rates = list[list[float]]
-
-
-class On(HookBase):
-    """Calls `function(trainer)` at a stage: On(after_iter=function)."""
-
-    def __init__(self, **stages: Callable[[Trainer], Any]) -> None:
-        for stage, function in stages.items():
-            setattr(self, stage, lambda *_, function=function: function(self.trainer))
 
 
 # A whole run has EPOCHS steps with interval="epoch", EPOCHS * BATCHES with "iter".

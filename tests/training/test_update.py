@@ -16,19 +16,12 @@ from torch.optim import SGD, AdamW, SparseAdam
 from torch.optim.lr_scheduler import ExponentialLR, LinearLR
 from torch.utils.data import DataLoader, IterableDataset
 
+from tests.small_hooks import On
 from tests.small_runs import Net, copied, differences, make_batches, make_trainer, raised_by, weights_of
-from torch_frame import CheckpointerHook, HookBase, NonFiniteError, Trainer
+from torch_frame import CheckpointerHook, NonFiniteError, Trainer
 
 Batch = Any
 SGD_MOMENTUM = lambda parameters: SGD(parameters, lr=0.05, momentum=0.9)  # noqa: E731
-
-
-class On(HookBase):
-    """Calls `function(trainer)` at a stage: On(after_iter=function)."""
-
-    def __init__(self, **stages: Callable[[Trainer], Any]) -> None:
-        for stage, function in stages.items():
-            setattr(self, stage, lambda *_, function=function: function(self.trainer))
 
 
 def doubled(batches: list[Batch]) -> list[Batch]:
