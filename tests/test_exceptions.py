@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from tests.small_data import open_files
 from tests.small_hooks import On, Stages, at_iter
-from tests.small_runs import Net, environment, library_frames, make_batches, make_trainer, raised_by
+from tests.small_runs import Net, Unsized, environment, library_frames, make_batches, make_trainer, raised_by
 from torch_frame import CheckpointerHook, EvalHook, HookBase, LoggerHook, Trainer
 
 STAGES = [
@@ -43,11 +43,6 @@ ERRORS: list[type[BaseException]] = [ValueError, KeyboardInterrupt, SystemExit, 
 def witness() -> Stages:
     """Writes down how the run ended."""
     return Stages("on_exception", "close")
-
-
-class Unsized:
-    def __iter__(self) -> Iterator[Any]:
-        return iter(make_batches())
 
 
 class FailingData:

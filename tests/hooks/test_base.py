@@ -12,13 +12,9 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 
 from tests.small_hooks import Stages
-from tests.small_runs import Net, make_batches, make_trainer, raised_by
+from tests.small_runs import Net, UserError, make_batches, make_trainer, raised_by
 from torch_frame import HookBase, LoggerHook, SettingError, Trainer
 from torch_frame.hooks.base import STAGES, HookTrainer
-
-
-class UserError(Exception):
-    pass
 
 
 class WatchedTrainer(Trainer):
