@@ -77,7 +77,7 @@ SCRIPT = """
 import gc, json, os, sys
 import torch
 from tests.small_runs import make_trainer
-from tests.test_memory import SizedRepeated
+from tests.promises.test_memory import SizedRepeated
 from torch_frame import HookBase
 
 torch.set_num_threads(1)

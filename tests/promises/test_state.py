@@ -393,7 +393,7 @@ import os, random, signal, sys, time
 import torch
 from pathlib import Path
 torch.set_num_threads(1)
-from tests.test_state import Run, loader
+from tests.promises.test_state import Run, loader
 from tests.small_runs import differences, seed_everything
 from torch_frame import LoggerHook
 
