@@ -264,15 +264,26 @@ class OwnId:
     """Hashable, without a repr of its own."""
 
 
-@pytest.mark.parametrize(
-    "ids",
-    [[0], [-3], [2**70], ["a.jpg"], [("a", 1)], [None], [Path("a/b.jpg")], [frozenset("ab")], [b"x"], [1.5], [OwnId()]],
-    ids=str,
-)
-def test_any_hashable_is_an_image_id(ids):
+IMAGE_IDS = {
+    "zero": 0,
+    "negative": -3,
+    "large": 2**70,
+    "text": "a.jpg",
+    "tuple": ("a", 1),
+    "none": None,
+    "path": Path("a/b.jpg"),
+    "frozenset": frozenset("ab"),
+    "bytes": b"x",
+    "float": 1.5,
+    "own_class": OwnId(),
+}
+
+
+@pytest.mark.parametrize("image_id", IMAGE_IDS.values(), ids=IMAGE_IDS)
+def test_any_hashable_is_an_image_id(image_id):
     metric = MeanAveragePrecision(["a"])
-    metric.update(ids, [pred()], [target()])
-    metric.update(ids, [pred()], [target()])
+    metric.update([image_id], [pred()], [target()])
+    metric.update([image_id], [pred()], [target()])
     assert metric.num_images == 1
     assert metric.compute()["mar_1"] == 1.0
 
