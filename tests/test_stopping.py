@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from tests.small_data import wait_until
 from tests.small_runs import Net, differences, make_batches, make_trainer, weights_of
 from torch_frame import CheckpointerHook, EvalHook, RepeatDataset, Trainer
 from torch_frame.data.source import source_of
@@ -72,8 +73,8 @@ def test_a_signal_that_comes_just_before_the_wait_ends_it(signals: StopSignals) 
         os.kill(os.getpid(), signal.SIGTERM)  # this frame is no wait
         assert signals.received == signal.SIGTERM
         started = time.monotonic()
-        assert wait_for_data(20)
-        assert time.monotonic() - started < 5
+        assert wait_for_data(120)
+        assert time.monotonic() - started < 30
     assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
@@ -95,11 +96,11 @@ def test_the_start_of_workers_is_not_broken_off(signals: StopSignals) -> None:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
         try:
             assert not wait_for_data(1)
-            assert signals.received == signal.SIGTERM
+            other.join()
+            assert wait_until(lambda: signals.received == signal.SIGTERM)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         assert wait_for_data(20)
-        other.join()
 
 
 def test_a_signal_just_before_workers_are_started_ends_the_wait_for_them(signals: StopSignals) -> None:
@@ -168,7 +169,7 @@ class Hangs(Dataset[Any]):
         drawn = torch.rand(3) + random.random() + np.random.randn()
         if index == 9 and self.hangs:
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(30)
+            time.sleep(120)
         return drawn, drawn[:1]
 
 
@@ -198,7 +199,7 @@ def test_without_workers_a_dataset_that_hangs_is_broken_off_and_the_run_resumed_
     with pytest.raises(SystemExit) as end:
         stopped.train()
     assert end.value.code == 143
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
     assert stopped.progress.iter == 2
     resumed = run("stopped", hangs=False)
     resumed.train()

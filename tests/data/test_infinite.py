@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import statistics
 import subprocess
 import sys
 import time
@@ -57,9 +58,8 @@ def _nothing_is_left() -> Iterator[None]:
     yield
     assert processes_gone(before)
     gc.collect()  # an exception keeps what its frames held until the collector comes
-    assert wait_until(lambda: set(open_files()) <= {*files, "pipe", "/dev/null", "socket"}, 2), set(open_files()) - set(
-        files
-    )
+    known = {*files, "pipe", "/dev/null", "socket"}
+    assert wait_until(lambda: set(open_files()) <= known), set(open_files()) - known
 
 
 # ---------------------------------------------------------------- order
@@ -352,7 +352,7 @@ def test_no_process_nor_warning_is_left_when_the_interpreter_ends(tmp_path: Path
     problems = {}
     for name, process in runs.items():
         try:
-            code = process.wait(timeout=20)
+            code = process.wait(timeout=120)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -369,8 +369,11 @@ def test_no_process_nor_warning_is_left_when_the_interpreter_ends(tmp_path: Path
 
 
 def test_waits_at_the_border_are_not_those_of_new_workers() -> None:
-    """A sanity bound alone; benchmarks/loader.py measures."""
-    with make(2, Augmented(64), batch_size=2) as loader:
+    """New workers take some 30 times as long, on a busy machine too; benchmarks/loader.py measures."""
+
+    def median_wait(kind: str) -> float:
+        loader = make_loader(kind, Augmented(64), 2, batch_size=2)
         times = [time.perf_counter() for _ in range(6) for _ in loader]
-    waits = sorted(second - first for first, second in list(pairwise(times))[31::32])
-    assert waits[len(waits) // 2] < 0.05
+        return statistics.median(second - first for first, second in list(pairwise(times))[31::32])
+
+    assert median_wait("infinite") < median_wait("plain") / 3

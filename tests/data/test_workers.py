@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from tests.small_data import wait_until
 from torch_frame.data.source import source_of
 from torch_frame.data.workers import Ending
 
@@ -67,7 +68,4 @@ def test_workers_outlive_a_sigterm_that_is_not_theirs_and_end_with_the_loader(co
     assert number == 99
     assert len(pids) == 2
     source.close()
-    deadline = time.monotonic() + 10
-    while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+    assert wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids))

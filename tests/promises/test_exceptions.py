@@ -10,7 +10,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -289,7 +288,11 @@ class Told(HookBase):
 
 def wait():
     if trainer.epoch == 1:
+        trainer.wait_for_saves()  # the second Ctrl-C gives up a save that is under way
         print("ready", flush=True)
+        while trainer.stop_signals.received is None:
+            time.sleep(0.01)
+        print("asked to end", flush=True)
         time.sleep(60)
 
 def step(model, batch):
@@ -327,11 +330,9 @@ def test_a_second_ctrl_c_ends_a_run_at_once_and_in_order(where: str, tmp_path: P
         text=True,
     )
     assert process.stdout is not None
-    for line in process.stdout:
-        if line == "ready\n":
-            break
+    assert "ready\n" in process.stdout  # reads up to this line
     process.send_signal(signal.SIGINT)  # asks the run to end when the step is done
-    time.sleep(0.3)
+    assert "asked to end\n" in process.stdout
     process.send_signal(signal.SIGINT)  # ends it now
     output, errors = process.communicate(timeout=60)
     lines = output.splitlines()

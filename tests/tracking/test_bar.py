@@ -44,12 +44,13 @@ def test_the_bar_is_drawn_in_place_with_its_values_on_a_terminal() -> None:
 def test_a_fast_loop_draws_at_most_ten_times_a_second_and_reads_values_only_then() -> None:
     reads = []
     stream = Screen()
-    bar = ProgressBar(total=10**9, file=stream, values=lambda: {"reads": reads.append(1) or len(reads)})
     start_s = time.perf_counter()
+    bar = ProgressBar(total=10**9, file=stream, values=lambda: {"reads": reads.append(1) or len(reads)})
     while time.perf_counter() - start_s < 0.55:
         bar.update()
-    assert 1 <= len(reads) <= 5
-    assert stream.getvalue().count("\r") <= 6
+    in_time = (time.perf_counter() - start_s) / 0.1
+    assert 1 <= len(reads) <= in_time
+    assert stream.getvalue().count("\r") <= in_time + 1
     bar.close()
 
 
@@ -97,11 +98,11 @@ def test_elsewhere_it_writes_lines_without_control_characters(caplog: pytest.Log
 
 def test_lines_come_once_an_interval(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    bar = ProgressBar(file=io.StringIO(), plain_interval_s=0.1, unit="img")
     start_s = time.perf_counter()
+    bar = ProgressBar(file=io.StringIO(), plain_interval_s=0.1, unit="img")
     while time.perf_counter() - start_s < 0.35:
         bar.update()
-    assert 1 <= len(caplog.records) <= 3
+    assert 1 <= len(caplog.records) <= (time.perf_counter() - start_s) / 0.1
     assert re.fullmatch(r"\d+  \d+\.\d img/s", caplog.records[0].getMessage())
 
 
