@@ -321,20 +321,18 @@ except KeyboardInterrupt:
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C to a whole console")
 @pytest.mark.parametrize("where", ["step", "eval"])
 def test_a_second_ctrl_c_ends_a_run_at_once_and_in_order(where: str, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(SCRIPT), where],
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert "ready\n" in process.stdout  # reads up to this line
-    process.send_signal(signal.SIGINT)  # asks the run to end when the step is done
-    assert "asked to end\n" in process.stdout
-    process.send_signal(signal.SIGINT)  # ends it now
-    output, errors = process.communicate(timeout=60)
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(SCRIPT), where]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert "ready\n" in process.stdout  # reads up to this line
+            process.send_signal(signal.SIGINT)  # asks the run to end when the step is done
+            assert "asked to end\n" in process.stdout
+            process.send_signal(signal.SIGINT)  # ends it now
+            output, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
     lines = output.splitlines()
     assert lines.index("told KeyboardInterrupt") < lines.index("closed") < lines.index("open []")
     assert process.returncode in (-signal.SIGINT, 130)
