@@ -28,8 +28,8 @@ help: ## show this list
 demo: $(STAMP) ## train a small model on the CPU
 	$(BIN)/torch-frame demo $(ARGS)
 
-test: $(STAMP) ## run the tests and doctests (the slow ones: make test ARGS="-m slow")
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP) ## run the tests and doctests in two processes (the slow ones: make test ARGS="-m slow"; in one: ARGS="-n 0")
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 faults: $(STAMP) ## kill, signal and damage runs at 200 random places and more (again: make faults FAULTS_SEED=seed)
 	@echo "FAULTS_SEED=$(FAULTS_SEED)"
