@@ -501,6 +501,7 @@ class Trainer:
         ):  # a subclass of 1.7 saves its own way
             save_one_by_one(requests, self.save_checkpoint)
             return
+        self._saver.prepare(self.ckpt_dir)
         self.metric_storage.flush()
         checks.check_outside_window(requests, self.updater.window_open)
         contents: dict[bool, Any] = {}
@@ -510,7 +511,7 @@ class Trainer:
             contents[False] = state.capture(self._parts(), self._saver.rollback)
         where = f"epoch {self.epoch}, iteration {self.cur_iter}"
         job = job_of(requests, self.ckpt_dir, contents, trained_tensors(self.model_or_module), where)
-        self._saver.start(job, self.ckpt_dir)
+        self._saver.start(job)
 
     def _save_last(self) -> None:
         """The last save before the run ends by a signal: complete when this returns."""

@@ -229,7 +229,8 @@ class SignalAt(HookBase):
 
     def after_iter(self) -> None:
         if self.trainer.cur_iter == self.iteration:
-            self.trainer.stop_signals._handle(signal.SIGTERM, None)  # type: ignore[attr-defined]
+            self.trainer.stop_signals.received = signal.SIGTERM  # type: ignore[attr-defined]
+            self.trainer._saver.wake()  # type: ignore[attr-defined]
 
 
 def test_a_signal_on_one_rank_ends_all_of_them_after_one_save(tmp_path: Path) -> None:

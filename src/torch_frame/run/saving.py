@@ -159,19 +159,20 @@ class Saver:
         plain: list[Any] = [tuple(request) for request in self._requests.take()]
         return [SaveRequest(*fields) for fields in self._strategy.broadcast(plain)]
 
-    def start(self, job: SaveJob, folder: str) -> None:
-        """Copy what a job writes, and begin to write it; on rank 0, the others have helped to make the job.
-
-        Args:
-            job: what is to be written.
-            folder: of the checkpoints; made if need be.
+    def prepare(self, folder: str) -> None:
+        """Before the run is looked at for a save: the save before is complete, and the checkpoints' folder exists.
 
         Raises:
             BaseException: what the save before has failed with.
+            CheckpointError: if the folder cannot be made.
         """
         self.wait()  # its copies are in the buffers
         if self._strategy.rank == 0:
             _make_folder(folder)
+
+    def start(self, job: SaveJob) -> None:
+        """Copy what a job writes, and begin to write it; on rank 0, the others have helped to make the job."""
+        if self._strategy.rank == 0:
             copied = job.copied_into(self._buffers)
             self._background.start(lambda: copied.write(self._background.is_cancelled))
 
