@@ -15,15 +15,17 @@ DOCUMENTED = torch_frame $(shell cd src && find torch_frame -name '*.py' ! -path
 	| sed 's/\.py$$//; y|/|.|' | LC_ALL=C sort)
 BENCHMARKS := $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
 
+PEERS := .venv-peers
+
 # By environment, so that the isolated build of this package is pinned too: up to pip 25.2 builds read PIP_CONSTRAINT,
 # later ones PIP_BUILD_CONSTRAINT. The paths are relative because pip splits these values at spaces.
 PIP_INSTALL := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
 	$(BIN)/python -m pip install
 
-.PHONY: help demo test faults lint format bench docs clean
+.PHONY: help demo test faults lint format bench bench-peers docs clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile
 
 demo: $(STAMP) ## train a small model on the CPU
 	$(BIN)/torch-frame demo $(ARGS)
@@ -48,6 +50,9 @@ bench: $(STAMP) ## run every script in benchmarks/
 	@test -n "$(BENCHMARKS)" || { echo "There is no script in benchmarks/ to run." >&2; exit 1; }
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
 
+bench-peers: $(PEERS)/.installed ## time an epoch beside Ignite, in an environment of its own (.venv-peers)
+	$(PEERS)/bin/python benchmarks/epoch.py $(ARGS)
+
 docs: $(STAMP) ## write the API pages to site/
 	rm -rf site
 	$(BIN)/python -m pdoc --docformat google --output-directory site $(DOCUMENTED)
@@ -68,3 +73,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP_INSTALL) torch
 	$(PIP_INSTALL) -e '.[dev]'
 	@touch $(STAMP)
+
+# torch first, and under the constraints: a peer would otherwise bring another build of it.
+$(PEERS)/.installed: benchmarks/requirements-peers.txt constraints.txt
+	rm -rf $(PEERS)
+	$(PYTHON) -m venv $(PEERS)
+	PIP_CONSTRAINT=constraints.txt $(PEERS)/bin/python -m pip install torch
+	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(PEERS)/bin/python -m pip install -e '.[tensorboard]' \
+		-r benchmarks/requirements-peers.txt
+	@touch $@
