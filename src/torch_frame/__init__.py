@@ -9,7 +9,7 @@ from torch_frame import _collision as _collision  # first: it says so where anot
 from torch_frame._version import __version__
 from torch_frame.data.infinite import InfiniteDataLoader
 from torch_frame.data.repeat import RepeatDataset
-from torch_frame.data.seeding import set_random_seed
+from torch_frame.data.rng import set_random_seed
 from torch_frame.errors import (
     CheckpointError,
     NonFiniteError,

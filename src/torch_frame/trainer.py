@@ -90,6 +90,8 @@ class Trainer:
             torch.compile. EMA's copy, which is only evaluated, is not compiled.
         strategy: how the training is spread over processes and devices (`torch_frame.distributed.strategy.Strategy`); None: one
             process.
+        prefetch: False: a batch is fetched when it is trained, on CUDA too, for data that depends on the weights (rollouts,
+            self-play). A loader with workers fetches ahead by itself, so it is refused then.
 
     Attributes:
         progress: the counters (`torch_frame.progress.Progress`).
@@ -136,11 +138,12 @@ class Trainer:
         resume: str | os.PathLike[str] | None = None,
         compile: bool | Mapping[str, Any] = False,
         strategy: Strategy | None = None,
+        prefetch: bool = True,
     ) -> None:
         checks.check_arguments(model, optimizer, lr_scheduler, data_loader)
         checks.check_numbers(max_epochs, gradient_accumulation_steps, clip_grad_norm)
         checks.check_functions(step_fn=step_fn, loss_weight=loss_weight)
-        checks.check_flags(enable_amp=enable_amp, use_ema=use_ema, take_over=take_over)
+        checks.check_flags(enable_amp=enable_amp, use_ema=use_ema, take_over=take_over, prefetch=prefetch)
         checks.check_warmup_and_ema(warmup_iters, warmup_factor, ema_decay)
         checks.check_scheduler(lr_scheduler, lr_scheduler_interval, lr_scheduler_metric)
         checks.check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
@@ -178,6 +181,8 @@ class Trainer:
         self.seed = self.strategy.broadcast(checks.checked_seed(seed, data_loader))
         self.seed_is_explicit = seed is not None
         self.take_over = take_over
+        self.prefetch = prefetch
+        self._first_loader = data_loader
         self.source = self._source()
         self.progress = Progress()
         self.should_stop = False
@@ -216,6 +221,7 @@ class Trainer:
         with self._session(console_log_level, file_log_level):  # restore, check, log; report and close whatever happens
             self._begin()
             self.call("before_train")
+            self._use_the_loader()
             self._resumption.restore_last(self._parts)  # random numbers
             with session.ended_by_signals(self._save_last):
                 while self.progress.epoch < self.max_epochs and not self.strategy.agree(self.should_stop):
@@ -304,9 +310,10 @@ class Trainer:
 
     def batches(self) -> Iterator[tuple[Any, int]]:
         """The epoch's batches, on the device, and the position behind each; of a resumed epoch those that are left."""
+        self._use_the_loader()  # a script or a hook may have set another one
         placed = self.source.epoch(self.progress.epoch, self.progress.position)
-        on_cuda = self.device.type == "cuda"
-        if on_cuda:
+        ahead = self.device.type == "cuda" and self.prefetch and self.source.may_fetch_ahead
+        if ahead:
             placed = prefetch_to_device(placed, self.device)
         times, signals = self._times, self.stop_signals
         may_interrupt = self.source.interruptible and self.strategy.world_size == 1
@@ -315,7 +322,7 @@ class Trainer:
             signals.begin_wait(may_interrupt and not self.updater.window_open)
             for batch, position in placed:
                 signals.may_interrupt = False
-                moved = batch if on_cuda else move_to_device(batch, self.device)
+                moved = batch if ahead else move_to_device(batch, self.device)
                 times.receive()
                 yield moved, position
                 times.ask()
@@ -392,7 +399,14 @@ class Trainer:
         if self.should_stop and any(hook.saves_last_state for hook in self.hook_caller.hooks):
             self.save_at_safe_point("latest.pth", save_single_model=False)
 
+    def _use_the_loader(self) -> None:
+        """At an epoch's begin: iterate `data_loader`, which may be another one than before."""
+        if self._source_loader is not self.data_loader:
+            self.source.close()
+            self.source = self._source()
+
     def _source(self) -> Source:
+        self._source_loader = self.data_loader
         last = self.max_epochs - 1
         return source_of(self.data_loader, self.seed, self.strategy, take_over=self.take_over, last_epoch=last)
 
@@ -416,7 +430,8 @@ class Trainer:
 
     def _check(self) -> None:
         checks.check_device(self.model, self.device)
-        checks.check_loader(self.data_loader, self.max_epochs - self.progress.epoch, self.epoch_len)
+        epochs_left = self.max_epochs - self.progress.epoch
+        checks.check_loader(self.data_loader, epochs_left, self.epoch_len, prefetch=self.prefetch)
         if self.progress.epoch < self.max_epochs:
             checks.check_one_cycle(
                 self.lr_scheduler.scheduler, self.lr_scheduler_interval, self.updates_per_epoch, self.max_epochs
@@ -565,7 +580,7 @@ class Trainer:
             "precision": parts.SettingPart("precision", self.precision.name),
             "seed": parts.SeedPart(self.seed, self.seed_is_explicit),
             "loader_seed": parts.LoaderSeedPart(self.data_loader),
-            "data_length": parts.LengthPart(self.source.length),
+            "data_length": parts.LengthPart(self.source.length if self._source_loader is self._first_loader else None),
             "environment": parts.EnvironmentPart(
                 self.device,
                 self.strategy.world_size,
@@ -574,7 +589,7 @@ class Trainer:
             ),
             "metric_storage": self.metric_storage,
             "hooks": self.hook_caller,
-            "data": parts.DataPart(self.source, self.data_loader, self.progress),
+            "data": parts.DataPart(self.source, self._source_loader, self._first_loader, self.progress),
             "loader_generators": parts.LoaderGeneratorsPart(self.data_loader),
             "rng": parts.RandomPart(self.strategy),
         }
@@ -696,9 +711,9 @@ class Trainer:
 
     @property
     def _batch_size(self) -> int | None:
-        """Samples in one of the loader's batches; None if the loader does not say."""
+        """Samples in one of the loader's batches, as it is now; None if the loader does not say."""
         size: int | None = getattr(self.data_loader, "batch_size", None)
-        return size
+        return getattr(getattr(self.data_loader, "batch_sampler", None), "batch_size", size)
 
     @property
     def model_or_module(self) -> nn.Module:

@@ -439,7 +439,7 @@ def test_take_over_false_leaves_a_loader_as_torch_has_it() -> None:
 
 def test_a_list_is_served_from_any_place() -> None:
     source = source_of([10, 11, 12], SEED)
-    assert (source.is_ours, source.exact) == (False, True)
+    assert not source.is_ours
     assert list(source.epoch(0)) == [(10, 1), (11, 2), (12, 3)]
     assert list(source.epoch(5, 2)) == [(12, 3)]
     assert list(source.epoch(5, 3)) == []
@@ -482,7 +482,7 @@ def test_a_stateful_data_loader_is_used_through_its_state() -> None:
         return stateful(range(10), batch_size=2, shuffle=True, generator=torch.Generator().manual_seed(3))
 
     source = source_of(make(), SEED)
-    assert (source.is_ours, source.exact) == (False, True)
+    assert not source.is_ours
     running = source.epoch(0)
     first = [next(running) for _ in range(2)]
     state = source.state_dict()
@@ -582,7 +582,7 @@ def test_a_dataset_that_loads_from_a_loader_of_its_own_has_its_numbers_and_leave
 
 def test_without_numpys_private_names_its_numbers_are_kept_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     public = {name: getattr(np.random, name) for name in dir(np.random) if name.endswith(("_state", "_generator"))}
-    monkeypatch.setattr("torch_frame.data.batches.numpy_random", SimpleNamespace(**public))
+    monkeypatch.setattr("torch_frame.data.rng.numpy_random", SimpleNamespace(**public))
     np.random.seed(3)
     alone = np.random.RandomState(3)
     for _ in source_of(DataLoader(NormalNumbers(), batch_size=2), seed=0).epoch(0):

@@ -10,7 +10,8 @@ from typing import Any, Self
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from torch_frame.data.ordered import OrderedSource, plan_of
+from torch_frame.data.plan import plan_of
+from torch_frame.data.source_ordered import EndlessSource
 
 
 class InfiniteDataLoader(DataLoader[Any]):
@@ -39,7 +40,7 @@ class InfiniteDataLoader(DataLoader[Any]):
             raise TypeError("InfiniteDataLoader takes a map-style dataset; an IterableDataset has no order to compute.")
         settings.setdefault("persistent_workers", settings.get("num_workers", 0) > 0)
         super().__init__(dataset, batch_size, shuffle, *args, **settings)
-        self._source: OrderedSource | None = None
+        self._source: EndlessSource | None = None
         self._next_epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -53,11 +54,11 @@ class InfiniteDataLoader(DataLoader[Any]):
         if self._source is None:
             seed = torch.initial_seed() if self.seed is None else self.seed
             # A weak reference: with its last strong one a loader ends its workers, and does not wait for the collector.
-            self._source = OrderedSource(weakref.proxy(self), seed, endless=True)
+            self._source = EndlessSource(weakref.proxy(self), seed)
         epoch, self._next_epoch = self._next_epoch, self._next_epoch + 1
         return self._batches(self._source, epoch)
 
-    def _batches(self, source: OrderedSource, epoch: int) -> Iterator[Any]:
+    def _batches(self, source: EndlessSource, epoch: int) -> Iterator[Any]:
         for batch, _ in source.epoch(epoch):
             yield batch
 

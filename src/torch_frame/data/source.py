@@ -1,4 +1,4 @@
-"""Where the trainer's batches come from: a loader whose order and place in it are known, or one that can only be iterated."""
+"""Where the trainer's batches come from: which source a loader gets, and those that are not ordered by us."""
 
 from __future__ import annotations
 
@@ -6,56 +6,27 @@ import logging
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
+import torch.utils.data
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-from torch_frame.data.batches import StreamCollating, Streaming
 from torch_frame.data.infinite import InfiniteDataLoader
-from torch_frame.data.ordered import OrderedSource, Placed, Stateless
+from torch_frame.data.loading import StreamCollating, Streaming
+from torch_frame.data.source_base import BatchAndPosition, Source, StatelessSource, length_of
+from torch_frame.data.source_ordered import EndlessSource, OrderedSource
 from torch_frame.data.starting import signals_held_back
 from torch_frame.data.workers import Ending, no_second_warning, worker_settings
 from torch_frame.distributed.strategy import Strategy
 
+__all__ = ["Source", "length_of", "source_of"]
+
 _logger = logging.getLogger("torch_frame")
 
-
-class Source(Protocol):
-    """What the trainer iterates.
-
-    Attributes:
-        exact: an epoch can be resumed inside, bitwise.
-        is_ours: order and augmentation of a user's loader are replaced by ours.
-        interruptible: a wait for a batch may be interrupted; what was fetched is fetched again.
-        length: of an epoch, as (number, of what), or None if it is not known.
-    """
-
-    exact: bool
-    is_ours: bool
-    interruptible: bool
-    seed: int
-
-    @property
-    def length(self) -> tuple[int, str] | None: ...
-
-    @property
-    def num_batches(self) -> int | None:
-        """Batches in an epoch, on this rank; None if it is not known."""
-        ...
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Placed]:
-        """The epoch's batches from position `start` on; a position of 0 is the epoch's beginning."""
-        ...
-
-    def close(self) -> None:
-        """End what runs in the background."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state_dict: dict[str, Any], start: int) -> None:
-        """Take up a state that was saved at position `start`; the training's random numbers are restored afterwards."""
-        ...
+_PIPES = tuple(
+    getattr(torch.utils.data, name) for name in ("IterDataPipe", "MapDataPipe") if hasattr(torch.utils.data, name)
+)
+"""torch means to take them away one day."""
 
 
 def source_of(
@@ -79,8 +50,8 @@ def source_of(
     rank, world_size = (0, 1) if strategy is None else (strategy.rank, strategy.world_size)
     if isinstance(loader, InfiniteDataLoader):
         own_seed = seed if loader.seed is None else loader.seed
-        return OrderedSource(loader, own_seed, endless=True, last_epoch=last_epoch, rank=rank, world_size=world_size)
-    if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
+        return EndlessSource(loader, own_seed, last_epoch=last_epoch, rank=rank, world_size=world_size)
+    if _keeps_a_state(loader):
         return StatefulSource(loader)
     if isinstance(loader, Sequence):
         return SequenceSource(loader)
@@ -88,96 +59,110 @@ def source_of(
         assert isinstance(loader, DataLoader)
         if isinstance(loader.dataset, IterableDataset):
             return StreamSource(loader, seed)
-        endless = loader.persistent_workers
-        return OrderedSource(loader, seed, endless=endless, last_epoch=last_epoch, rank=rank, world_size=world_size)
+        return OrderedSource(loader, seed, rank=rank, world_size=world_size)
     return ReplaySource(loader)
 
 
-class SequenceSource(Stateless):
+def can_take_over(loader: Iterable[Any]) -> bool:
+    """A DataLoader that is iterated as torch's own class is, over a dataset for which torch itself does nothing more."""
+    return (
+        isinstance(loader, DataLoader)
+        and type(loader).__iter__ is DataLoader.__iter__
+        and type(loader)._get_iterator is DataLoader._get_iterator
+        and not isinstance(loader.dataset, _PIPES)  # torch shuffles and splits these by itself
+        and not (isinstance(loader.dataset, IterableDataset) and loader.persistent_workers)
+    )
+
+
+def _keeps_a_state(loader: Any) -> bool:
+    """A loader that knows its own place, as torchdata's StatefulDataLoader does.
+
+    accelerate's loaders have the methods in any case, and something behind them only with `use_stateful_dataloader`.
+    """
+    has_methods = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+    return has_methods and bool(getattr(loader, "use_stateful_dataloader", True))
+
+
+class SequenceSource(StatelessSource):
     """A list of batches: any of them is reached directly."""
 
-    exact = True
-
-    def __init__(self, batches: Sequence[Any]) -> None:
-        self._batches = self._loader = batches
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Placed]:
-        batches = self._batches
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[BatchAndPosition]:
+        batches = self._loader
         return zip(batches[start:] if start else batches, range(start + 1, len(batches) + 1), strict=False)
 
-    @property
-    def length(self) -> tuple[int, str]:
-        return len(self._batches), "batches"
 
+class ReplaySource(StatelessSource):
+    """Any iterable: to resume inside an epoch, what was consumed is loaded again and skipped.
 
-class ReplaySource(Stateless):
-    """Any iterable: to resume inside an epoch, what was consumed is loaded again and skipped."""
+    An iterator cannot begin anew by itself: the one that a resumed run is given is taken as it is.
+    """
 
-    exact = False
-
-    def __init__(self, loader: Iterable[Any]) -> None:
-        self._loader = loader
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Placed]:
-        self._set_epoch(epoch)
-        if start:
-            _logger.warning(
-                "Resuming inside an epoch of a loader whose order is its own: %d batches are loaded again and left out, "
-                "which takes its time, and they need not be those of the interrupted epoch. "
-                "A DataLoader with take_over=True has no such cost.",
-                start,
-            )
-        return islice(((batch, i) for i, batch in enumerate(self._loader, 1)), start, None)
-
-    @property
-    def length(self) -> tuple[int, str] | None:
-        return _batches_of(self._loader)
-
-    def _set_epoch(self, epoch: int) -> None:
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[BatchAndPosition]:
         sampler = getattr(self._loader, "sampler", None)
         if isinstance(sampler, DistributedSampler):
             sampler.set_epoch(epoch)
+        if not start:
+            return ((batch, i) for i, batch in enumerate(self._loader, 1))
+        if isinstance(self._loader, Iterator):
+            _logger.warning(
+                "Resuming inside an epoch over an iterator, which cannot be put back: the epoch begins anew with what it yields "
+                "now, after %d batches that were trained.",
+                start,
+            )
+            return ((batch, i) for i, batch in enumerate(self._loader, start + 1))
+        _logger.warning(
+            "Resuming inside an epoch of a loader whose order is its own: %d batches are loaded again and skipped, which takes "
+            "its time, and they need not be those of the interrupted epoch. %s",
+            start,
+            self._advice(),
+        )
+        return islice(((batch, i) for i, batch in enumerate(self._loader, 1)), start, None)
+
+    def _advice(self) -> str:
+        if can_take_over(self._loader):
+            return "A DataLoader with take_over=True has no such cost."
+        return "A plain torch DataLoader, or one with state_dict() and load_state_dict(), has no such cost."
 
 
-class StatefulSource(Stateless):
-    """A loader that knows its own place (torchdata's StatefulDataLoader): it is saved and restored through its `state_dict`."""
+class StatefulSource(StatelessSource):
+    """A loader that knows its own place (torchdata's StatefulDataLoader): it is saved and restored through its `state_dict`.
 
-    exact = True
+    Nothing is fetched ahead of it, so that its state is that of the batch that is trained.
+    """
+
     interruptible = False  # it may have counted what was never handed out
+    may_fetch_ahead = False
 
     def __init__(self, loader: Any) -> None:
-        self._loader = loader
+        super().__init__(loader)
         self._resumed: Iterator[Any] | None = None
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Placed]:
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[BatchAndPosition]:
         batches, self._resumed = self._resumed or iter(self._loader), None
         return ((batch, i) for i, batch in enumerate(batches, start + 1))
-
-    @property
-    def length(self) -> tuple[int, str] | None:
-        return _batches_of(self._loader)
 
     def state_dict(self) -> dict[str, Any]:
         return {"loader": self._loader.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any], start: int) -> None:
+        if "loader" not in state_dict:  # saved by another kind of loader
+            return
         self._loader.load_state_dict(state_dict["loader"])
         if start:  # an iteration under way has drawn its random numbers before those of the checkpoint were saved
             self._resumed = iter(self._loader)
 
 
-class StreamSource(Stateless):
+class StreamSource(StatelessSource):
     """A DataLoader over an IterableDataset: its order is its own; random numbers are of (seed, epoch, worker, count).
 
     To resume inside an epoch, what was consumed is loaded again and skipped; the batches are those of the interrupted epoch
     if the dataset yields the same samples again.
     """
 
-    exact = True
     is_ours = True
 
     def __init__(self, loader: DataLoader[Any], seed: int) -> None:
-        self._loader = loader
+        super().__init__(loader)
         self.seed = seed
         self._ending: Ending | None = None
 
@@ -187,14 +172,23 @@ class StreamSource(Stateless):
             self._ending.come()
             self._ending = None
 
-    @property
-    def length(self) -> tuple[int, str] | None:
-        return _batches_of(self._loader)
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_workers": self._loader.num_workers}
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Placed]:
+    def load_state_dict(self, state_dict: dict[str, Any], start: int) -> None:
+        was, now = state_dict.get("num_workers", self._loader.num_workers), self._loader.num_workers
+        if start and was != now:
+            _logger.warning(
+                "The epoch of an IterableDataset is resumed with %d workers, and began with %d: samples come in another order: "
+                "some may be trained on twice in this epoch and others not at all.",
+                now,
+                was,
+            )
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[BatchAndPosition]:
         if start:
             _logger.warning(
-                "Resuming inside an epoch of an IterableDataset: %d batches are loaded again and left out, which takes its time.",
+                "Resuming inside an epoch of an IterableDataset: %d batches are loaded again and skipped, which takes its time.",
                 start,
             )
         streaming = Streaming(self._loader.dataset, self.seed, epoch)
@@ -211,26 +205,3 @@ class StreamSource(Stateless):
             stream = iter(inner)
             self._ending.workers = getattr(stream, "_workers", ())
         return islice(((batch, i) for i, batch in enumerate(stream, 1)), start, None)
-
-
-def length_of(loader: Any) -> int | None:
-    """len(loader), or None if it has none."""
-    try:
-        return len(loader)
-    except (TypeError, NotImplementedError):
-        return None
-
-
-def _batches_of(loader: Any) -> tuple[int, str] | None:
-    length = length_of(loader)
-    return None if length is None else (length, "batches")
-
-
-def can_take_over(loader: Iterable[Any]) -> bool:
-    """A DataLoader that is iterated as torch's own class is."""
-    return (
-        isinstance(loader, DataLoader)
-        and type(loader).__iter__ is DataLoader.__iter__
-        and type(loader)._get_iterator is DataLoader._get_iterator
-        and not (isinstance(loader.dataset, IterableDataset) and loader.persistent_workers)
-    )

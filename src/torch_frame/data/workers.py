@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
-from torch_frame.data.seeding import numpy_random
+from torch_frame.data.rng import numpy_random
 
 _logger = logging.getLogger("torch_frame")
 
@@ -50,6 +50,7 @@ def worker_settings(loader: DataLoader[Any], seed: int, ending: Ending) -> dict[
             "prefetch_factor": loader.prefetch_factor,
             "multiprocessing_context": loader.multiprocessing_context,
             "timeout": loader.timeout,
+            "persistent_workers": loader.persistent_workers,
         }
     return settings
 

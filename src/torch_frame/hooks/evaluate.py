@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_frame.data.move import move_to_device
-from torch_frame.data.seeding import preserved_rng
+from torch_frame.data.rng import preserved_rng
 from torch_frame.data.source import length_of
 from torch_frame.errors import SettingError
 from torch_frame.hooks.base import HookBase

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from torch_frame.data.source import length_of
 from torch_frame.distributed.strategy import SingleProcess, Strategy
@@ -36,14 +36,20 @@ def check_arguments(model: Any, optimizer: Any, lr_scheduler: Any, data_loader: 
         )
     if lr_scheduler is not None and not hasattr(lr_scheduler, "optimizer"):
         raise TypeError(f"lr_scheduler is {_described(lr_scheduler)}; it has to be a torch scheduler, or None.")
-    if isinstance(data_loader, Dataset):
+    if isinstance(data_loader, Dataset) and not _yields_batches(data_loader):
         raise TypeError(
-            f"data_loader is a dataset ({_described(data_loader)}); wrap it: DataLoader(dataset, batch_size=..., shuffle=True)."
+            f"data_loader is a dataset ({_described(data_loader)}); wrap it: DataLoader(dataset, batch_size=..., shuffle=True), "
+            "or DataLoader(dataset, batch_size=None) if it yields batches by itself."
         )
     if isinstance(data_loader, str | bytes | dict | type) or not hasattr(data_loader, "__iter__"):
         raise TypeError(
             f"data_loader is {_described(data_loader)}; it has to be a DataLoader or another iterable of batches."
         )
+
+
+def _yields_batches(dataset: Any) -> bool:
+    """webdataset's own loader is an IterableDataset by its class, and a loader by what it does."""
+    return isinstance(dataset, IterableDataset) and any(cls.__name__ == "WebLoader" for cls in type(dataset).__mro__)
 
 
 def check_numbers(max_epochs: Any, accumulation_steps: Any, clip_grad_norm: Any) -> None:
@@ -211,8 +217,14 @@ def note_on_device(error: BaseException, device: torch.device) -> None:
         )
 
 
-def check_loader(loader: Iterable[Any], epochs_left: int, epoch_len: int | None) -> None:
-    """The loader has batches for each epoch that is left."""
+def check_loader(loader: Iterable[Any], epochs_left: int, epoch_len: int | None, *, prefetch: bool = True) -> None:
+    """The loader has batches for each epoch that is left, and fetches none ahead if `prefetch` is off."""
+    num_workers = getattr(loader, "num_workers", 0)
+    if not prefetch and isinstance(num_workers, int) and num_workers > 0:
+        raise SettingError(
+            f"prefetch=False, but data_loader has {num_workers} workers, which fetch ahead of the training. "
+            "Make it with num_workers=0."
+        )
     if epochs_left <= 0:
         return
     if epoch_len == 0:

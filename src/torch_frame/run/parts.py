@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_frame.checkpoint.weights import bare_names, load_weights
-from torch_frame.data.seeding import (
+from torch_frame.data.rng import (
     loader_generator_states,
     rng_state,
     set_loader_generator_states,
@@ -20,6 +20,7 @@ from torch_frame.data.seeding import (
 )
 from torch_frame.data.source import Source
 from torch_frame.distributed.strategy import Strategy
+from torch_frame.errors import CheckpointError
 from torch_frame.progress import Progress
 from torch_frame.training.ema import EMA
 from torch_frame.training.schedules import LRWarmupScheduler
@@ -201,7 +202,7 @@ class ClassesPart(FactPart):
 
 
 class LengthPart(FactPart):
-    """The length of an epoch's data, as (number, of what); None if it is not known."""
+    """The length of an epoch's data, as (number, of what); None if it is not known, or the loader was set during the run."""
 
     def differences(self, saved: tuple[int, str] | None, unknown: Collection[str]) -> list[str]:
         now = self._value
@@ -246,17 +247,32 @@ class EnvironmentPart:
 
 
 class DataPart:
-    """Where the data stands beside the position, for loaders that have a state of their own."""
+    """Where the data stands beside the position.
 
-    def __init__(self, source: Source, loader: Any, progress: Progress) -> None:
+    Args:
+        source: what is iterated.
+        loader: the loader that it iterates.
+        first_loader: the one that the trainer was made with. Another one was set by a script or a hook, so a run that is resumed
+            inside an epoch over it has to set it too.
+    """
+
+    def __init__(self, source: Source, loader: Any, first_loader: Any, progress: Progress) -> None:
         self._source = source
         self._loader = loader
+        self._is_first = loader is first_loader
         self._progress = progress
 
     def state_dict(self) -> dict[str, Any]:
-        return self._source.state_dict()
+        return {**self._source.state_dict(), **({} if self._is_first else {"loader_was_set": True})}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        state = state or {}
+        inside = self._progress.position > 0 and not self._progress.epoch_trained
+        if inside and state.get("loader_was_set") and self._is_first:
+            raise CheckpointError(
+                "The run is resumed inside an epoch over a loader that was set during the run (trainer.data_loader = ...), but "
+                "this trainer still has the one that it was made with. Set it again in before_train, or make the trainer with it."
+            )
         if state:
             self._source.load_state_dict(state, self._progress.position)
         if not self._source.is_ours:

@@ -1,6 +1,6 @@
 """Import paths of torch-frame 1.7; each name lives elsewhere now."""
 
-from torch_frame.data.seeding import set_random_seed
+from torch_frame.data.rng import set_random_seed
 from torch_frame.run.work_dir import get_workspace
 from torch_frame.tracking.bar import ProgressBar
 from torch_frame.tracking.console import setup_logger

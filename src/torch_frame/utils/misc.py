@@ -1,6 +1,6 @@
-"""Import path of torch-frame 1.7; see `torch_frame.tracking.environment` and `torch_frame.data.seeding`."""
+"""Import path of torch-frame 1.7; see `torch_frame.tracking.environment` and `torch_frame.data.rng`."""
 
-from torch_frame.data.seeding import set_random_seed
+from torch_frame.data.rng import set_random_seed
 from torch_frame.run.work_dir import get_workspace
 from torch_frame.tracking.environment import collect_env, create_small_table, symlink
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from itertools import pairwise
 from typing import Any
@@ -11,11 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torch_frame.data import batches
-from torch_frame.data.batches import BatchPlace, GivenBatches, SampleBatches
 from torch_frame.data.order import FromSampler, Sequential, Shuffled
+from torch_frame.data.plan import BatchPlace, GivenBatches, SampleBatches
+from torch_frame.data.source_ordered import _EndlessPlaces
 
 SIZES = st.integers(0, 150)
+
+
+def elements_of(order: Any, epoch: int, start: int, size: int = 7) -> list[Any]:
+    """An order's elements, one by one."""
+    return [element for chunk, _ in order.chunks(epoch, start, size) for element in chunk]
+
+
 BATCH_SIZES = st.integers(1, 7)
 WORLD_SIZES = st.integers(1, 5)
 SHORT = st.sampled_from(["wrap", "drop"])
@@ -45,7 +51,7 @@ def test_the_ranks_partition_each_epoch(
     rest = size % (batch_size * world_size)
     left_out = rest if drop_last or (rest < world_size and short == "drop") else 0
     assert len(served) == size - left_out
-    expected = list(order.indices(epoch, 0))[: size - left_out]
+    expected = list(elements_of(order, epoch, 0))[: size - left_out]
     assert set(served) == set(expected)
     twice = world_size - rest if 0 < rest < world_size and not left_out else 0
     assert served.total() == size - left_out + twice
@@ -72,13 +78,17 @@ def test_a_ragged_end_is_split_as_evenly_as_it_goes(
 
 
 @given(SIZES, BATCH_SIZES, WORLD_SIZES, st.booleans(), SHORT)
-@settings(max_examples=200, deadline=None)
-def test_the_last_batch_and_no_other_says_so(
+@settings(max_examples=100, deadline=None)
+def test_in_an_endless_stream_the_last_batch_of_an_epoch_and_no_other_says_so(
     size: int, batch_size: int, world_size: int, drop_last: bool, short: str
 ) -> None:
     batches = of_all_ranks(Sequential(size), batch_size, world_size, drop_last=drop_last, short=short)
-    flags = [{place.is_last for place in places} for places in batches]
-    assert flags == [{False}] * (len(batches) - 1) + [{True}] * bool(batches)
+    places = [[place[rank] for place in batches] for rank in range(world_size)]
+    for rank in range(world_size):
+        plan = SampleBatches(Sequential(size), batch_size, drop_last, rank, world_size, short)
+        stream = list(_EndlessPlaces(plan, 0, 0, last_epoch=1)) if batches else []
+        assert [place.is_last for place in stream] == ([False] * (len(batches) - 1) + [True]) * 2 * bool(batches)
+        assert [place._replace(is_last=False) for place in stream[: len(batches)]] == places[rank]
 
 
 @given(SIZES, BATCH_SIZES, WORLD_SIZES, SHORT)
@@ -87,7 +97,7 @@ def test_positions_are_those_of_the_global_order_at_every_world_size(
     size: int, batch_size: int, world_size: int, short: str
 ) -> None:
     order = Shuffled(size, seed=3)
-    expected = list(order.indices(0, 0))
+    expected = list(elements_of(order, 0, 0))
     batches = of_all_ranks(order, batch_size, world_size, short=short)
     for places in batches:
         assert len({place.stop for place in places}) == 1  # where a run goes on is the same on all ranks
@@ -151,7 +161,6 @@ def test_a_users_own_batches_are_served_as_they_are_from_any_of_them_on(sizes: l
     places = list(plan.places(0, 0))
     assert [place.indices for place in places] == given_batches
     assert [place.stop for place in places] == [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    assert [place.is_last for place in places] == [False] * (len(sizes) - 1) + [True] * bool(sizes)
     assert len(plan) == len(places)
     done = data.draw(st.integers(0, len(sizes)))
     assert list(plan.places(0, sum(sizes[:done]))) == places[done:]
@@ -164,7 +173,6 @@ def test_single_indices_count_one_each(size: int, data: st.DataObject) -> None:
     places = list(plan.places(0, 0))
     assert sorted(place.indices for place in places) == list(range(size))
     assert [place.stop for place in places] == list(range(1, size + 1))
-    assert [place.is_last for place in places] == [False] * (size - 1) + [True] * bool(size)
     start = data.draw(st.integers(0, size))
     assert list(plan.places(0, start)) == places[start:]
 
@@ -177,20 +185,15 @@ def test_lists_of_indices_under_batch_size_none_count_one_each() -> None:
     ]
 
 
-@pytest.mark.parametrize("drawn", [0, 1, 2, 3, 311, 312, 313, 623, 624, 625, 1248])
-def test_pythons_numbers_are_kept_however_many_the_training_draws_between_batches(drawn: int) -> None:
-    """An independent generator draws the same numbers, and never loads a batch."""
-    random.seed(5)
-    alone = random.Random(5)
-    numbers = batches._PythonNumbers()
-    for turn in range(700):
-        state = numbers.kept()
-        random.seed(turn)
-        random.random()
-        random.gauss(0, 1)
-        random.setstate(state)
-        for _ in range(drawn):
-            assert random.getrandbits(32) == alone.getrandbits(32)
-        if turn % 5 == 0:  # the second number of a pair is held beside the state
-            assert random.gauss(0, 1) == alone.gauss(0, 1)
-    assert [random.random() for _ in range(700)] == [alone.random() for _ in range(700)]
+def test_a_hash_tells_which_indices_there_have_been_however_they_are_batched() -> None:
+    def hashes(sampler: Any, batch_size: int, start: int = 0) -> list[tuple[int, int]]:
+        return [place.hashes for place in SampleBatches(FromSampler(sampler, seed=0), batch_size).places(0, start)]
+
+    whole = hashes([5, 3, 8, 1, 9, 2], 2)
+    assert len({after for _, after in whole}) == 3
+    assert [before for before, _ in whole[1:]] == [after for _, after in whole[:-1]]
+    assert hashes([5, 3, 8, 1, 9, 2], 3)[-1][1] == whole[-1][1]
+    assert hashes([5, 3, 8, 1, 9, 2], 3, start=2)[0][0] == whole[0][1]
+    assert hashes([5, 4, 8, 1, 9, 2], 2)[-1][1] != whole[-1][1]
+    assert hashes([5, 3, 8, 1, 9, 2], 2, start=4) == whole[2:]
+    assert {place.hashes for place in SampleBatches(Shuffled(6, seed=0), 2).places(0, 0)} == {(0, 0)}

@@ -1,0 +1,92 @@
+"""What the trainer iterates: the protocol, and what sources have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+BatchAndPosition = tuple[Any, int]
+"""A batch, and the position where a run continues that has consumed it."""
+
+
+class Source(Protocol):
+    """What the trainer iterates.
+
+    Attributes:
+        is_ours: order and augmentation of a user's loader are replaced by ours.
+        interruptible: a wait for a batch may be interrupted; what was fetched is fetched again.
+        may_fetch_ahead: a batch may be fetched before the one before it is trained.
+        seed: of the order, if it is ours.
+    """
+
+    is_ours: bool
+    interruptible: bool
+    may_fetch_ahead: bool
+    seed: int
+
+    @property
+    def length(self) -> tuple[int, str] | None:
+        """Of an epoch, as (number, of what), or None if it is not known."""
+        ...
+
+    @property
+    def num_batches(self) -> int | None:
+        """Batches in an epoch, on this rank; None if it is not known."""
+        ...
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[BatchAndPosition]:
+        """The epoch's batches from position `start` on; a position of 0 is the epoch's beginning."""
+        ...
+
+    def close(self) -> None:
+        """End what runs in the background."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is saved beside the position, as of the batch that was yielded last."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], start: int) -> None:
+        """Take on a state that was saved at position `start`; the training's random numbers are restored afterwards."""
+        ...
+
+
+class StatelessSource:
+    """A source that has nothing to save beside the position.
+
+    Args:
+        loader: what is iterated.
+    """
+
+    is_ours = False
+    interruptible = True
+    may_fetch_ahead = True
+    seed = 0
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    @property
+    def num_batches(self) -> int | None:
+        return length_of(self._loader)
+
+    @property
+    def length(self) -> tuple[int, str] | None:
+        return None if self.num_batches is None else (self.num_batches, "batches")
+
+    def close(self) -> None:
+        """Nothing runs in the background between epochs."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any], start: int) -> None:
+        """Nothing to take on."""
+
+
+def length_of(loader: Any) -> int | None:
+    """len(loader), or None if it has none."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None

@@ -1,0 +1,260 @@
+"""A DataLoader whose order, augmentation and place are known: the sources behind plain, persistent and infinite loaders."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from torch_frame.data.loading import Fetched, Loading
+from torch_frame.data.plan import BatchPlace, BatchPlan, plan_of
+from torch_frame.data.source_base import BatchAndPosition, StatelessSource, length_of
+from torch_frame.data.starting import signals_held_back
+from torch_frame.data.workers import Ending, as_it_is, no_second_warning, worker_settings
+
+_logger = logging.getLogger("torch_frame")
+
+
+class OrderedSource(StatelessSource):
+    """A map-style DataLoader whose order and augmentation are a function of (seed, epoch, position).
+
+    Everything else is as torch has it: lengths, batch size and sampler are read when an epoch begins, a sampler is asked for no
+    more than torch would ask it for, and workers live for an epoch, or with `persistent_workers` for the run.
+
+    Args:
+        loader: how samples are loaded: dataset, workers, collate function, pinning, ...
+        seed: of the run.
+        rank, world_size: which part of each global batch this process has.
+    """
+
+    is_ours = True
+
+    def __init__(self, loader: DataLoader[Any], seed: int, *, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(loader)
+        self.seed = seed
+        self._rank = rank
+        self._world_size = world_size
+        self._places: Iterator[BatchPlace] = iter(())
+        self._inner: DataLoader[Any] | None = None
+        self._stream: Iterator[Fetched] | None = None
+        self._ending: Ending | None = None
+        self._iteration = 0
+        self._drawn: int | None = None
+        self._order_hash = 0  # of the indices up to the batch that was yielded last
+        self._expected: int | None = None  # that hash in a state that is resumed, until the first batch
+
+    @property
+    def plan(self) -> BatchPlan:
+        """The batches of an epoch, as the loader is now."""
+        return plan_of(self._loader, self.seed, self._rank, self._world_size)
+
+    @property
+    def num_batches(self) -> int | None:
+        return length_of(self.plan)
+
+    @property
+    def length(self) -> tuple[int, str] | None:
+        try:
+            return self.plan.num_samples, "samples"
+        except (TypeError, NotImplementedError):  # a sampler without a length
+            return None
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[BatchAndPosition]:
+        """The epoch's batches from position `start` on.
+
+        Raises:
+            RuntimeError: in an iteration that continues after another one has begun.
+        """
+        self._iteration += 1
+        iteration = self._iteration
+        try:
+            stream = self._begin(epoch, start)
+            while True:
+                self._check_iteration(iteration)
+                fetched = next(stream, None)
+                if fetched is None:
+                    break
+                self._note(fetched)
+                yield fetched.batch, fetched.place.stop
+        except Exception:
+            if iteration == self._iteration:
+                self.close()  # workers that failed are not asked again
+            raise
+        finally:
+            if iteration == self._iteration and not self._loader.persistent_workers:
+                self.close()
+
+    def _begin(self, epoch: int, start: int) -> Iterator[Fetched]:
+        """Begin an epoch: workers are started, or those that live for the run are told of it."""
+        if not self._loader.persistent_workers:
+            self.close()
+        self._places = self.plan.places(epoch, start)
+        return self._start_stream()
+
+    def _start_stream(self) -> Iterator[Fetched]:
+        with no_second_warning(), signals_held_back(self._loader) as blocked:
+            if self._inner is None:
+                self._ending = Ending(self._loader, blocked)
+                self._inner = self._inner_loader(self._ending)
+            self._stream = iter(self._inner)
+            assert self._ending is not None
+            self._ending.workers = getattr(self._stream, "_workers", ())
+        return self._stream
+
+    def _inner_loader(self, ending: Ending) -> DataLoader[Any]:
+        """A DataLoader with the user's workers and settings that loads by our places."""
+        loader, single = self._loader, self._loader.batch_sampler is None
+        loading = Loading(loader.dataset, loader.collate_fn, single=single, seed=self.seed, drawn=self._drawn)
+        return DataLoader(
+            loading,  # type: ignore[arg-type]  # asked through __getitems__ only
+            batch_sampler=_Places(self),  # type: ignore[arg-type]  # places instead of lists of indices
+            collate_fn=as_it_is,
+            **worker_settings(loader, self.seed, ending),
+        )
+
+    def _note(self, fetched: Fetched) -> None:
+        """Remember what a batch tells: which generators its dataset draws from, and which indices there have been."""
+        if fetched.drawn is not None:
+            self._drawn = fetched.drawn | (self._drawn or 0)
+        place = fetched.place
+        before, self._order_hash = place.hashes
+        expected, self._expected = self._expected, None
+        if expected is not None and before != expected:
+            _logger.warning(
+                "The sampler has drawn other indices than in the run that is resumed, so in this epoch some samples may be "
+                "trained on twice and others not at all. A sampler that follows something outside of it (losses, weights, a "
+                "counter) has to be given what it followed before train() begins."
+            )
+
+    def _check_iteration(self, iteration: int) -> None:
+        if iteration != self._iteration:
+            raise RuntimeError(
+                "This loader is iterated anew while an earlier iteration is under way; it can do one at a time."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"order_hash": self._order_hash} if self._order_hash else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any], start: int) -> None:
+        if start and "order_hash" in state_dict:
+            self._expected = state_dict["order_hash"]
+
+    def close(self) -> None:
+        """End the workers; the next epoch starts new ones."""
+        # Shut down explicitly: a traceback or a user's variable may keep the iterator alive.
+        shutdown = getattr(self._stream, "_shutdown_workers", None)
+        ending, self._ending = self._ending, None
+        self._stream = self._inner = None
+        if ending is not None:
+            ending.come()
+        if shutdown is not None:
+            shutdown()
+
+
+class _Places:
+    """The batch sampler of an inner loader: the places that its source has set, when an epoch begins."""
+
+    def __init__(self, source: OrderedSource) -> None:
+        self._source = weakref.ref(source)  # no circle: a source that is let go ends its workers at once
+
+    def __iter__(self) -> Iterator[BatchPlace]:
+        source = self._source()
+        assert source is not None
+        return source._places
+
+
+class EndlessSource(OrderedSource):
+    """An InfiniteDataLoader: workers live for the run, and fetch the next epoch while this one is trained.
+
+    Args:
+        loader, seed, rank, world_size: as in OrderedSource.
+        last_epoch: nothing is fetched beyond it.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        seed: int,
+        *,
+        last_epoch: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__(loader, seed, rank=rank, world_size=world_size)
+        self._last_epoch = last_epoch
+        self._next = (0, 0)
+        self._cursor: _EndlessPlaces | None = None
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[BatchAndPosition]:
+        self._iteration += 1
+        iteration = self._iteration
+        if next(self.plan.places(epoch, start), None) is None:
+            return
+        try:
+            stream, generation = self._stream_at(epoch, start)
+            while True:
+                self._check_iteration(iteration)
+                fetched = next(stream)
+                place = fetched.place
+                if place.generation != generation:  # it was fetched before a jump
+                    continue
+                self._next = (epoch + 1, 0) if place.is_last else (epoch, place.stop)
+                self._note(fetched)
+                yield fetched.batch, place.stop
+                if place.is_last:
+                    break
+        except Exception:
+            if iteration == self._iteration:
+                self.close()
+            raise
+
+    def _stream_at(self, epoch: int, start: int) -> tuple[Iterator[Fetched], int]:
+        """The stream, and the generation of what it will bring for this place."""
+        if self._stream is not None and self._cursor is not None and self._next != (epoch, start):
+            self._cursor.jump(epoch, start)
+            if self._cursor.exhausted:
+                self.close()
+        if self._stream is None or self._cursor is None:
+            self._cursor = _EndlessPlaces(self.plan, epoch, start, self._last_epoch)
+            self._places = iter(self._cursor)
+            self._start_stream()
+        assert self._stream is not None
+        self._next = (epoch, start)
+        return self._stream, self._cursor.generation
+
+
+class _EndlessPlaces:
+    """The places of one epoch after the other, or from a place that it is told to jump to."""
+
+    def __init__(self, plan: BatchPlan, epoch: int, start: int, last_epoch: int | None) -> None:
+        self.generation = 0
+        self.exhausted = False
+        self._plan = plan
+        self._last_epoch = last_epoch
+        self._target = (epoch, start)
+
+    def jump(self, epoch: int, start: int) -> None:
+        """Continue at another place; what is fetched already is of an older generation."""
+        self.generation += 1
+        self._target = (epoch, start)
+
+    def __iter__(self) -> Iterator[BatchPlace]:
+        while True:
+            generation = self.generation
+            epoch, start = self._target
+            self._target = (epoch + 1, 0)
+            places = self._plan.places(epoch, start)
+            place = next(places, None)
+            while place is not None:
+                following = next(places, None)
+                yield place._replace(is_last=following is None, generation=generation)
+                if self.generation != generation:
+                    break
+                place = following
+            else:
+                if self._last_epoch is not None and epoch >= self._last_epoch:
+                    self.exhausted = True
+                    return
