@@ -402,6 +402,8 @@ class Trainer:
     def _use_the_loader(self) -> None:
         """At an epoch's begin: iterate `data_loader`, which may be another one than before."""
         if self._source_loader is not self.data_loader:
+            checks.check_loader_kind(self.data_loader)
+            checks.check_loader(self.data_loader, 1, length_of(self.data_loader), prefetch=self.prefetch)
             self.source.close()
             self.source = self._source()
 
@@ -579,7 +581,7 @@ class Trainer:
             "grad_scaler": parts.ScalerPart(self.precision.scaler),
             "precision": parts.SettingPart("precision", self.precision.name),
             "seed": parts.SeedPart(self.seed, self.seed_is_explicit),
-            "loader_seed": parts.LoaderSeedPart(self.data_loader),
+            "loader_seed": parts.LoaderSeedPart(self._source_loader),
             "data_length": parts.LengthPart(self.source.length if self._source_loader is self._first_loader else None),
             "environment": parts.EnvironmentPart(
                 self.device,
@@ -590,7 +592,7 @@ class Trainer:
             "metric_storage": self.metric_storage,
             "hooks": self.hook_caller,
             "data": parts.DataPart(self.source, self._source_loader, self._first_loader, self.progress),
-            "loader_generators": parts.LoaderGeneratorsPart(self.data_loader),
+            "loader_generators": parts.LoaderGeneratorsPart(self._source_loader),
             "rng": parts.RandomPart(self.strategy),
         }
 
@@ -692,7 +694,7 @@ class Trainer:
     @property
     def epoch_len(self) -> int | None:
         """Batches in an epoch, on this rank; None if the loader has no length."""
-        return length_of(self.data_loader) if self.strategy.world_size == 1 else self.source.num_batches
+        return length_of(self._loader_in_use) if self.strategy.world_size == 1 else self.source.num_batches
 
     @property
     def max_iters(self) -> int | None:
@@ -712,8 +714,13 @@ class Trainer:
     @property
     def _batch_size(self) -> int | None:
         """Samples in one of the loader's batches, as it is now; None if the loader does not say."""
-        size: int | None = getattr(self.data_loader, "batch_size", None)
-        return getattr(getattr(self.data_loader, "batch_sampler", None), "batch_size", size)
+        size: int | None = getattr(self._loader_in_use, "batch_size", None)
+        return getattr(getattr(self._loader_in_use, "batch_sampler", None), "batch_size", size)
+
+    @property
+    def _loader_in_use(self) -> Iterable[Any]:
+        """The loader of the epoch under way; one that is set meanwhile counts from the next one on."""
+        return self._source_loader if self.progress.inner_iter > 0 else self.data_loader
 
     @property
     def model_or_module(self) -> nn.Module:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.utils.data
 from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
@@ -34,7 +35,9 @@ from torch.utils.data.datapipes.iter import IterableWrapper
 
 from tests.small_hooks import On
 from tests.small_runs import seed_everything
-from torch_frame import CheckpointError, Trainer
+from torch_frame import CheckpointError, InfiniteDataLoader, Trainer
+from torch_frame.data.order import FromSampler
+from torch_frame.data.source import source_of
 
 EPOCHS = 3
 Event = str
@@ -595,3 +598,233 @@ def test_an_iterator_begins_anew_and_says_so(tmp_path: Path, caplog: pytest.LogC
     with caplog.at_level(logging.WARNING, "torch_frame"):
         assert run(stop=False, resume="auto") == [0, 1, 2, 3]
     assert "cannot be put back" in caplog.text
+
+
+# ---------------------------------------------------------------- what a hunt has found
+
+
+class Seeds(Dataset[Tensor]):
+    """Draws from a generator that a worker_init_fn has made of its seed, as torch's documentation has it."""
+
+    def __init__(self) -> None:
+        self.own = 0
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.tensor([float(self.own)])
+
+
+def own_of_worker(worker_id: int) -> None:
+    info = torch.utils.data.get_worker_info()
+    assert info is not None
+    info.dataset.own = info.seed % 1000 + int(np.random.randint(1000))  # type: ignore[attr-defined]
+
+
+def epochs_of(loader: Any, num: int = 3) -> list[list[float]]:
+    source = source_of(loader, seed=5)
+    return [[float(value) for batch, _ in source.epoch(epoch) for value in batch.flatten()] for epoch in range(num)]
+
+
+def test_workers_have_other_seeds_in_each_epoch_and_each_its_own() -> None:
+    loader = DataLoader(Seeds(), 1, num_workers=2, worker_init_fn=own_of_worker)
+    values = epochs_of(loader)
+    assert len({value for epoch in values for value in epoch}) == 6
+    assert epochs_of(loader) == values
+
+
+class SetEpochDraws(Numbers):
+    def set_epoch(self, epoch: int) -> None:
+        self.values = [random.random() + float(np.random.rand()) + float(torch.rand(()))] * 4
+
+
+def test_set_epoch_may_draw_and_leaves_the_trainings_numbers_alone() -> None:
+    seed_everything(3)
+    expected = (random.Random(3).random(), np.random.RandomState(3).rand())
+    values = epochs_of(DataLoader(SetEpochDraws(Script(), 4), 2))
+    assert (random.random(), np.random.rand()) == expected
+    assert len({value for epoch in values for value in epoch}) == 3
+    assert values == epochs_of(DataLoader(SetEpochDraws(Script(), 4), 2, num_workers=1))
+
+
+class StopsEarly(Numbers):
+    def __getitem__(self, index: int) -> Tensor:
+        if index == 4:
+            raise StopIteration
+        return super().__getitem__(index)
+
+
+def test_a_stop_iteration_in_a_dataset_does_not_make_a_short_batch() -> None:
+    source = source_of(DataLoader(StopsEarly(Script()), 3), seed=0)
+    with pytest.raises(RuntimeError, match="StopIteration, which would have ended the epoch"):
+        list(source.epoch(0))
+
+
+class ReadsOnly(Dataset[Tensor]):
+    """Reads generators without moving them."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            drawn = torch.rand(())
+        state = np.random.get_state()
+        value = np.random.rand()
+        np.random.set_state(state)
+        return torch.tensor([float(drawn), float(value), float(torch.initial_seed() % 1000)])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_who_reads_a_generator_without_moving_it_has_numbers_of_each_batch(num_workers: int) -> None:
+    def loader() -> Any:
+        return DataLoader(ReadsOnly(), 2, num_workers=num_workers)
+
+    values = epochs_of(loader())
+    assert values == epochs_of(loader())
+    assert len({value for epoch in values for value in epoch[::3]}) >= 12, "4 batches in each of 3 epochs"
+
+
+@pytest.mark.parametrize("stop_at", [3, 7])
+def test_no_false_warning_after_a_save_on_an_epochs_last_batch(
+    stop_at: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = "a user's sampler"
+    whole, _ = by_trainer(name, tmp_path / "whole")
+    _, stopped = trainer_of(name, tmp_path / "parts", stop_at=stop_at)
+    with pytest.raises(ZeroDivisionError):
+        stopped.train(5, 5)
+    with caplog.at_level(logging.WARNING, "torch_frame"):
+        rest, _ = by_trainer(name, tmp_path / "parts", resume="auto")
+    assert "drawn other" not in caplog.text
+    assert [epoch for epoch in rest.steps if epoch] == whole.steps[(stop_at + 1) // 4 :]
+
+
+def test_the_hash_belongs_to_the_position_and_not_to_what_was_fetched_ahead() -> None:
+    """As on CUDA, where the next batch is fetched before this one is trained."""
+
+    def loader() -> Any:
+        return DataLoader(torch.arange(8.0), 2, sampler=SamplerWithLen(Script(), lambda: iter(range(8)), 8))
+
+    source, plain = source_of(loader(), seed=0), source_of(loader(), seed=0)
+    ahead, batches = source.epoch(0), plain.epoch(0)
+    next(ahead), next(ahead), next(batches)
+    assert source.state_dict(2) == plain.state_dict(2)
+    assert "order_hash" in source.state_dict(2)
+
+
+@pytest.mark.parametrize(("first", "second"), [({"shuffle": True}, {}), ({}, {"shuffle": True})])
+def test_another_kind_of_order_is_told(
+    first: Any, second: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = source_of(DataLoader(torch.arange(8.0), 2, **first), seed=0)
+    batches = source.epoch(0)
+    next(batches)
+    other = source_of(DataLoader(torch.arange(8.0), 2, **second), seed=0)
+    with caplog.at_level(logging.WARNING, "torch_frame"):
+        other.load_state_dict(source.state_dict(2), 2)
+    assert "drawn other indices" in caplog.text
+
+
+def test_indices_of_any_kind_have_a_hash_of_what_they_hold() -> None:
+    class Key:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+    def value(indices: list[Any]) -> int:
+        return next(iter(FromSampler(indices, seed=0).chunks(0, 0, 99)))[1][1]
+
+    assert value([Key("a")]) == value([Key("a")])
+    assert value([torch.arange(2000)]) != value([torch.arange(2000).flip(0)])
+    assert value([np.arange(2000)]) != value([np.arange(2000)[::-1]])
+    assert value(list(torch.arange(3))) == value([0, 1, 2])
+
+
+def test_labels_that_are_set_during_an_epoch_count_at_once() -> None:
+    dataset = TensorDataset(torch.zeros(8, 1))
+    source = source_of(DataLoader(dataset, 2), seed=0)
+    batches = source.epoch(0)
+    assert next(batches)[0][0].sum() == 0
+    dataset.tensors = (torch.ones(8, 1),)
+    assert next(batches)[0][0].sum() == 2
+
+
+def test_an_infinite_loader_begins_a_sampler_once_an_epoch_and_is_read_anew() -> None:
+    script = Script()
+    dataset = Numbers(script, 6)
+    size = [6]
+    sampler = Sampler(script, lambda: iter(range(size[0])))
+    loader = InfiniteDataLoader(dataset, 2, sampler=sampler)
+    assert [len(list(loader)) for _ in range(2)] == [3, 3]
+    assert script.events.count("begin") <= 3, "of the epoch that is fetched next, too"
+    size[0] = 4
+    list(loader)
+    assert len(list(loader)) == 2
+
+
+def test_max_epochs_may_be_raised_in_a_hook_over_an_infinite_loader(tmp_path: Path) -> None:
+    def raise_it(trainer: Trainer) -> None:
+        trainer.max_epochs = 4
+
+    model = nn.Linear(1, 1)
+    loader = InfiniteDataLoader(torch.arange(8.0).reshape(8, 1), 2)
+    trainer = Trainer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.01),
+        None,
+        loader,
+        2,
+        tmp_path,
+        hooks=[On(after_epoch=raise_it)],
+        step_fn=lambda model, batch: model(batch).square().mean(),
+    )
+    trainer.train(5, 5)
+    assert trainer.progress.iter == 16
+
+
+def test_a_loader_that_is_set_inside_an_epoch_leaves_its_windows_alone(tmp_path: Path) -> None:
+    updates: list[int] = []
+    model = nn.Linear(1, 1)
+
+    def replace(trainer: Trainer) -> None:
+        if trainer.cur_iter == 0:
+            trainer.data_loader = DataLoader(torch.zeros(4, 1), 4)
+
+    trainer = Trainer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.01),
+        None,
+        DataLoader(torch.arange(10.0).reshape(10, 1), 2),
+        1,
+        tmp_path,
+        hooks=[On(after_iter=replace, after_update=lambda trainer: updates.append(trainer.cur_iter))],
+        step_fn=lambda model, batch: model(batch).square().mean(),
+        gradient_accumulation_steps=2,
+    )
+    trainer.train(5, 5)
+    assert updates == [1, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "other", [None, 5, DataLoader(torch.zeros(4, 1), num_workers=1)], ids=["none", "number", "workers"]
+)
+def test_a_loader_that_is_set_is_checked(other: Any, tmp_path: Path) -> None:
+    model = nn.Linear(1, 1)
+
+    def replace(trainer: Trainer) -> None:
+        trainer.data_loader = other
+
+    trainer = Trainer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.01),
+        None,
+        DataLoader(torch.zeros(4, 1), 2),
+        2,
+        tmp_path,
+        hooks=[On(after_epoch=replace)],
+        step_fn=lambda model, batch: model(batch).square().mean(),
+        prefetch=False,
+    )
+    with pytest.raises((TypeError, ValueError), match=r"data_loader (is|has)|but data_loader has"):
+        trainer.train(5, 5)

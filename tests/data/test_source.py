@@ -485,7 +485,7 @@ def test_a_stateful_data_loader_is_used_through_its_state() -> None:
     assert not source.is_ours
     running = source.epoch(0)
     first = [next(running) for _ in range(2)]
-    state = source.state_dict()
+    state = source.state_dict(2)
     rest = list(running)
     assert [position for _, position in first + rest] == [1, 2, 3, 4, 5]
     other = source_of(make(), SEED)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, TensorDataset, default_collate, get_worker_info
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from torch_frame.data.order import hash_ints, splitmix64, splitmix64_range
 from torch_frame.data.plan import BatchPlace
@@ -31,10 +32,10 @@ class Loading:
     from are seeded, so that its augmentation does not depend on how many workers there are or what was loaded before. The collate
     function, and a dataset's `__getitems__`, are seeded once for the batch.
 
-    A generator that is not drawn from is not seeded, for seeding takes 7 us a sample. Which ones are drawn from is seen: in the
-    first batch all are seeded and watched; later on, a batch in which another one turns out to have been drawn from is loaded
-    again, with that one seeded too. The bits are those of seeding all generators for every sample, if a sample depends on its
-    index and these generators only.
+    A generator that is not drawn from is not seeded for each sample, for that takes 7 us. Which ones are drawn from is seen: in
+    the first batch all are seeded and watched; later on, a batch in which another one turns out to have moved is loaded again,
+    with that one seeded too. The bits are those of seeding all generators for every sample, if a sample depends on its index and
+    on what it draws from these generators.
 
     A plain TensorDataset is indexed once for the batch, which gives torch's own bits.
 
@@ -63,39 +64,60 @@ class Loading:
         self._epoch: int | None = None
         self._samples_are_asked_at_once = single or getattr(dataset, "__getitems__", None) is not None
         self._rng: LoadingRng | None = None  # made in the process that loads
+        self._tensors: tuple[Tensor, ...] | None = None
+        self._are_plain = False
 
     def __getitems__(self, place: BatchPlace) -> Fetched:
+        if self._rng is None:
+            self._rng = LoadingRng()
         if place.epoch != self._epoch:
-            self._begin_epoch(place.epoch)
-        batch = None if self._tensors is None else _gathered(self._tensors, place.indices)
+            self._begin_epoch(place.epoch, self._rng)
+        batch = self._gathered(place.indices)
         if batch is None:
-            batch = self._load_watched(place)
+            batch = self._load_watched(place, self._rng)
         return Fetched(batch, place, self.drawn)
 
-    def _begin_epoch(self, epoch: int) -> None:
+    def _begin_epoch(self, epoch: int, rng: LoadingRng) -> None:
         self._epoch = epoch
         self._epoch_key = hash_ints(self._seed, epoch, 0xA5)
         if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
-        self._tensors = None if self._single else _plain_tensors(self.dataset, self._collate_fn)
+            with rng:
+                seed_all(hash_ints(self._epoch_key, 0x5E))
+                self.dataset.set_epoch(epoch)
 
-    def _load_watched(self, place: BatchPlace) -> Any:
+    def _gathered(self, indices: Any) -> list[Tensor] | None:
+        """A batch of a plain TensorDataset; None if it has to be loaded sample by sample."""
+        if type(self.dataset) is not TensorDataset or self._collate_fn is not default_collate or self._single:
+            return None
+        if self.dataset.tensors is not self._tensors:  # looked at once, and again if a script has set others
+            self._tensors = self.dataset.tensors
+            self._are_plain = _collates_plainly() and all(map(_is_plain, self._tensors))
+        return _gathered(self._tensors, indices) if self._are_plain else None
+
+    def _load_watched(self, place: BatchPlace, rng: LoadingRng) -> Any:
         """Load the batch with the generators seeded that are drawn from."""
-        if self._rng is None:
-            self._rng = LoadingRng()
-        with self._rng as rng:
-            if self.drawn is None:
-                return self._load(place, rng, learn=True)
-            while True:
-                rng.mark(ALL_GENERATORS & ~self.drawn)
-                batch = self._load(place, rng)
-                moved = rng.moved()
-                if not moved:
-                    return batch
-                self.drawn |= moved  # not seen before: its numbers were not of this position
+        try:
+            with rng:
+                if self.drawn is None:
+                    return self._load(place, rng, learn=True)
+                while True:
+                    rng.seed_and_mark(ALL_GENERATORS & ~self.drawn, splitmix64(self._epoch_key, place.first))
+                    batch = self._load(place, rng)
+                    moved = rng.moved()
+                    if not moved:
+                        return batch
+                    self.drawn |= moved  # not seen before: its numbers were not those of each position
+        except StopIteration as error:
+            raise RuntimeError(
+                f"Loading the samples {place.indices} raised a StopIteration, which would have ended the epoch. "
+                "Raise an IndexError for an index that does not exist."
+            ) from error
 
     def _load(self, place: BatchPlace, rng: LoadingRng, *, learn: bool = False) -> Any:
-        """Call the user's code; to `learn` is to seed all generators and to note those that are drawn from."""
+        """Call the user's code; to `learn` is to seed all generators and to note those that are drawn from.
+
+        Signals know this function by its name: a dataset that hangs in it may be interrupted.
+        """
         key, drawn = self._epoch_key, 0
         seed = seeder(ALL_GENERATORS if self.drawn is None else self.drawn)
         if self._samples_are_asked_at_once:
@@ -128,11 +150,12 @@ class Loading:
         return batch
 
 
-def _plain_tensors(dataset: Any, collate_fn: Any) -> tuple[Tensor, ...] | None:
-    """The tensors of a TensorDataset that may be indexed a batch at a time; None for another dataset or collate function."""
-    if type(dataset) is not TensorDataset or collate_fn is not default_collate:
-        return None
-    return dataset.tensors if all(map(_is_plain, dataset.tensors)) else None
+_TENSOR_COLLATE = default_collate_fn_map.get(Tensor)
+
+
+def _collates_plainly() -> bool:
+    """A script may have told default_collate of another way to make a batch of tensors."""
+    return default_collate_fn_map.get(Tensor) is _TENSOR_COLLATE
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -147,9 +170,9 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def _gathered(tensors: tuple[Tensor, ...], indices: Any) -> list[Tensor] | None:
     """What default_collate makes of the samples at these indices; None if they are not a list of integers."""
-    array = np.asarray(indices)
-    if type(indices) is not list or array.dtype != np.int64 or array.ndim != 1:
+    if type(indices) is not list or not {int}.issuperset(map(type, indices)):
         return None
+    array = np.asarray(indices, dtype=np.int64)
     chosen = torch.from_numpy(array)
     return [tensor[chosen] for tensor in tensors]
 
@@ -173,12 +196,12 @@ class Streaming(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(self._epoch)
         key = hash_ints(self._seed, self._epoch, 0 if worker is None else worker.id, 0xC3)
         kept = contextlib.nullcontext() if worker is not None else LoadingRng()
         with kept:
             seed_all(key)
+            if hasattr(self.dataset, "set_epoch"):
+                self.dataset.set_epoch(self._epoch)
             samples = iter(self.dataset)
         sample, count = None, 0
         while True:

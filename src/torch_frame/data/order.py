@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import (
     DistributedSampler,
     RandomSampler,
@@ -238,7 +239,25 @@ class FromSampler:
 
 def _hash_of(elements: list[Any], value: int) -> int:
     """The hash of all elements so far, however they are cut into lists; the same in every process."""
-    return zlib.crc32(f"{repr(elements)[1:-1]}, ".encode(), value) if elements else value
+    if not elements:
+        return value
+    if not _SIMPLE.issuperset(map(type, elements)):
+        elements = [_simple(element) for element in elements]
+    return zlib.crc32(f"{repr(elements)[1:-1]}, ".encode(), value)
+
+
+_SIMPLE = {int, str, float, bool}
+
+
+def _simple(element: Any) -> Any:
+    """An index in types whose text is all that they hold; of an object of a user's kind its class only."""
+    if type(element) in _SIMPLE:
+        return element
+    if isinstance(element, Tensor | np.ndarray | np.generic):
+        return element.tolist()
+    if isinstance(element, list | tuple):
+        return [_simple(item) for item in element]
+    return type(element).__qualname__
 
 
 _DRAW_AT_ONCE = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)

@@ -33,7 +33,10 @@ class BatchPlan(Protocol):
 
     Attributes:
         num_samples: in an epoch, on all ranks together; of a user's own batches their number.
+        kind: of the order: its class.
     """
+
+    kind: str
 
     @property
     def num_samples(self) -> int: ...
@@ -67,6 +70,7 @@ class SampleBatches:
         short: str = "wrap",
     ) -> None:
         self._order = order
+        self.kind = type(order).__name__
         self._batch_size = batch_size
         self._drop_last = drop_last
         self._rank = rank
@@ -115,6 +119,7 @@ class GivenBatches:
 
     def __init__(self, order: Order, *, single: bool) -> None:
         self._order = order
+        self.kind = type(order).__name__
         self._single = single
 
     def __len__(self) -> int:

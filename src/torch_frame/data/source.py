@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from torch_frame.data.infinite import InfiniteDataLoader
 from torch_frame.data.loading import StreamCollating, Streaming
+from torch_frame.data.order import hash_ints
 from torch_frame.data.source_base import BatchAndPosition, Source, StatelessSource, length_of
 from torch_frame.data.source_ordered import EndlessSource, OrderedSource
 from torch_frame.data.starting import signals_held_back
@@ -141,7 +142,7 @@ class StatefulSource(StatelessSource):
         batches, self._resumed = self._resumed or iter(self._loader), None
         return ((batch, i) for i, batch in enumerate(batches, start + 1))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, position: int) -> dict[str, Any]:
         return {"loader": self._loader.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any], start: int) -> None:
@@ -172,7 +173,7 @@ class StreamSource(StatelessSource):
             self._ending.come()
             self._ending = None
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, position: int) -> dict[str, Any]:
         return {"num_workers": self._loader.num_workers}
 
     def load_state_dict(self, state_dict: dict[str, Any], start: int) -> None:
@@ -200,7 +201,7 @@ class StreamSource(StatelessSource):
                 batch_size=self._loader.batch_size,
                 drop_last=self._loader.drop_last,
                 collate_fn=StreamCollating(self._loader.collate_fn, self.seed, epoch),
-                **worker_settings(self._loader, self.seed, self._ending),
+                **worker_settings(self._loader, hash_ints(self.seed, epoch), self._ending),
             )
             stream = iter(inner)
             self._ending.workers = getattr(stream, "_workers", ())

@@ -42,8 +42,8 @@ class Source(Protocol):
         """End what runs in the background."""
         ...
 
-    def state_dict(self) -> dict[str, Any]:
-        """What is saved beside the position, as of the batch that was yielded last."""
+    def state_dict(self, position: int) -> dict[str, Any]:
+        """What is saved beside the position, as it was behind the batch that ends there; a later one may have been fetched."""
         ...
 
     def load_state_dict(self, state_dict: dict[str, Any], start: int) -> None:
@@ -77,7 +77,7 @@ class StatelessSource:
     def close(self) -> None:
         """Nothing runs in the background between epochs."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, position: int) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any], start: int) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from torch_frame.data.loading import Fetched, Loading
+from torch_frame.data.order import hash_ints
 from torch_frame.data.plan import BatchPlace, BatchPlan, plan_of
 from torch_frame.data.source_base import BatchAndPosition, StatelessSource, length_of
 from torch_frame.data.starting import signals_held_back
@@ -42,8 +43,10 @@ class OrderedSource(StatelessSource):
         self._stream: Iterator[Fetched] | None = None
         self._ending: Ending | None = None
         self._iteration = 0
-        self._drawn: int | None = None
-        self._order_hash = 0  # of the indices up to the batch that was yielded last
+        self._drawn: int | None = None  # the generators that the dataset has been seen to draw from
+        self._hashes: dict[
+            int, int
+        ] = {}  # position -> of the indices up to there, of the last batches that were fetched
         self._expected: int | None = None  # that hash in a state that is resumed, until the first batch
 
     @property
@@ -71,40 +74,45 @@ class OrderedSource(StatelessSource):
         self._iteration += 1
         iteration = self._iteration
         try:
-            stream = self._begin(epoch, start)
+            stream = self._begin_epoch(epoch, start)
             while True:
                 self._check_iteration(iteration)
                 fetched = next(stream, None)
                 if fetched is None:
+                    self._check_open(stream)
                     break
                 self._note(fetched)
                 yield fetched.batch, fetched.place.stop
-        except Exception:
+        except GeneratorExit:
+            raise
+        except BaseException:
             if iteration == self._iteration:
                 self.close()  # workers that failed are not asked again
             raise
         finally:
-            if iteration == self._iteration and not self._loader.persistent_workers:
-                self.close()
+            if iteration == self._iteration:
+                self._expected = None
+                if not self._loader.persistent_workers:
+                    self.close()
 
-    def _begin(self, epoch: int, start: int) -> Iterator[Fetched]:
-        """Begin an epoch: workers are started, or those that live for the run are told of it."""
+    def _begin_epoch(self, epoch: int, start: int) -> Iterator[Fetched]:
+        """Workers are started, or those that live for the run are told of the epoch."""
         if not self._loader.persistent_workers:
             self.close()
         self._places = self.plan.places(epoch, start)
-        return self._start_stream()
+        return self._start_stream(epoch)
 
-    def _start_stream(self) -> Iterator[Fetched]:
+    def _start_stream(self, epoch: int) -> Iterator[Fetched]:
         with no_second_warning(), signals_held_back(self._loader) as blocked:
             if self._inner is None:
                 self._ending = Ending(self._loader, blocked)
-                self._inner = self._inner_loader(self._ending)
+                self._inner = self._inner_loader(epoch, self._ending)
             self._stream = iter(self._inner)
             assert self._ending is not None
             self._ending.workers = getattr(self._stream, "_workers", ())
         return self._stream
 
-    def _inner_loader(self, ending: Ending) -> DataLoader[Any]:
+    def _inner_loader(self, epoch: int, ending: Ending) -> DataLoader[Any]:
         """A DataLoader with the user's workers and settings that loads by our places."""
         loader, single = self._loader, self._loader.batch_sampler is None
         loading = Loading(loader.dataset, loader.collate_fn, single=single, seed=self.seed, drawn=self._drawn)
@@ -112,22 +120,29 @@ class OrderedSource(StatelessSource):
             loading,  # type: ignore[arg-type]  # asked through __getitems__ only
             batch_sampler=_Places(self),  # type: ignore[arg-type]  # places instead of lists of indices
             collate_fn=as_it_is,
-            **worker_settings(loader, self.seed, ending),
+            **worker_settings(loader, hash_ints(self.seed, epoch), ending),  # workers have other seeds in each epoch
         )
 
     def _note(self, fetched: Fetched) -> None:
         """Remember what a batch tells: which generators its dataset draws from, and which indices there have been."""
         if fetched.drawn is not None:
             self._drawn = fetched.drawn | (self._drawn or 0)
-        place = fetched.place
-        before, self._order_hash = place.hashes
+        before, after = fetched.place.hashes
+        self._hashes = dict([*self._hashes.items(), (fetched.place.stop, after)][-3:]) if after else {}
         expected, self._expected = self._expected, None
         if expected is not None and before != expected:
-            _logger.warning(
-                "The sampler has drawn other indices than in the run that is resumed, so in this epoch some samples may be "
-                "trained on twice and others not at all. A sampler that follows something outside of it (losses, weights, a "
-                "counter) has to be given what it followed before train() begins."
-            )
+            self._warn_of_other_indices()
+
+    def _warn_of_other_indices(self) -> None:
+        _logger.warning(
+            "The sampler has drawn other indices than in the run that is resumed, so in this epoch some samples may be "
+            "trained on twice and others not at all. A sampler that follows something outside of it (losses, weights, a "
+            "counter) has to be given what it followed before train() begins."
+        )
+
+    def _check_open(self, stream: Iterator[Fetched]) -> None:
+        if self._stream is not stream:
+            raise RuntimeError("This loader was closed while it was iterated.")
 
     def _check_iteration(self, iteration: int) -> None:
         if iteration != self._iteration:
@@ -135,12 +150,19 @@ class OrderedSource(StatelessSource):
                 "This loader is iterated anew while an earlier iteration is under way; it can do one at a time."
             )
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"order_hash": self._order_hash} if self._order_hash else {}
+    def state_dict(self, position: int) -> dict[str, Any]:
+        order_hash = self._hashes.get(position)
+        state: dict[str, Any] = {"order": self.plan.kind, "drawn": self._drawn}
+        return state if order_hash is None else {**state, "order_hash": order_hash}
 
     def load_state_dict(self, state_dict: dict[str, Any], start: int) -> None:
-        if start and "order_hash" in state_dict:
-            self._expected = state_dict["order_hash"]
+        self._drawn = state_dict.get("drawn")
+        if not start:
+            return
+        if state_dict.get("order", self.plan.kind) != self.plan.kind:
+            self._warn_of_other_indices()
+        else:
+            self._expected = state_dict.get("order_hash")
 
     def close(self) -> None:
         """End the workers; the next epoch starts new ones."""
@@ -191,13 +213,14 @@ class EndlessSource(OrderedSource):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[BatchAndPosition]:
         self._iteration += 1
         iteration = self._iteration
-        if next(self.plan.places(epoch, start), None) is None:
-            return
         try:
             stream, generation = self._stream_at(epoch, start)
             while True:
                 self._check_iteration(iteration)
-                fetched = next(stream)
+                fetched = next(stream, None)
+                if fetched is None:  # the epoch has no batch
+                    self._check_open(stream)
+                    break
                 place = fetched.place
                 if place.generation != generation:  # it was fetched before a jump
                     continue
@@ -206,21 +229,30 @@ class EndlessSource(OrderedSource):
                 yield fetched.batch, place.stop
                 if place.is_last:
                     break
-        except Exception:
+        except GeneratorExit:
+            raise
+        except BaseException:
             if iteration == self._iteration:
                 self.close()
             raise
+        finally:
+            if iteration == self._iteration:
+                self._expected = None
 
     def _stream_at(self, epoch: int, start: int) -> tuple[Iterator[Fetched], int]:
         """The stream, and the generation of what it will bring for this place."""
-        if self._stream is not None and self._cursor is not None and self._next != (epoch, start):
+        if self._last_epoch is not None and epoch > self._last_epoch:  # max_epochs was raised
+            self._last_epoch = epoch
+            self.close()
+        if self._cursor is not None and self._next != (epoch, start):
             self._cursor.jump(epoch, start)
-            if self._cursor.exhausted:
-                self.close()
+        if self._cursor is not None and self._cursor.exhausted and self._next != (epoch, start):
+            self.close()
         if self._stream is None or self._cursor is None:
-            self._cursor = _EndlessPlaces(self.plan, epoch, start, self._last_epoch)
+            source = weakref.proxy(self)
+            self._cursor = _EndlessPlaces(lambda: source.plan, epoch, start, self._last_epoch)
             self._places = iter(self._cursor)
-            self._start_stream()
+            self._start_stream(epoch)
         assert self._stream is not None
         self._next = (epoch, start)
         return self._stream, self._cursor.generation
@@ -229,7 +261,7 @@ class EndlessSource(OrderedSource):
 class _EndlessPlaces:
     """The places of one epoch after the other, or from a place that it is told to jump to."""
 
-    def __init__(self, plan: BatchPlan, epoch: int, start: int, last_epoch: int | None) -> None:
+    def __init__(self, plan: Callable[[], BatchPlan], epoch: int, start: int, last_epoch: int | None) -> None:
         self.generation = 0
         self.exhausted = False
         self._plan = plan
@@ -246,8 +278,11 @@ class _EndlessPlaces:
             generation = self.generation
             epoch, start = self._target
             self._target = (epoch + 1, 0)
-            places = self._plan.places(epoch, start)
+            places = self._plan().places(epoch, start)  # as the loader is when its next epoch is begun to be fetched
             place = next(places, None)
+            if place is None:  # the stream ends with an epoch that has no batch
+                self.exhausted = True
+                return
             while place is not None:
                 following = next(places, None)
                 yield place._replace(is_last=following is None, generation=generation)

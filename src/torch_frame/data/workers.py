@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch_frame.data.rng import numpy_random
 
 _logger = logging.getLogger("torch_frame")
 
+_told: weakref.WeakSet[DataLoader[Any]] = weakref.WeakSet()
 _KILLED_S = 5.0  # for which a killed process is waited for
 
 
@@ -40,7 +42,8 @@ def worker_settings(loader: DataLoader[Any], seed: int, ending: Ending) -> dict[
         "pin_memory": loader.pin_memory,
         "generator": torch.Generator().manual_seed(seed & (2**63 - 1)),
     }
-    if not getattr(loader, "in_order", True):
+    if not getattr(loader, "in_order", True) and loader not in _told:
+        _told.add(loader)
         _logger.warning(
             "in_order=False is not used: the order of batches is a function of the seed. take_over=False keeps it."
         )
@@ -131,9 +134,10 @@ class WorkerInit:
             self._watch_for_sigterm()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, self._ending.blocked)
         self._ending.enter(worker_id)
-        numpy_random.set_bit_generator(np.random.MT19937(0))  # a forked worker may have another kind from the user
         info = get_worker_info()
         assert info is not None
+        numpy_random.set_bit_generator(np.random.MT19937(0))  # a forked worker may have another kind from the user
+        np.random.seed(info.seed % 2**32)
         wrapped: Any = info.dataset  # Loading or Streaming; a user's function and dataset look for their own there
         object.__setattr__(info, "dataset", wrapped.dataset)
         if self._users is not None:

@@ -36,6 +36,11 @@ def check_arguments(model: Any, optimizer: Any, lr_scheduler: Any, data_loader: 
         )
     if lr_scheduler is not None and not hasattr(lr_scheduler, "optimizer"):
         raise TypeError(f"lr_scheduler is {_described(lr_scheduler)}; it has to be a torch scheduler, or None.")
+    check_loader_kind(data_loader)
+
+
+def check_loader_kind(data_loader: Any) -> None:
+    """It can be iterated, and yields batches as far as that can be seen."""
     if isinstance(data_loader, Dataset) and not _yields_batches(data_loader):
         raise TypeError(
             f"data_loader is a dataset ({_described(data_loader)}); wrap it: DataLoader(dataset, batch_size=..., shuffle=True), "

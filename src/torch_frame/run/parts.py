@@ -263,7 +263,10 @@ class DataPart:
         self._progress = progress
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self._source.state_dict(), **({} if self._is_first else {"loader_was_set": True})}
+        return {
+            **self._source.state_dict(self._progress.position),
+            **({} if self._is_first else {"loader_was_set": True}),
+        }
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         state = state or {}
