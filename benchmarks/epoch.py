@@ -14,11 +14,7 @@ Ignite's row needs `make bench-peers`.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
 import random
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,7 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from _report import TinyMLP, print_table, summary, write
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from torch_frame import Trainer
@@ -92,18 +89,6 @@ DATASETS: dict[str, Callable[[int], Dataset[Any]]] = {
     "flips": Flips,
     "pictures": Pictures,
 }
-
-
-class TinyMLP(nn.Module):
-    """32 -> 64 -> 64 -> 10: so small that the loop around it shows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-
-    def forward(self, batch: list[Tensor]) -> Tensor:
-        inputs, labels = batch  # (64, 32), (64,)
-        return nn.functional.cross_entropy(self.layers(inputs), labels)
 
 
 def make() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -207,20 +192,6 @@ def measure(name: str, batches: int, rounds: int, work_dir: str) -> dict[str, li
     return times
 
 
-def summary(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    table = {}
-    for row, values in times.items():
-        ratios = [value / base for value, base in zip(values, times["raw"], strict=True)]
-        low, _, high = statistics.quantiles(ratios, n=4)
-        table[row] = {
-            "us_per_batch": round(statistics.median(values), 1),
-            "ratio_median": round(statistics.median(ratios), 3),
-            "ratio_quartile_1": round(low, 3),
-            "ratio_quartile_3": round(high, 3),
-        }
-    return table
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, default=1000)
@@ -232,21 +203,10 @@ def main() -> None:
     figures = {}
     for name in options.only:
         with tempfile.TemporaryDirectory() as work_dir:
-            figures[name] = summary(measure(name, options.batches, options.rounds, work_dir))
+            figures[name] = summary(measure(name, options.batches, options.rounds, work_dir), "us_per_batch")
         print(f"\n{name}: CPU time a batch of 64, {options.rounds} epochs of {options.batches} batches, ratio to raw")
-        for row, figure in figures[name].items():
-            spread = f"{figure['ratio_quartile_1']:.3f} .. {figure['ratio_quartile_3']:.3f}"
-            print(f"  {row:<45} {figure['us_per_batch']:8.1f} us   {figure['ratio_median']:.3f}   ({spread})")
-    if options.output:
-        setting = {
-            "date": datetime.date.today().isoformat(),
-            "device": f"CPU, {platform.machine()}, 1 thread",
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "batches": options.batches,
-            "rounds": options.rounds,
-        }
-        options.output.write_text(json.dumps({"setting": setting, "figures": figures}, indent=2) + "\n")
+        print_table(figures[name], "us_per_batch", width=45)
+    write(options.output, figures, batches=options.batches, rounds=options.rounds)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
-import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,23 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from _report import TinyMLP, print_table, summary, write
+from torch import nn
 
 from torch_frame import CheckpointerHook, LoggerHook, Trainer
 
 Timed = Callable[[], float]
-
-
-class TinyMLP(nn.Module):
-    """32 -> 64 -> 64 -> 10: so small that the loop around it shows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-
-    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        inputs, labels = batch  # (16, 32), (16,)
-        return nn.functional.cross_entropy(self.layers(inputs), labels)
 
 
 def make(optimizer_name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -145,20 +130,6 @@ def measure(optimizer_name: str, steps: int, rounds: int, work_dir: str) -> dict
     return times
 
 
-def summary(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    table = {}
-    for name, values in times.items():
-        ratios = [value / base for value, base in zip(values, times["raw"], strict=True)]
-        low, _, high = statistics.quantiles(ratios, n=4)
-        table[name] = {
-            "us_per_step": round(statistics.median(values), 1),
-            "ratio_median": round(statistics.median(ratios), 3),
-            "ratio_quartile_1": round(low, 3),
-            "ratio_quartile_3": round(high, 3),
-        }
-    return table
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1000)
@@ -171,23 +142,12 @@ def main() -> None:
         for optimizer_name in ("sgd", "adamw"):
             with terminal():
                 times = measure(optimizer_name, options.steps, options.rounds, f"{work_dir}/{optimizer_name}")
-            figures[optimizer_name] = summary(times)
+            figures[optimizer_name] = summary(times, "us_per_step")
             print(
                 f"\n{optimizer_name}: CPU time a step, {options.rounds} rounds of {options.steps} steps, ratio to raw"
             )
-            for name, row in figures[optimizer_name].items():
-                spread = f"{row['ratio_quartile_1']:.3f} .. {row['ratio_quartile_3']:.3f}"
-                print(f"  {name:<32} {row['us_per_step']:8.1f} us   {row['ratio_median']:.3f}   ({spread})")
-    if options.output:
-        setting = {
-            "date": datetime.date.today().isoformat(),
-            "device": f"CPU, {platform.machine()}, 1 thread",
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "steps": options.steps,
-            "rounds": options.rounds,
-        }
-        options.output.write_text(json.dumps({"setting": setting, "figures": figures}, indent=2) + "\n")
+            print_table(figures[optimizer_name], "us_per_step", width=32)
+    write(options.output, figures, steps=options.steps, rounds=options.rounds)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,6 @@ Process CPU time.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
 import statistics
 import tempfile
 import time
@@ -22,25 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from _report import TinyMLP, write
 
 from torch_frame import CheckpointerHook, LoggerHook, Trainer
 from torch_frame.data.move import move_to_device
 from torch_frame.training.losses import read_losses, recordable
 
 NUMBER, REPEAT = 5000, 9
-
-
-class TinyMLP(nn.Module):
-    """32 -> 64 -> 64 -> 10, as in overhead.py."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-
-    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        inputs, labels = batch  # (16, 32), (16,)
-        return nn.functional.cross_entropy(self.layers(inputs), labels)
 
 
 def microseconds(call: Callable[[], object]) -> float:
@@ -129,15 +114,7 @@ def main() -> None:
         rows = measure(work_dir)
     for name, value in rows.items():
         print(f"{name:<60} {value:7.2f} us")
-    if options.output:
-        setting = {
-            "date": datetime.date.today().isoformat(),
-            "device": f"CPU, {platform.machine()}, 1 thread",
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
-        figures = {name: round(value, 2) for name, value in rows.items()}
-        options.output.write_text(json.dumps({"setting": setting, "figures": figures}, indent=2) + "\n")
+    write(options.output, {name: round(value, 2) for name, value in rows.items()})
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ PATIENCE_S = 30.0
 
 
 class Meeting:
-    """Where the ranks meet: nobody leaves before all have come.
+    """A barrier that exchanges values: each rank waits until all of them have called.
 
     Args:
         world_size: number of ranks.

@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.faults.kit import Config, Training
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _signals_are_not_ignored() -> Iterator[None]:
-    """Processes of a shell's background job begin with SIGINT ignored, and so would those that are started here."""
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -114,7 +114,7 @@ def test_a_generator_for_more_epochs_is_refused_before_anything_is_made(tmp_path
 
 
 class EmptyLater:
-    """Batches in the first epoch alone."""
+    """Yields batches in the first epoch only."""
 
     count = 0
 

@@ -197,7 +197,7 @@ class InterruptAfterIter(HookBase):
 
 
 class InterruptAfterEpoch(HookBase):
-    """Ends the run in `after_epoch` of epoch 2: an evaluation that follows is broken off, and `after_epoch` is to come again."""
+    """Ends the run in `after_epoch` of epoch 2: the evaluation behind it is interrupted, and a resume repeats `after_epoch`."""
 
     def after_epoch(self) -> None:
         if self.trainer.epoch == 2:
