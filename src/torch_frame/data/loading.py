@@ -14,7 +14,8 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 from torch_frame.data.order import hash_ints, splitmix64, splitmix64_range
 from torch_frame.data.plan import BatchPlace
-from torch_frame.data.rng import ALL_GENERATORS, LoadingRng, seed_all, seeder
+from torch_frame.data.rng import ALL_GENERATORS, seed_all, seeder
+from torch_frame.data.rng_guard import LoadingRng
 
 
 class Fetched(NamedTuple):
