@@ -18,6 +18,7 @@ from torch_frame.checkpoint.weights import WeightsReport, bare_names
 from torch_frame.data.move import move_to_device, resolve_device
 from torch_frame.data.prefetch import prefetch_to_device
 from torch_frame.data.source import Source, length_of, source_of
+from torch_frame.data.workers import keep_parents_garbage
 from torch_frame.distributed.comm import is_main
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import NonFiniteError, SettingError
@@ -184,6 +185,7 @@ class Trainer:
         self.prefetch = prefetch
         self._first_loader = data_loader
         self.source = self._source()
+        keep_parents_garbage(self)
         self.progress = Progress()
         self.should_stop = False
         self.start_epoch = 0

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from tests.small_data import wait_until
+from torch_frame import Trainer
 from torch_frame.data.source import source_of
 from torch_frame.data.workers import Ending
 
@@ -69,3 +73,52 @@ def test_workers_outlive_a_sigterm_that_is_not_theirs_and_end_with_the_loader(co
     assert len(pids) == 2
     source.close()
     assert wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids))
+
+
+class Owner:
+    """In a cycle with itself: only the collector frees it, and it says in which process it did."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.itself = file, self
+
+    def __del__(self) -> None:
+        self.file.write_text(str(os.getpid()))
+
+
+class Collects(torch.utils.data.Dataset[Any]):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if torch.utils.data.get_worker_info() is not None:
+            gc.collect()
+        return torch.ones(3)
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="forks")
+@pytest.mark.parametrize("take_over", [True, False], ids=["taken over", "left as it is"])
+def test_a_worker_never_collects_what_the_training_process_left(take_over: bool, tmp_path: Path) -> None:
+    """A CUDA tensor that is freed in a forked worker aborts it; so it happened on a GPU in a run's second epoch."""
+    loader: DataLoader[Any] = DataLoader(Collects(), batch_size=4, num_workers=1, multiprocessing_context="fork")
+    model = nn.Linear(3, 1)
+    trainer = Trainer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        None,
+        loader,
+        1,
+        tmp_path / "run",
+        hooks=[],
+        take_over=take_over,
+        step_fn=lambda model, batch: model(batch).mean(),
+    )
+    gc.collect()
+    gc.disable()
+    try:
+        Owner(tmp_path / "freed")
+        trainer.train()
+        assert not (tmp_path / "freed").exists()
+    finally:
+        gc.enable()
+    gc.collect()
+    assert (tmp_path / "freed").read_text() == str(os.getpid()), "this process still collects"

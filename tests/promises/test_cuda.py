@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import AdamW
+from torch.utils.data import DataLoader, Dataset
 
 from tests.small_runs import differences, weights_of
-from torch_frame import HookBase, Trainer
+from torch_frame import CheckpointerHook, HookBase, Trainer
 
 pytestmark = [
     pytest.mark.cuda,
@@ -73,6 +74,7 @@ def _waiting_is_allowed_again() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_waiting_is_allowed_again")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")  # said once a process
 @pytest.mark.parametrize(
     "settings",
     [{}, {"clip_grad_norm": 0.5}, {"use_ema": True}, {"precision": "bf16"}, {"gradient_accumulation_steps": 5}],
@@ -85,3 +87,99 @@ def test_the_host_waits_for_no_step(settings: dict[str, Any], tmp_path: Path) ->
     trainer = Trainer(model, optimizer, None, data, 2, tmp_path, step_fn=step, hooks=[NoReads()], **settings)
     trainer.train()
     assert trainer.progress.iter == 24
+
+
+class Interrupted(Exception):
+    """The run ends here, inside an epoch."""
+
+
+class EndsAt(HookBase):
+    """Saves the state inside an epoch and, some steps later, lets the run fall over."""
+
+    def after_iter(self) -> None:
+        if self.trainer.cur_iter == 16:
+            self.trainer.save_at_safe_point("inside.pth", save_single_model=False)
+        if self.trainer.cur_iter == 19:
+            raise Interrupted
+
+
+@pytest.fixture
+def _deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_deterministic")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"precision": "fp16", "clip_grad_norm": 0.5, "warmup_method": "linear", "warmup_iters": 20},
+        {"precision": "bf16", "gradient_accumulation_steps": 2, "use_ema": True},
+        {"compile": True},
+        {"compile": True, "precision": "bf16", "use_ema": True},
+    ],
+    ids=lambda settings: "-".join(settings) or "plain",
+)
+@pytest.mark.filterwarnings("ignore")  # torch.compile's own
+def test_a_run_that_ends_inside_an_epoch_is_resumed_bitwise(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Dropout's numbers are drawn on the device; the data is shuffled and augmented on the host."""
+
+    def run(folder: str, *hooks: HookBase, **more: Any) -> Trainer:
+        torch.manual_seed(0)
+        layers = nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.3), nn.Linear(32, 4)
+        model = nn.Sequential(*layers).cuda()
+        optimizer = AdamW(model.parameters(), lr=0.01)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=3)
+        data = DataLoader(Noisy(), batch_size=16, shuffle=True, num_workers=2, pin_memory=True)
+        more = {"step_fn": step, "seed": 3, **settings, **more}
+        trainer = Trainer(model, optimizer, schedule, data, 3, tmp_path / folder, hooks=list(hooks), **more)
+        trainer.train()
+        return trainer
+
+    whole = run("whole")
+    with pytest.raises(Interrupted):
+        run("broken", EndsAt())
+    torch.cuda.manual_seed(99)
+    resumed = run("broken", resume=tmp_path / "broken" / "checkpoints" / "inside.pth")
+    assert resumed.start_epoch == 1
+    assert not differences(weights_of(whole.model), weights_of(resumed.model))
+    assert not differences(whole.optimizer.state_dict(), resumed.optimizer.state_dict())
+    if settings.get("use_ema"):
+        assert not differences(weights_of(whole.model_evaluate), weights_of(resumed.model_evaluate))
+
+
+class Noisy(Dataset[Any]):
+    """Images with noise that is drawn anew each time."""
+
+    def __len__(self) -> int:
+        return 192
+
+    def __getitem__(self, index: int) -> Any:
+        image = torch.linspace(-1, 1, 8) * (index % 7) + 0.1 * torch.randn(8)
+        return image, index % 4
+
+
+def test_snapshots_are_taken_by_way_of_pinned_memory_while_training_goes_on(tmp_path: Path) -> None:
+    """A save holds what the weights were when it was asked for, though the next steps change them meanwhile."""
+    seen: dict[str, Any] = {}
+
+    class Saves(HookBase):
+        def after_iter(self) -> None:
+            if self.trainer.cur_iter == 5:
+                self.trainer.save_checkpoint("at_5.pth")
+                seen.update(weights_of(self.trainer.model))
+
+    model = nn.Sequential(nn.Linear(8, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 4)).cuda()
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    trainer = Trainer(
+        model, optimizer, None, make_data(), 1, tmp_path / "run", step_fn=step, hooks=[Saves(), CheckpointerHook()]
+    )
+    trainer.train()
+    file = torch.load(tmp_path / "run" / "checkpoints" / "at_5.pth", weights_only=True)
+    assert not differences({name: value.cpu() for name, value in seen.items()}, {k: v.cpu() for k, v in file.items()})
+    last = torch.load(tmp_path / "run" / "checkpoints" / "latest.pth", weights_only=True)
+    now = {name: value.cpu() for name, value in weights_of(trainer.model).items()}
+    assert not differences(now, {name: value.cpu() for name, value in last["model"].items()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import itertools
 import logging
 import multiprocessing
@@ -13,6 +14,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.util import register_after_fork
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,19 @@ _logger = logging.getLogger("torch_frame")
 
 _told: weakref.WeakSet[DataLoader[Any]] = weakref.WeakSet()
 _KILLED_S = 5.0  # for which a killed process is waited for
+
+
+def keep_parents_garbage(owner: object) -> None:
+    """While `owner` lives, a forked worker, of any loader, never collects the cycles that it found when it began.
+
+    They are the training process's. A CUDA tensor or event among them would be freed where CUDA does not work, which aborts the
+    worker ("CUDA error: initialization error"; seen at the second epoch's start); others would delete the files of theirs.
+    """
+    register_after_fork(owner, _freeze)
+
+
+def _freeze(owner: object) -> None:
+    gc.freeze()
 
 
 @contextlib.contextmanager
