@@ -72,9 +72,9 @@ def pieces(trainer: Trainer, batch: Any) -> dict[str, float]:
         progress.end_iter(progress.position)
 
     def timed() -> None:
-        trainer._times.ask()
+        trainer._feed.times.ask()
         trainer.stop_signals.begin_wait(may_interrupt=False)
-        trainer._times.receive()
+        trainer._feed.times.receive()
 
     def contexts() -> None:
         with updater.micro_batch(is_last=True):

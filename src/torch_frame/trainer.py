@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_frame.checkpoint.weights import WeightsReport, bare_names
-from torch_frame.data.move import move_to_device, resolve_device
-from torch_frame.data.prefetch import prefetch_to_device
-from torch_frame.data.source import Source, length_of, source_of
+from torch_frame.data.move import resolve_device
+from torch_frame.data.source import length_of
 from torch_frame.data.workers import keep_parents_garbage
 from torch_frame.distributed.comm import is_main
 from torch_frame.distributed.strategy import Strategy
@@ -28,10 +27,10 @@ from torch_frame.hooks.defaults import default_hooks
 from torch_frame.hooks.evaluate import evaluate_all
 from torch_frame.progress import Progress
 from torch_frame.run import checks, parts, session, state
+from torch_frame.run.feed import Feed
 from torch_frame.run.resume import Found, Resumption, newest
 from torch_frame.run.saving import Saver, SaveRequest, job_of, save_one_by_one
 from torch_frame.run.state import Part
-from torch_frame.run.step_times import StepTimes
 from torch_frame.run.work_dir import WorkDir
 from torch_frame.stopping import StopRequested, StopSignals
 from torch_frame.tracking.bar import ProgressBar
@@ -183,8 +182,7 @@ class Trainer:
         self.seed_is_explicit = seed is not None
         self.take_over = take_over
         self.prefetch = prefetch
-        self._first_loader = data_loader
-        self.source = self._source()
+        self._feed = Feed(data_loader, self.seed, self.strategy, self.device, take_over=take_over, prefetch=prefetch)
         keep_parents_garbage(self)
         self.progress = Progress()
         self.should_stop = False
@@ -200,7 +198,6 @@ class Trainer:
         self._saver = Saver(self.strategy)
         self.stop_signals = StopSignals(on_first=self._saver.wake)
         self._names_checked = False
-        self._times = StepTimes()
         self.pbar = ProgressBar(disable=True)  # overrides of train_one_iter written for 1.7 put their values there
 
         self.hook_caller = HookCaller()
@@ -313,30 +310,13 @@ class Trainer:
     def batches(self) -> Iterator[tuple[Any, int]]:
         """The epoch's batches, on the device, and the position behind each; of a resumed epoch those that are left."""
         self._use_the_loader()  # a script or a hook may have set another one
-        placed = self.source.epoch(self.progress.epoch, self.progress.position)
-        ahead = self.device.type == "cuda" and self.prefetch and self.source.may_fetch_ahead
-        if ahead:
-            placed = prefetch_to_device(placed, self.device)
-        times, signals = self._times, self.stop_signals
-        may_interrupt = self.source.interruptible and self.strategy.world_size == 1
-        times.ask()
-        try:
-            signals.begin_wait(may_interrupt and not self.updater.window_open)
-            for batch, position in placed:
-                signals.may_interrupt = False
-                moved = batch if ahead else move_to_device(batch, self.device)
-                times.receive()
-                yield moved, position
-                times.ask()
-                signals.begin_wait(may_interrupt and not self.updater.window_open)
-        finally:  # after a fetch that failed, too: later waits must not be interrupted
-            signals.may_interrupt = False
+        return self._feed.batches(self.progress, self.stop_signals, self.updater)
 
     def record(self, values: Values) -> None:
         """Keep a step's values, and its times, unread."""
         row = dict(values)
-        row["data_time"] = self._times.data_s
-        row["iter_time"] = self._times.step_s
+        row["data_time"] = self._feed.times.data_s
+        row["iter_time"] = self._feed.times.step_s
         self.metric_storage.record(self.progress.iter - 1, row)
         if not self._names_checked:
             self._names_checked = True
@@ -402,17 +382,7 @@ class Trainer:
             self.save_at_safe_point("latest.pth", save_single_model=False)
 
     def _use_the_loader(self) -> None:
-        """At an epoch's begin: iterate `data_loader`, which may be another one than before."""
-        if self._source_loader is not self.data_loader:
-            checks.check_loader_kind(self.data_loader)
-            checks.check_loader(self.data_loader, 1, length_of(self.data_loader), prefetch=self.prefetch)
-            self.source.close()
-            self.source = self._source()
-
-    def _source(self) -> Source:
-        self._source_loader = self.data_loader
-        last = self.max_epochs - 1
-        return source_of(self.data_loader, self.seed, self.strategy, take_over=self.take_over, last_epoch=last)
+        self._feed.use(self.data_loader, self.max_epochs - 1)
 
     def _nonfinite(self, what: str, values: Values, iteration: int | None = None) -> NonFiniteError:
         iteration = self.cur_iter if iteration is None else iteration
@@ -428,7 +398,7 @@ class Trainer:
             self.load_checkpoint(asked)
         self._check()
         self._work_dir.claim(self.strategy)
-        self.source = self._source()  # the seed may be a checkpoint's by now
+        self._feed.set(self.data_loader, self.seed, self.max_epochs - 1)  # the seed may be a checkpoint's by now
         log = open_run_log(self.log_file if self.check_main() else None, console_log_level, file_log_level)
         return session.Session(log, self.stop_signals, self._saver, self.stages, self._on_error, self._on_end)
 
@@ -451,9 +421,7 @@ class Trainer:
         self.metric_storage.allow_repeats()
         if self.model_ema is not None:
             self.model_ema.bind(self.model)
-        if self.source.is_ours:
-            seed = self.source.seed
-            logger.info("The DataLoader's order and augmentation are functions of seed %d and the position.", seed)
+        self._feed.log_seed()
         self.hook_caller.warn_of_unclaimed()
         rows = {
             "Work directory": self.work_dir,
@@ -473,7 +441,7 @@ class Trainer:
     def _on_end(self) -> None:
         self.resumed_iter = None  # another train() continues where this one ended
         self._saver.rollback = None
-        self.source.close()
+        self._feed.source.close()
 
     # ---------------------------------------------------------------- saves
 
@@ -583,8 +551,8 @@ class Trainer:
             "grad_scaler": parts.ScalerPart(self.precision.scaler),
             "precision": parts.SettingPart("precision", self.precision.name),
             "seed": parts.SeedPart(self.seed, self.seed_is_explicit),
-            "loader_seed": parts.LoaderSeedPart(self._source_loader),
-            "data_length": parts.LengthPart(self.source.length if self._source_loader is self._first_loader else None),
+            "loader_seed": parts.LoaderSeedPart(self._feed.loader),
+            "data_length": parts.LengthPart(self._feed.length),
             "environment": parts.EnvironmentPart(
                 self.device,
                 self.strategy.world_size,
@@ -593,8 +561,7 @@ class Trainer:
             ),
             "metric_storage": self.metric_storage,
             "hooks": self.hook_caller,
-            "data": parts.DataPart(self.source, self._source_loader, self._first_loader, self.progress),
-            "loader_generators": parts.LoaderGeneratorsPart(self._source_loader),
+            **self._feed.parts(self.progress),
             "rng": parts.RandomPart(self.strategy),
         }
 
@@ -696,7 +663,7 @@ class Trainer:
     @property
     def epoch_len(self) -> int | None:
         """Batches in an epoch, on this rank; None if the loader has no length."""
-        return length_of(self._loader_in_use) if self.strategy.world_size == 1 else self.source.num_batches
+        return length_of(self._loader_in_use) if self.strategy.world_size == 1 else self._feed.source.num_batches
 
     @property
     def max_iters(self) -> int | None:
@@ -722,7 +689,7 @@ class Trainer:
     @property
     def _loader_in_use(self) -> Iterable[Any]:
         """The loader of the epoch under way; one that is set meanwhile counts from the next one on."""
-        return self._source_loader if self.progress.inner_iter > 0 else self.data_loader
+        return self._feed.loader if self.progress.inner_iter > 0 else self.data_loader
 
     @property
     def model_or_module(self) -> nn.Module:

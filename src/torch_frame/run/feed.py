@@ -1,0 +1,116 @@
+"""The batches of a run's epochs: from the loader in use, on the device, timed, and not waited for where a signal ends the run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from torch_frame.data.move import move_to_device
+from torch_frame.data.prefetch import prefetch_to_device
+from torch_frame.data.source import Source, length_of, source_of
+from torch_frame.distributed.strategy import Strategy
+from torch_frame.progress import Progress
+from torch_frame.run import checks, parts
+from torch_frame.run.state import Part
+from torch_frame.run.step_times import StepTimes
+from torch_frame.stopping import StopSignals
+from torch_frame.training.update import Update
+
+_logger = logging.getLogger("torch_frame")
+
+
+class Feed:
+    """The loader in use, and what comes from it.
+
+    Args:
+        loader: that the trainer was made with.
+        seed: of the data's order.
+        strategy: which rank this is.
+        device: where the batches go.
+        take_over, prefetch: as the trainer has them.
+
+    Attributes:
+        source: yields a loader's batches, with their positions.
+        loader: the one that `source` iterates. A script or a hook may set another, which counts from the next epoch on.
+        times: of the step under way.
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        seed: int,
+        strategy: Strategy,
+        device: torch.device,
+        *,
+        take_over: bool,
+        prefetch: bool,
+    ) -> None:
+        self._first_loader = loader
+        self._strategy = strategy
+        self._device = device
+        self._take_over = take_over
+        self._prefetch = prefetch
+        self.times = StepTimes()
+        self.set(loader, seed, 0)
+
+    def set(self, loader: Iterable[Any], seed: int, last_epoch: int) -> None:
+        """Iterate this loader from now on; `last_epoch` is the index of the run's last one."""
+        self.loader = loader
+        self._seed = seed
+        self.source: Source = source_of(loader, seed, self._strategy, take_over=self._take_over, last_epoch=last_epoch)
+
+    def use(self, loader: Iterable[Any], last_epoch: int) -> None:
+        """At an epoch's begin: iterate this loader, which may be another one than before."""
+        if loader is not self.loader:
+            checks.check_loader_kind(loader)
+            checks.check_loader(loader, 1, length_of(loader), prefetch=self._prefetch)
+            self.source.close()
+            self.set(loader, self._seed, last_epoch)
+
+    def batches(self, progress: Progress, signals: StopSignals, updater: Update) -> Iterator[tuple[Any, int]]:
+        """The epoch's batches, on the device, and the position behind each; of a resumed epoch those that are left.
+
+        Args:
+            progress: which epoch, and from where.
+            signals: one that comes while a batch is waited for ends the wait, unless
+            updater: has a window of gradients open.
+        """
+        placed = self.source.epoch(progress.epoch, progress.position)
+        device, times = self._device, self.times
+        ahead = device.type == "cuda" and self._prefetch and self.source.may_fetch_ahead
+        if ahead:
+            placed = prefetch_to_device(placed, device)
+        may_interrupt = self.source.interruptible and self._strategy.world_size == 1
+        times.ask()
+        try:
+            signals.begin_wait(may_interrupt and not updater.window_open)
+            for batch, position in placed:
+                signals.may_interrupt = False
+                moved = batch if ahead else move_to_device(batch, device)
+                times.receive()
+                yield moved, position
+                times.ask()
+                signals.begin_wait(may_interrupt and not updater.window_open)
+        finally:  # after a fetch that failed, too: later waits must not be interrupted
+            signals.may_interrupt = False
+
+    def log_seed(self) -> None:
+        """Say that the loader's order is ours, if it is."""
+        if self.source.is_ours:
+            text = "The DataLoader's order and augmentation are functions of seed %d and the position."
+            _logger.info(text, self.source.seed)
+
+    @property
+    def length(self) -> tuple[int, str] | None:
+        """Of an epoch's data, as (number, of what); None if it is not known, or the loader was set during the run."""
+        return self.source.length if self.loader is self._first_loader else None
+
+    def parts(self, progress: Progress) -> dict[str, Part]:
+        """What is restored before the first batch, where the data stands."""
+        return {
+            "data": parts.DataPart(self.source, self.loader, self._first_loader, progress),
+            "loader_generators": parts.LoaderGeneratorsPart(self.loader),
+        }
