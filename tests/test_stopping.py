@@ -233,7 +233,9 @@ def test_a_dataset_may_be_broken_off_but_not_what_keeps_the_random_numbers(monke
 
     names = [name for name in dir(np.random) if name.endswith(("_state", "_generator"))]
     functions = {**{name: getattr(np.random, name) for name in names}, "get_state": get_state}
-    monkeypatch.setattr("torch_frame.data.rng_guard.numpy_random", SimpleNamespace(**functions))
+    for room in ("rng_guard", "rng_memory"):
+        monkeypatch.setattr(f"torch_frame.data.{room}.numpy_random", SimpleNamespace(**functions))
+    monkeypatch.setattr("torch_frame.data.rng_memory._gauss", None)  # so that get_state is called
     inner = source_of(DataLoader(LooksAtItself(in_datasets), batch_size=1), seed=0)
     for _ in source_of(DataLoader(LooksAtItself(in_datasets, inner), batch_size=1), seed=0).epoch(0):
         pass

@@ -20,7 +20,12 @@ _LOOK_AGAIN_S = 0.2
 # Where a user's dataset and collate function are called in this process, in functions of these names, and what else they call.
 _LOADING = "torch_frame.data.loading"
 _CALL_A_DATASET = ("_load", "__iter__", "__call__")
-_NO_DATASETS = ("torch_frame.data.order", "torch_frame.data.rng", "torch_frame.data.rng_guard")
+_NO_DATASETS = (
+    "torch_frame.data.order",
+    "torch_frame.data.rng",
+    "torch_frame.data.rng_guard",
+    "torch_frame.data.rng_memory",
+)
 _WAITING_MODULES = ("multiprocessing.connection", "multiprocessing.queues", "selectors", "queue", "threading")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from torch_frame.data import rng_guard as rng_module
+from torch_frame.data import rng_memory
 from torch_frame.data.rng import ALL_GENERATORS, NUMPY, PYTHON, TORCH, rng_state, seed_all
 from torch_frame.data.rng_guard import LoadingRng
 
@@ -63,9 +63,7 @@ def test_it_is_seen_which_generators_have_been_drawn_from(
     expected: int, draw: Any, peek: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not peek:
-        monkeypatch.setattr(rng_module, "_READS_PYTHONS_MEMORY", False)
-        monkeypatch.setattr(rng_module, "_where_python_is", random.Random.getstate)
-        monkeypatch.setattr(rng_module, "_where_numpy_is", rng_module._state_of_numpy)
+        compare_states(monkeypatch)
     before = rng_state()
     for _ in range(2):
         with LoadingRng() as rng:
@@ -78,6 +76,50 @@ def test_it_is_seen_which_generators_have_been_drawn_from(
     assert str(rng_state()) == str(before)
 
 
-def test_memory_is_read_on_this_python_and_numpy() -> None:
-    assert rng_module._python_memory_is_known()
-    assert rng_module._numpy_memory_is_known()
+def test_memory_is_read_on_this_python_numpy_and_torch() -> None:
+    assert rng_memory.READS_PYTHON
+    assert rng_memory.READS_NUMPY
+    assert rng_memory.READS_GAUSS
+    assert rng_memory.READS_TORCH
+
+
+@pytest.mark.parametrize("peek", [True, False], ids=["by memory", "by state"])
+def test_it_is_seen_whether_numpy_keeps_a_number(peek: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not peek:
+        compare_states(monkeypatch)
+    with LoadingRng():
+        np.random.seed(1)
+        assert not rng_memory.numpy_keeps_a_number()
+        np.random.randn()
+        assert rng_memory.numpy_keeps_a_number()
+        np.random.randn()
+        assert not rng_memory.numpy_keeps_a_number()
+
+
+@pytest.mark.parametrize("peek", [True, False], ids=["by memory", "by state"])
+def test_torchs_second_normal_number_is_kept_too(peek: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is used up without a word of the state being moved."""
+    if not peek:
+        compare_states(monkeypatch)
+    torch.manual_seed(5)
+    alone = torch.Generator().manual_seed(5)
+    rng = LoadingRng()
+    for turn in range(20):
+        with rng:
+            rng.mark()
+            assert rng.moved() == 0
+            torch.randn(1, dtype=torch.float64)
+            assert rng.moved() == TORCH
+            for _ in range(turn % 3):
+                torch.randn(1)
+        assert torch.randn(1, dtype=torch.float64) == torch.randn(1, dtype=torch.float64, generator=alone)
+
+
+def compare_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a Python, a numpy and a torch whose memory is not known."""
+    monkeypatch.setattr(rng_memory, "READS_PYTHON", False)
+    monkeypatch.setattr(rng_memory, "READS_NUMPY", False)
+    monkeypatch.setattr(rng_memory, "READS_GAUSS", False)
+    monkeypatch.setattr(rng_memory, "_gauss", None)
+    monkeypatch.setattr(rng_memory, "mark_of_python", random.getstate)
+    monkeypatch.setattr(rng_memory, "mark_of_torch", rng_memory._bytes_of_torch)

@@ -582,7 +582,9 @@ def test_a_dataset_that_loads_from_a_loader_of_its_own_has_its_numbers_and_leave
 
 def test_without_numpys_private_names_its_numbers_are_kept_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     public = {name: getattr(np.random, name) for name in dir(np.random) if name.endswith(("_state", "_generator"))}
-    monkeypatch.setattr("torch_frame.data.rng_guard.numpy_random", SimpleNamespace(**public))
+    for room in ("rng_guard", "rng_memory"):
+        monkeypatch.setattr(f"torch_frame.data.{room}.numpy_random", SimpleNamespace(**public))
+    monkeypatch.setattr("torch_frame.data.rng_memory._gauss", None)
     np.random.seed(3)
     alone = np.random.RandomState(3)
     for _ in source_of(DataLoader(NormalNumbers(), batch_size=2), seed=0).epoch(0):

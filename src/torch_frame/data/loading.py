@@ -14,8 +14,9 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 from torch_frame.data.order import hash_ints, splitmix64, splitmix64_range
 from torch_frame.data.plan import BatchPlace
-from torch_frame.data.rng import ALL_GENERATORS, seed_all, seeder
+from torch_frame.data.rng import ALL_GENERATORS, NUMPY, seed_all, seeder
 from torch_frame.data.rng_guard import LoadingRng
+from torch_frame.data.rng_memory import numpy_keeps_a_number
 
 
 class Fetched(NamedTuple):
@@ -71,11 +72,17 @@ class Loading:
     def __getitems__(self, place: BatchPlace) -> Fetched:
         if self._rng is None:
             self._rng = LoadingRng()
-        if place.epoch != self._epoch:
-            self._begin_epoch(place.epoch, self._rng)
-        batch = self._gathered(place.indices)
-        if batch is None:
-            batch = self._load_watched(place, self._rng)
+        try:
+            if place.epoch != self._epoch:
+                self._begin_epoch(place.epoch, self._rng)
+            batch = self._gathered(place.indices)
+            if batch is None:
+                batch = self._load_watched(place, self._rng)
+        except StopIteration as error:
+            raise RuntimeError(
+                f"Loading the samples {place.indices} raised a StopIteration, which would have ended the epoch. "
+                "Raise an IndexError for an index that does not exist."
+            ) from error
         return Fetched(batch, place, self.drawn)
 
     def _begin_epoch(self, epoch: int, rng: LoadingRng) -> None:
@@ -97,22 +104,16 @@ class Loading:
 
     def _load_watched(self, place: BatchPlace, rng: LoadingRng) -> Any:
         """Load the batch with the generators seeded that are drawn from."""
-        try:
-            with rng:
-                if self.drawn is None:
-                    return self._load(place, rng, learn=True)
-                while True:
-                    rng.seed_and_mark(ALL_GENERATORS & ~self.drawn, splitmix64(self._epoch_key, place.first))
-                    batch = self._load(place, rng)
-                    moved = rng.moved()
-                    if not moved:
-                        return batch
-                    self.drawn |= moved  # not seen before: its numbers were not those of each position
-        except StopIteration as error:
-            raise RuntimeError(
-                f"Loading the samples {place.indices} raised a StopIteration, which would have ended the epoch. "
-                "Raise an IndexError for an index that does not exist."
-            ) from error
+        with rng:
+            if self.drawn is None:
+                return self._load(place, rng, learn=True)
+            while True:
+                rng.seed_and_mark(ALL_GENERATORS & ~self.drawn, splitmix64(self._epoch_key, place.first))
+                batch = self._load(place, rng)
+                moved = rng.moved()
+                if not moved:
+                    return batch
+                self.drawn |= moved  # not seen before: its numbers were not those of each position
 
     def _load(self, place: BatchPlace, rng: LoadingRng, *, learn: bool = False) -> Any:
         """Call the user's code; to `learn` is to seed all generators and to note those that are drawn from.
@@ -131,6 +132,16 @@ class Loading:
             samples, dataset = [], self.dataset
             for index in place.indices:  # a loop: a comprehension is a frame of its own, which signals would not know
                 samples.append(dataset[index])
+        elif self.drawn == NUMPY and rng.seed_own_numpy is not None:  # half of the time that it takes in general
+            samples, dataset, seed_sample = [], self.dataset, rng.seed_own_numpy
+            numbers = splitmix64_range(key, place.first, len(place.indices), bits=32)
+            for number, index in zip(numbers, place.indices, strict=True):
+                seed_sample(number)
+                samples.append(dataset[index])
+                if numpy_keeps_a_number():
+                    seed_sample = seed  # which forgets that number
+            if self._collate_fn is not default_collate:
+                seed(hash_ints(key, place.first, 1))
         else:
             samples, dataset = [], self.dataset
             numbers = splitmix64_range(key, place.first, len(place.indices))
