@@ -154,6 +154,11 @@ class Stream(IterableDataset[Tensor]):
             yield torch.tensor([float(value)])
 
 
+class Pairs(Stream):
+    def __iter__(self) -> Iterator[Any]:
+        return ((value, 1) for value in super().__iter__())
+
+
 class Generating:
     """A loader that is no DataLoader: its __iter__ is a generator function."""
 
@@ -403,6 +408,40 @@ def _(script: Script) -> None:
     script.loader = accelerate.Accelerator(cpu=True).prepare_data_loader(
         DataLoader(torch.arange(8.0), 2, shuffle=False)
     )
+
+
+@case("webdataset's loader", told="batches are loaded again and skipped")
+def _(script: Script) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    script.loader = webdataset.WebLoader(Stream(script, 9), batch_size=3)
+
+
+@case("webdataset's loader with stages", told="batches are loaded again and skipped")
+def _(script: Script) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    script.loader = webdataset.WebLoader(Pairs(script, 9), batch_size=3).unbatched().batched(2)
+
+
+@case("a dataset of Hugging Face")
+def _(script: Script) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"value": [[float(i)] for i in range(11)]}).with_format("torch")
+
+    def collate(samples: Any) -> Any:
+        return torch.stack([sample["value"] for sample in samples])
+
+    script.loader = DataLoader(rows, 3, shuffle=True, collate_fn=collate)
+
+
+@case("a stream of Hugging Face", told="batches are loaded again and skipped")
+def _(script: Script) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"value": [[float(i)] for i in range(11)]})
+
+    def collate(samples: Any) -> Any:
+        return torch.tensor([sample["value"] for sample in samples])
+
+    script.loader = DataLoader(rows.to_iterable_dataset(num_shards=2), 3, collate_fn=collate)
 
 
 # ---------------------------------------------------------------- side by side
