@@ -1,8 +1,9 @@
-"""Batches on their device, on CUDA copied there while the batch before trains."""
+"""Batches on their device, copied there while the batch before trains where the device has streams (CUDA, XPU)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import cache
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -12,14 +13,15 @@ from torch import Tensor
 from torch_frame.data.move import leaves, move_to_device
 
 T = TypeVar("T")
+_WITHOUT_STREAMS = ("cpu", "meta", "mps")
 
 
 def prefetch_to_device(batches: Iterable[T], device: torch.device) -> Iterator[T]:
     """Yields every batch with its tensors on `device`; see `move_to_device` for what a batch may be.
 
-    On CUDA the next batch is fetched, and its copy started on a stream of its own, before a batch is yielded; from
-    pinned memory that copy is asynchronous. What goes wrong with a batch is raised when that batch is asked for, so the
-    ones before it are all trained. Elsewhere nothing is fetched ahead.
+    On a device with streams (`has_streams`: CUDA, XPU) the next batch is fetched, and its copy started on a stream of its
+    own, before a batch is yielded; from pinned memory that copy is asynchronous. What goes wrong with a batch is raised when
+    that batch is asked for, so the ones before it are all trained. Elsewhere nothing is fetched ahead.
 
     The iterator of `batches` is released when the last batch is asked for, or with the iterator returned here (`break`).
 
@@ -30,9 +32,34 @@ def prefetch_to_device(batches: Iterable[T], device: torch.device) -> Iterator[T
     >>> [batch.device.type for batch in prefetch_to_device([torch.zeros(2)], torch.device("cpu"))]
     ['cpu']
     """
-    if device.type != "cuda":
+    if not has_streams(device):
         return (move_to_device(batch, device) for batch in batches)
     return _on_side_stream(batches, device)
+
+
+def has_streams(device: torch.device) -> bool:
+    """Copies to the device can run beside its work: torch has streams for it, and memory that can wait for them.
+
+    CUDA (ROCm too) and XPU have them, MPS and the CPU do not; any other kind of device is asked, once.
+
+    >>> has_streams(torch.device("cpu"))
+    False
+    """
+    return device.type == "cuda" or (device.type not in _WITHOUT_STREAMS and _gives_streams(device.type))
+
+
+@cache
+def _gives_streams(kind: str) -> bool:
+    """A kind of device that is not known here has all that `_SideStream` uses."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or accelerator.type != kind:
+        return False
+    try:
+        with torch.Stream(kind):
+            torch.empty(0, device=kind).record_stream(torch.accelerator.current_stream())
+    except (RuntimeError, NotImplementedError, AttributeError):
+        return False
+    return True
 
 
 def _on_side_stream(batches: Iterable[T], device: torch.device) -> Generator[T, None, None]:
@@ -67,18 +94,18 @@ def _one_ahead(
 
 
 class _SideStream:
-    """Copies batches on a CUDA stream of its own, and hands them to the stream that trains.
+    """Copies batches on a stream of its own, and hands them to the stream that trains.
 
     A tensor made on the side stream may be freed by the host while the training stream still reads it; `record_stream`
     keeps the allocator from giving its memory to the next copy. Where a batch has parts that can't be recorded (objects
     with their own `.to`, tensor subclasses, sparse tensors) or that the training stream may still be writing (data made
-    on the GPU), each copy from then on waits for the work that the training stream has been given so far. That is the
+    on the device), each copy from then on waits for the work that the training stream has been given so far. That is the
     step before the one that the copy overlaps, so only copies from unpinned memory get slower by it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device)
+        self.stream = torch.Stream(device)
         self.waits_for_training = False
 
     def copy(self, batch: Any) -> Any:
@@ -86,16 +113,16 @@ class _SideStream:
         if not self.waits_for_training:
             self.waits_for_training = not all(map(_is_plain_host_data, leaves(batch)))
         if self.waits_for_training:
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
+            self.stream.wait_stream(torch.accelerator.current_stream(self.device))
+        with self.stream:
             return move_to_device(batch, self.device)
 
     def hand_over(self, batch: Any) -> None:
         """Makes the current stream wait for the copies begun so far, and its memory wait for the current stream."""
-        current = torch.cuda.current_stream(self.device)
+        current = torch.accelerator.current_stream(self.device)
         current.wait_stream(self.stream)
         for leaf in leaves(batch):
-            if isinstance(leaf, Tensor) and leaf.is_cuda and leaf.layout is torch.strided:
+            if isinstance(leaf, Tensor) and leaf.device.type == self.device.type and leaf.layout is torch.strided:
                 leaf.record_stream(current)
 
 

@@ -10,11 +10,10 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from torch_frame.errors import SettingError
 from torch_frame.hooks.base import HookBase
 from torch_frame.tracking.bar import ProgressBar
+from torch_frame.tracking.memory import peak_memory_bytes
 from torch_frame.tracking.writers import JsonlWriter, TensorBoardWriter
 
 _logger = logging.getLogger("torch_frame")
@@ -185,8 +184,9 @@ class LoggerHook(HookBase):
             parts.append(f"data_time {storage['data_time'].avg:.4f}")
         if "lr" in storage:
             parts.append(f"lr {storage['lr'].latest:.5g}")
-        if self.trainer.device.type == "cuda":
-            parts.append(f"max_mem {torch.cuda.max_memory_allocated(self.trainer.device) / 2**20:.0f}M")
+        peak = peak_memory_bytes(self.trainer.device)
+        if peak is not None:
+            parts.append(f"max_mem {peak / 2**20:.0f}M")
         for names in self._by_mode().values():
             parts += [f"{name} {storage[name].avg:.4g}" for name in names]
         _logger.info("  ".join(parts))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from torch_frame.data.move import move_to_device
-from torch_frame.data.prefetch import prefetch_to_device
+from torch_frame.data.prefetch import has_streams, prefetch_to_device
 from torch_frame.data.source import Source, length_of, source_of
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.progress import Progress
@@ -80,7 +80,7 @@ class Feed:
         """
         placed = self.source.epoch(progress.epoch, progress.position)
         device, times = self._device, self.times
-        ahead = device.type == "cuda" and self._prefetch and self.source.may_fetch_ahead
+        ahead = self._prefetch and has_streams(device) and self.source.may_fetch_ahead
         if ahead:
             placed = prefetch_to_device(placed, device)
         may_interrupt = self.source.interruptible and self._strategy.world_size == 1
