@@ -14,7 +14,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up. A room imports from the floors below; from its own floor only what BESIDE lists.
 FLOORS = [
     {"errors", "types", "progress", "_version", "_collision", "distributed", "alarm", "stopping"},
-    {"training", "data", "metrics", "tracking", "checkpoint", "vision", "report"},
+    {"training", "data", "metrics", "tracking", "checkpoint", "vision", "report", "bench"},
     {"hooks", "run"},
     {"trainer"},
     {"__init__", "utils", "datasets", "lr_scheduler", "cli"},
@@ -22,6 +22,7 @@ FLOORS = [
 BESIDE = {
     "stopping": {"alarm", "distributed"},
     "__init__": {"utils"},
+    "bench": {"tracking"},
     "cli": {"__init__"},
 }
 

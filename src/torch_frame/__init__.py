@@ -7,6 +7,7 @@
 
 from torch_frame import _collision as _collision  # first: it says so where another package has overwritten this one
 from torch_frame._version import __version__
+from torch_frame.bench.cnn_speed import gpu_cnn_speed
 from torch_frame.data.infinite import InfiniteDataLoader
 from torch_frame.data.repeat import RepeatDataset
 from torch_frame.data.rng import set_random_seed
@@ -54,6 +55,7 @@ __all__ = [
     "WorkDirError",
     "__version__",
     "collect_env",
+    "gpu_cnn_speed",
     "logger",
     "metric",
     "misc",

@@ -23,14 +23,14 @@ def test_every_exported_name_exists():
         (
             "torch_frame",
             "Trainer HookBase CheckpointerHook EvalHook LoggerHook LRWarmupScheduler MetricStorage HistoryBuffer logger "
-            "misc metric",
+            "misc metric gpu_cnn_speed",
         ),
         ("torch_frame.trainer", "Trainer MetricStorage logger"),
         ("torch_frame.hooks", "HookBase CheckpointerHook EvalHook LoggerHook"),
         ("torch_frame.lr_scheduler", "LRWarmupScheduler"),
         (
             "torch_frame.utils",
-            "EMA HistoryBuffer ProgressBar collect_env get_workspace set_random_seed setup_logger symlink",
+            "EMA HistoryBuffer ProgressBar collect_env get_workspace gpu_cnn_speed set_random_seed setup_logger symlink",
         ),
         ("torch_frame.utils.dist_utils", "get_rank get_world_size is_dist_avail_and_initialized"),
         ("torch_frame.utils.misc", "collect_env create_small_table get_workspace set_random_seed symlink"),
@@ -39,6 +39,7 @@ def test_every_exported_name_exists():
         ("torch_frame.utils.history_buffer", "HistoryBuffer"),
         ("torch_frame.utils.logger", "setup_logger"),
         ("torch_frame.utils.progress_bar", "ProgressBar"),
+        ("torch_frame.utils.test_speed", "BENCHMARK gpu_cnn_speed"),
     ],
 )
 def test_import_paths_of_1_7_work(path, names):
@@ -60,6 +61,7 @@ def test_import_is_light_and_changes_no_global_state(tmp_path):
         "pandas",
         "hotcoco",
         "torchmetrics",
+        "pynvml",
     ]
     result = run_python(
         "import logging, random, signal, sys\n"

@@ -38,6 +38,14 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--work-dir", default="demo_runs", help="where the runs go (default: %(default)s)")
     demo.add_argument("--epochs", type=_positive, default=20, help="epochs of each run (default: %(default)s)")
     demo.set_defaults(run=_run_demo)
+    bench = commands.add_parser(
+        "bench", help="measure what the accelerator, or the CPU, can do: one row, within a minute"
+    )
+    bench.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    bench.add_argument(
+        "--limit", type=_positive, default=60, metavar="SECONDS", help="for everything (default: %(default)s)"
+    )
+    bench.set_defaults(run=_run_bench)
     convert = commands.add_parser(
         "convert", help="write a checkpoint of torch-frame 1.7 as one that load_checkpoint continues"
     )
@@ -60,6 +68,12 @@ def _run_demo(options: argparse.Namespace) -> int:
     from torch_frame.cli.demo import demo  # scikit-learn and matplotlib are extras
 
     return demo(options.work_dir, options.epochs)
+
+
+def _run_bench(options: argparse.Namespace) -> int:
+    from torch_frame.cli.bench import bench
+
+    return bench(as_json=options.json, limit_s=options.limit)
 
 
 def _run_convert(options: argparse.Namespace) -> int:

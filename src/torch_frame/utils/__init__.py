@@ -1,5 +1,6 @@
 """Import paths of torch-frame 1.7; each name lives elsewhere now."""
 
+from torch_frame.bench.cnn_speed import gpu_cnn_speed
 from torch_frame.data.rng import set_random_seed
 from torch_frame.run.work_dir import get_workspace
 from torch_frame.tracking.bar import ProgressBar
@@ -15,6 +16,7 @@ __all__ = [
     "collect_env",
     "create_small_table",
     "get_workspace",
+    "gpu_cnn_speed",
     "set_random_seed",
     "setup_logger",
     "symlink",

@@ -1,0 +1,98 @@
+"""gpu_cnn_speed: how fast a known network runs and trains here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from torch_frame.errors import SettingError
+
+SECONDS = 2.0
+"""For inference, and for training."""
+
+
+def gpu_cnn_speed(
+    model_type: str | None = None, input_size: Sequence[int] = (16, 3, 224, 224), gpu_id: int | None = None
+) -> dict[str, Any]:
+    """Times a network's inference and its training step on the accelerator, prints what was found, and returns it.
+
+    The images are on the device already; warm-up calls come first, and the device's own events tell the time. Everything is in
+    fp32 as torch is set (convolutions may use TF32 inside). 1.7 timed something else under this name: docs/gpu.md.
+
+    Args:
+        model_type: "vgg16", "resnet18", "resnet50", "resnet101", "resnet152" or "mobilenet_v2"; None: "resnet50".
+        input_size: (N, 3, H, W) of the batch.
+        gpu_id: index of the accelerator; None: the current one. Without an accelerator the CPU is timed, which is said.
+
+    Returns:
+        "model", "device", "card", "input_size", "parameters", and for "inference" and "training" each: "images_s" (median, and
+        the 10th and 90th percentile), "ms" (median of a batch), "tflop" (of a batch) and "tflops" (1e12 FLOPs a second).
+
+    Raises:
+        SettingError: for an unknown network, a size that is not (N, 3, H, W), or a card that is not there.
+    """
+    # Not at import: whoever only trains does without them.
+    from torch_frame.bench.device import device_to_measure, name_of
+    from torch_frame.bench.flops import forward_flops, training_flops
+    from torch_frame.bench.models import build
+    from torch_frame.bench.work import forward_pass, training_step
+
+    name = "resnet50" if model_type is None else model_type
+    size = _checked_size(input_size)
+    device = device_to_measure(gpu_id)
+    model = build(name)
+    found: dict[str, Any] = {
+        "model": name,
+        "device": str(device),
+        "card": name_of(device),
+        "input_size": size,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "inference": _timed(forward_pass(name, size, device), size[0], forward_flops(model, size), device),
+        "training": _timed(training_step(name, size, device), size[0], training_flops(model, size), device),
+    }
+    for line in _lines(found):
+        print(line)
+    return found
+
+
+def _checked_size(input_size: Sequence[int]) -> tuple[int, int, int, int]:
+    size = tuple(input_size)
+    if len(size) != 4 or size[1] != 3 or any(not isinstance(number, int) or number < 1 for number in size):
+        raise SettingError(
+            f"input_size is {input_size!r}; it has to be (images, 3, height, width), such as (16, 3, 224, 224)."
+        )
+    return size
+
+
+def _timed(work: Any, num_images: int, flops: int, device: torch.device) -> dict[str, Any]:
+    from torch_frame.bench.suite import rate
+    from torch_frame.bench.timing import clock_of, time_calls
+
+    few = {"warm_up": 1, "min_calls": 2} if device.type == "cpu" else {}  # a CPU needs seconds for a batch
+    timing = time_calls(work, clock_of(device), SECONDS, **few)
+    return {
+        "images_s": rate(timing, num_images),
+        "ms": round(timing.median * 1e3, 3),
+        "tflop": round(flops / 1e12, 4),
+        "tflops": round(flops / 1e12 / timing.median, 3),
+    }
+
+
+def _lines(found: Mapping[str, Any]) -> Iterator[str]:
+    from torch_frame.bench.cards import SECONDS_OF_300_PASSES, TORCH_FRAME_1_7
+
+    yield f"{found['model']}, a batch of {'x'.join(map(str, found['input_size']))}, fp32, on {found['card']}"
+    if found["device"] == "cpu":
+        yield "torch sees no accelerator here, so the CPU was timed."
+    for part in ("inference", "training"):
+        figures, rates = found[part], found[part]["images_s"]
+        yield (
+            f"{part:<9}  {rates['median']:9.1f} images/s (p10 {rates['p10']:.1f}, p90 {rates['p90']:.1f})  "
+            f"{figures['ms']:9.2f} ms a batch  {figures['tflops']:7.3f} TFLOP/s"
+        )
+    seconds = SECONDS_OF_300_PASSES.get(found["input_size"], {}).get(found["model"])
+    if seconds:
+        cards = ", ".join(f"{card} {value} s" for card, value in seconds.items())
+        yield f"1.7 gave for 300 passes, timed in another way and not to be compared: {cards} ({TORCH_FRAME_1_7})."

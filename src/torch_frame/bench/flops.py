@@ -1,0 +1,56 @@
+"""How many floating-point operations a pass takes, by torch's own counter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def count_flops(work: Callable[[], object]) -> int:
+    """FLOPs of the matrix products and convolutions in a call, backward passes included; a multiply-add counts as two.
+
+    Counted by `torch.utils.flop_counter.FlopCounterMode`, which leaves additions, norms and activations out. Compiled code and
+    kernels of one's own are not seen.
+
+    >>> a, b = torch.zeros(2, 3), torch.zeros(3, 4)
+    >>> count_flops(lambda: a @ b)
+    48
+    """
+    from torch.utils.flop_counter import FlopCounterMode  # not at import: whoever only trains does without it
+
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return int(counter.get_total_flops())
+
+
+def forward_flops(model: nn.Module, input_size: Sequence[int]) -> int:
+    """FLOPs of a forward pass over a batch.
+
+    Args:
+        model: called as `model(images)`; it is moved to the meta device, where nothing is computed, so build one for this.
+        input_size: (N, 3, H, W).
+    """
+    model, images = _on_meta(model, input_size)
+    with torch.no_grad():
+        return count_flops(lambda: model(images))
+
+
+def training_flops(model: nn.Module, input_size: Sequence[int]) -> int:
+    """FLOPs of a forward and a backward pass over a batch; arguments as for `forward_flops`.
+
+    About three times the forward pass: backward makes a gradient of the weights and one of the inputs, the first layer only the
+    first of them.
+    """
+    model, images = _on_meta(model, input_size)
+
+    def step() -> None:
+        loss: Tensor = model(images).sum()
+        loss.backward()
+
+    return count_flops(step)
+
+
+def _on_meta(model: nn.Module, input_size: Sequence[int]) -> tuple[nn.Module, Tensor]:
+    return model.to("meta"), torch.empty(tuple(input_size), device="meta")

@@ -1,0 +1,28 @@
+"""`torch-frame bench`: what this machine's accelerator, or its CPU, can do, as a row to paste."""
+
+from __future__ import annotations
+
+import json
+
+from torch_frame.bench.device import device_to_measure
+from torch_frame.bench.suite import LIMIT_S, Bench
+from torch_frame.bench.table import lines
+
+
+def bench(*, as_json: bool = False, limit_s: float = LIMIT_S) -> int:
+    """Measure, and print what was found.
+
+    Args:
+        as_json: one JSON object instead of the tables.
+        limit_s: seconds for everything; what has no time left is left out, compiling first.
+
+    Returns:
+        0.
+    """
+    found = Bench(device_to_measure(), limit_s=limit_s).run()
+    if as_json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        for line in lines(found):
+            print(line)
+    return 0
