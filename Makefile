@@ -13,16 +13,19 @@ STAMP := $(VENV)/.installed
 DOCUMENTED = torch_frame $(shell cd src && find torch_frame -name '*.py' ! -path '*/_*' ! -path 'torch_frame/cli/*' \
 	! -path 'torch_frame/utils/*' ! -path torch_frame/datasets.py ! -path torch_frame/lr_scheduler.py \
 	| sed 's/\.py$$//; y|/|.|' | LC_ALL=C sort)
-BENCHMARKS := $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
+BENCHMARKS := $(sort $(filter-out benchmarks/_% benchmarks/gpu.py,$(wildcard benchmarks/*.py)))
 
 PEERS := .venv-peers
+
+# A machine with a GPU has a Python with a CUDA build of torch already, as a rule: one that is named is used as it is.
+GPU_PYTHON := $(if $(filter file undefined,$(origin PYTHON)),$(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON)),$(PYTHON))
 
 # By environment, so that the isolated build of this package is pinned too: up to pip 25.2 builds read PIP_CONSTRAINT,
 # later ones PIP_BUILD_CONSTRAINT. The paths are relative because pip splits these values at spaces.
 PIP_INSTALL := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
 	$(BIN)/python -m pip install
 
-.PHONY: help demo test faults lint format bench bench-peers docs clean
+.PHONY: help demo test faults lint format bench bench-peers gpu docs clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile
@@ -52,6 +55,9 @@ bench: $(STAMP) ## run every script in benchmarks/
 
 bench-peers: $(PEERS)/.installed ## time an epoch beside Ignite, in an environment of its own (.venv-peers)
 	$(PEERS)/bin/python benchmarks/epoch.py $(ARGS)
+
+gpu: ## run all that needs a GPU, four minutes at most, with .venv or the Python named: make gpu PYTHON=python3
+	PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
 
 docs: $(STAMP) ## write the API pages to site/
 	rm -rf site

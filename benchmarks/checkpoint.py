@@ -68,10 +68,10 @@ def done() -> Saving:
 # ---------------------------------------------------------------- what is saved, and by whom
 
 
-def big_model(megabytes: int) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Weights and Adam's two moments are `megabytes` together."""
+def big_model(megabytes: int, device: torch.device | None = None) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Weights and Adam's two moments are `megabytes` together; on the CPU if no device is given."""
     num_layers = max(round(megabytes * 1e6 / 3 / (4 * SIDE * SIDE)), 1)
-    model = nn.Sequential(*(nn.Linear(SIDE, SIDE) for _ in range(num_layers)))
+    model = nn.Sequential(*(nn.Linear(SIDE, SIDE) for _ in range(num_layers))).to(device)
     optimizer = torch.optim.Adam(model.parameters())
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
