@@ -25,6 +25,7 @@ from torch_frame.hooks.early_stop import EarlyStoppingHook
 from torch_frame.hooks.evaluate import EvalHook
 from torch_frame.hooks.evaluate_total import EvalTotalHook
 from torch_frame.hooks.logger import LoggerHook
+from torch_frame.hooks.throughput import ThroughputHook
 from torch_frame.tracking.console import logger, setup_logger
 from torch_frame.tracking.environment import collect_env
 from torch_frame.tracking.history import HistoryBuffer, MetricStorage
@@ -50,6 +51,7 @@ __all__ = [
     "RepeatDataset",
     "SettingError",
     "StepOutputError",
+    "ThroughputHook",
     "TorchFrameError",
     "Trainer",
     "WorkDirError",

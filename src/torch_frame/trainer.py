@@ -460,7 +460,8 @@ class Trainer:
     def safe_point(self) -> None:
         """Carry out the saves that were asked for and end if a signal asks for it, unless a window of gradients is open."""
         if not self.updater.window_open and self.strategy.agree(self._saver.pending):
-            self._save(self._saver.take_requests())
+            with self._feed.times.saving():
+                self._save(self._saver.take_requests())
             if self.stop_signals.agree(self.strategy):
                 raise StopRequested
 
@@ -523,8 +524,9 @@ class Trainer:
             NonFiniteError: if the weights hold NaN or infinite values.
         """
         self._work_dir.claim(self.strategy)
-        self._save([SaveRequest(file_name, save_single_model, [])], by_override=False)
-        self._saver.wait()
+        with self._feed.times.saving():
+            self._save([SaveRequest(file_name, save_single_model, [])], by_override=False)
+            self._saver.wait()
         if print_info:
             logger.info("Saved %s", os.path.join(self.ckpt_dir, file_name))
 
@@ -535,7 +537,8 @@ class Trainer:
             CheckpointError: if a file could not be written.
             NonFiniteError: if the weights hold NaN or infinite values.
         """
-        self._saver.wait()
+        with self._feed.times.saving():
+            self._saver.wait()
 
     # ---------------------------------------------------------------- the state
 
@@ -616,6 +619,7 @@ class Trainer:
         for hook in hooks:
             hook.trainer = weakref.proxy(trainer)
         self.hook_caller.add(hooks)
+        self._feed.times = self.hook_caller.time_split or self._feed.times
 
     def check_main(self) -> bool:
         """This is the process that writes and prints (1.7's name)."""

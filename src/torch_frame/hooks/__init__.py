@@ -6,6 +6,7 @@ from torch_frame.hooks.early_stop import EarlyStoppingHook
 from torch_frame.hooks.evaluate import EvalHook, EvaluationHook
 from torch_frame.hooks.evaluate_total import EvalTotalHook
 from torch_frame.hooks.logger import LoggerHook
+from torch_frame.hooks.throughput import ThroughputHook
 
 __all__ = [
     "CheckpointerHook",
@@ -15,4 +16,5 @@ __all__ = [
     "EvaluationHook",
     "HookBase",
     "LoggerHook",
+    "ThroughputHook",
 ]

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.progress import Progress
 from torch_frame.tracking.history import MetricStorage
+from torch_frame.tracking.step_times import TimeSplit
 from torch_frame.training.ema import EMA
 from torch_frame.training.schedules import LRWarmupScheduler
 
@@ -212,10 +213,12 @@ class HookBase:
 
     Attributes:
         trainer: the trainer, from `register_hooks` on (a weak reference: hooks and trainer do not keep each other alive).
+        time_split: of a hook that wants the run's time split; the trainer and the calls of all hooks then tell it.
         idle_stages: stages that this object does not need although its class has them; they are not called.
     """
 
     idle_stages: frozenset[str] = frozenset()
+    time_split: TimeSplit | None = None
 
     trainer: HookTrainer = None  # type: ignore[assignment]  # set when the hook is registered
 

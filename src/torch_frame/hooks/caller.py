@@ -8,21 +8,25 @@ from typing import Any
 
 from torch_frame.errors import SettingError
 from torch_frame.hooks.base import STAGES, HookBase
+from torch_frame.tracking.step_times import TimeSplit
 
 _logger = logging.getLogger("torch_frame")
+_UNTIMED = ("on_exception", "close")
 
 
 class HookCaller:
     """The registered hooks, in order, and for each stage the methods that are not HookBase's own empty ones.
 
     Attributes:
-        hooks: in the order they run; those with `runs_last` after all others.
-        stages: stage -> bound methods.
+        hooks: in the order they run; those with `runs_first` before all others, those with `runs_last` after them.
+        stages: stage -> bound methods; if a hook splits the run's time, with calls between them that tell whose time it is.
+        time_split: of the hook that splits it, or None.
     """
 
     def __init__(self) -> None:
         self.hooks: list[HookBase] = []
         self.stages: dict[str, list[Callable[..., None]]] = {stage: [] for stage in STAGES}
+        self.time_split: TimeSplit | None = None
         self._unclaimed: dict[str, Any] = {}
 
     def add(self, hooks: Iterable[HookBase]) -> None:
@@ -33,9 +37,14 @@ class HookCaller:
                     f"The same {hook.class_name} object is registered twice; each hook needs its own object."
                 )
             self.hooks.append(hook)
-        self.hooks.sort(key=lambda hook: getattr(hook, "runs_last", False))  # stable: the order is otherwise kept
+        self.hooks.sort(key=_turn)  # stable: the order is otherwise kept
+        self.time_split = split = _the_one_split(self.hooks)
         for stage, methods in self.stages.items():
-            methods[:] = [getattr(hook, stage) for hook in self.hooks if _overrides(hook, stage)]
+            calls = [(hook.class_name, getattr(hook, stage)) for hook in self.hooks if _overrides(hook, stage)]
+            if split is None or stage in _UNTIMED:
+                methods[:] = [call for _, call in calls]
+            else:
+                methods[:] = split.around(calls)
         if self._unclaimed:
             self.load_state_dict(self._unclaimed)
 
@@ -65,6 +74,19 @@ class HookCaller:
                 index = counts[hook.class_name] = counts.get(hook.class_name, -1) + 1
                 keyed[hook.class_name if index == 0 else f"{hook.class_name}#{index}"] = hook
         return keyed
+
+
+def _turn(hook: HookBase) -> int:
+    """-1 for hooks that run first, 1 for those that run last."""
+    return getattr(hook, "runs_last", False) - getattr(hook, "runs_first", False)
+
+
+def _the_one_split(hooks: Iterable[HookBase]) -> TimeSplit | None:
+    splitting = [hook for hook in hooks if hook.time_split is not None]
+    if len(splitting) > 1:
+        names = " and ".join(hook.class_name for hook in splitting)
+        raise SettingError(f"{names} both split the run's time; only one hook can. Leave one of them out.")
+    return splitting[0].time_split if splitting else None
 
 
 def _overrides(hook: HookBase, stage: str) -> bool:

@@ -15,8 +15,8 @@ from torch_frame.distributed.strategy import Strategy
 from torch_frame.progress import Progress
 from torch_frame.run import checks, parts
 from torch_frame.run.state import Part
-from torch_frame.run.step_times import StepTimes
 from torch_frame.stopping import StopSignals
+from torch_frame.tracking.step_times import StepTimes
 from torch_frame.training.update import Update
 
 _logger = logging.getLogger("torch_frame")
@@ -35,7 +35,7 @@ class Feed:
     Attributes:
         source: yields a loader's batches, with their positions.
         loader: the one that `source` iterates. A script or a hook may set another, which counts from the next epoch on.
-        times: of the step under way.
+        times: of the step under way; a hook may bring others that split all of the run's time.
     """
 
     def __init__(
@@ -96,6 +96,7 @@ class Feed:
                 signals.begin_wait(may_interrupt and not updater.window_open)
         finally:  # after a fetch that failed, too: later waits must not be interrupted
             signals.may_interrupt = False
+            times.end_asking()
 
     def log_seed(self) -> None:
         """Say that the loader's order is ours, if it is."""

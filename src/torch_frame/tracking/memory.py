@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 
@@ -27,3 +29,12 @@ def reset_peak_memory(device: torch.device) -> None:
     """Count the peak from what is held now on; nothing on devices that do not count."""
     if peak_memory_bytes(device) is not None:
         torch.accelerator.reset_peak_memory_stats(device)
+
+
+def peak_resident_bytes() -> int | None:
+    """The most memory that this process has held; None on Windows, which Python's standard library cannot ask."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

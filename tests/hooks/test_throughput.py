@@ -1,0 +1,225 @@
+"""ThroughputHook: the slow part is named, nothing is lost between the parts, and a step pays little for it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import timeit
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from tests.small_runs import Net, make_batches, make_trainer
+from torch_frame import CheckpointerHook, HookBase, LoggerHook, ThroughputHook
+from torch_frame.tracking.step_times import Parts, StepTimes, TimeSplit
+
+
+class SlowBatches:
+    """Each batch takes a while."""
+
+    def __init__(self, num: int, seconds: float) -> None:
+        self.batches, self.seconds = make_batches(num), seconds
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            time.sleep(self.seconds)
+            yield batch
+
+
+class SlowHook(HookBase):
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def after_iter(self) -> None:
+        time.sleep(self.seconds)
+
+
+class Clock:
+    """Tells the time that it is set to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def last_rows(work_dir: Path) -> dict[str, float]:
+    """name -> its last value in metrics.jsonl."""
+    rows = map(json.loads, (work_dir / "metrics.jsonl").read_text().splitlines())
+    return {name: value for row in rows for name, value in row.items()}
+
+
+def test_a_slow_loader_and_a_slow_hook_are_named_with_their_times(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hook = ThroughputHook()
+    hooks = [SlowHook(0.02), hook, LoggerHook(progress_bar=False)]
+    trainer = make_trainer(tmp_path / "run", data=SlowBatches(8, 0.05), max_epochs=2, hooks=hooks)
+    with caplog.at_level(logging.INFO, "torch_frame"):
+        trainer.train()
+    parts = hook.time_split.parts()
+    assert parts.data / 16 == pytest.approx(0.050, rel=0.1)
+    assert hook.time_split.hooks()["SlowHook"] / 16 == pytest.approx(0.020, rel=0.1)
+    assert next(iter(hook.time_split.hooks())) == "SlowHook"
+    text = (tmp_path / "run" / "log.txt").read_text()
+    last_lines = text.splitlines()[-5:]
+    assert any("Most of the time went to: data." in line for line in last_lines)
+    assert any("Of the hooks' time: SlowHook 2" in line for line in last_lines)
+    row = last_rows(tmp_path / "run")
+    assert row["data_share"] == pytest.approx(50 / 70, rel=0.1)
+    assert row["hooks_share"] == pytest.approx(20 / 70, rel=0.1)
+    assert sum(row[f"{name}_share"] for name in Parts._fields) == pytest.approx(1)
+    assert row["batches_per_s"] == pytest.approx(1 / 0.07, rel=0.1)
+
+
+def test_the_parts_make_up_the_time_from_first_to_last() -> None:
+    clock = Clock()
+    split = TimeSplit(clock)
+    clock.now = 5.0
+    split.start()
+    clock.now = 6.0  # 1 s step
+    split.ask()
+    clock.now = 8.0  # 2 s data
+    split.receive()
+    clock.now = 11.0  # 3 s step
+    (first, hook, second, other, last) = split.around([("A", lambda: None), ("B", lambda: None)])
+    first()
+    clock.now = 15.0  # 4 s in A
+    with split.saving():  # inside a hook
+        clock.now = 20.0  # 5 s save
+    with split.stepping():
+        clock.now = 26.0  # 6 s step: A waits for the device
+    second()
+    clock.now = 33.0  # 7 s in B
+    last()
+    clock.now = 41.0  # 8 s step
+    assert split.parts() == Parts(data=2.0, step=1.0 + 3.0 + 6.0 + 8.0, hooks=4.0 + 7.0, save=5.0)
+    assert split.parts().total == 41.0 - 5.0
+    assert split.hooks() == {"B": 7.0, "A": 4.0}
+    hook(), other()
+
+
+def test_an_epochs_end_does_not_count_as_waiting_for_data(tmp_path: Path) -> None:
+    class SlowEnd(HookBase):
+        def after_epoch(self) -> None:
+            time.sleep(0.05)
+
+    hook = ThroughputHook()
+    make_trainer(tmp_path, hooks=[hook, SlowEnd()]).train()
+    assert hook.time_split.parts().hooks >= 0.1
+    assert hook.time_split.parts().data < 0.05
+
+
+def test_a_slow_save_counts_as_save_not_as_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hook = ThroughputHook()
+    trainer = make_trainer(tmp_path, hooks=[hook, CheckpointerHook()], max_epochs=3)
+    save = type(trainer)._save
+
+    def slow(self: Any, *args: Any, **kwargs: Any) -> None:
+        if args[0]:
+            time.sleep(0.1)
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(trainer), "_save", slow)
+    trainer.train()
+    parts = hook.time_split.parts()
+    assert parts.save >= 0.2  # the last save comes behind the last line; see the docstring of the hook
+    assert parts.step + parts.data + parts.hooks < parts.save
+
+
+def test_throughput_samples_and_mfu_are_what_was_done_over_the_time(tmp_path: Path) -> None:
+    data = TensorDataset(torch.randn(40, 3), torch.randn(40, 1))
+    hook = ThroughputHook(flops_per_batch=2e9, peak_tflops=0.5)
+    hooks = [hook, LoggerHook(progress_bar=False)]
+    make_trainer(tmp_path / "run", data=DataLoader(data, 10), max_epochs=1, hooks=hooks).train()
+    row = last_rows(tmp_path / "run")
+    assert row["samples_per_s"] == pytest.approx(10 * row["batches_per_s"])
+    assert row["mfu"] == pytest.approx(row["batches_per_s"] * 2e9 / 0.5e12)
+    assert row["peak_mib"] > 50  # torch alone is more
+
+
+def test_an_unknown_peak_is_told_and_mfu_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = make_trainer(tmp_path, hooks=[ThroughputHook(flops_per_batch=2e9)])
+    trainer.train()
+    assert "MFU is not recorded: how many TFLOP/s" in caplog.text
+    assert "mfu" not in trainer.metric_storage
+
+
+def test_without_batches_there_is_nothing_to_tell(tmp_path: Path) -> None:
+    make_trainer(tmp_path, hooks=[ThroughputHook()], max_epochs=0).train()
+
+
+def test_a_second_train_begins_anew(tmp_path: Path) -> None:
+    hook = ThroughputHook()
+    trainer = make_trainer(tmp_path, hooks=[hook, SlowHook(0.02)], max_epochs=1)
+    trainer.train()
+    trainer.max_epochs = 2
+    trainer.train()
+    assert hook.time_split.hooks()["SlowHook"] == pytest.approx(5 * 0.02, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"flops_per_batch": 0}, "flops_per_batch is 0"),
+        ({"flops_per_batch": 1e9, "peak_tflops": -1}, "peak_tflops is -1"),
+        ({"peak_tflops": 1}, "pass flops_per_batch"),
+        ({"period": 0}, "period is 0"),
+        ({"samples_per_batch": 0}, "samples_per_batch is 0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_errors(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ThroughputHook(**settings)
+
+
+def test_only_one_hook_splits_the_time(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="ThroughputHook and ThroughputHook both split the run's time"):
+        make_trainer(tmp_path, hooks=[ThroughputHook(), ThroughputHook()])
+
+
+def test_without_the_hook_the_stages_hold_the_hooks_own_methods_only(tmp_path: Path) -> None:
+    slow = SlowHook(0.0)
+    trainer = make_trainer(tmp_path, hooks=[slow])
+    assert trainer.stages["after_iter"] == [slow.after_iter]
+    assert type(trainer._feed.times) is StepTimes
+
+
+def test_a_step_pays_less_than_2_us_for_it(tmp_path: Path) -> None:
+    """What the hook adds to a step with LoggerHook: the calls themselves, CPU time, the best of many rounds."""
+    model = Net()
+    hooks: list[HookBase] = [ThroughputHook(), LoggerHook(progress_bar=False)]
+    trainer = make_trainer(tmp_path, model, hooks=hooks)
+    trainer.train()
+    split, plain = hooks[0].time_split, StepTimes()
+    assert split is not None
+    added = [call for call in trainer.stages["after_iter"] if call != hooks[1].after_iter]
+    assert len(added) == 4
+
+    def with_hook() -> None:
+        split.ask()
+        split.receive()
+        for call in added:
+            call()
+
+    def without() -> None:
+        plain.ask()
+        plain.receive()
+        for _ in ():
+            pass
+
+    us = [
+        min(timeit.repeat(f, timer=time.process_time, number=20_000, repeat=5)) / 20_000 * 1e6
+        for f in (with_hook, without)
+    ]
+    print(f"a step pays {us[0] - us[1]:.2f} us")
+    assert us[0] - us[1] < 2.0
