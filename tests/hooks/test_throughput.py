@@ -6,6 +6,7 @@ import json
 import logging
 import time
 import timeit
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -223,3 +224,48 @@ def test_a_step_pays_less_than_2_us_for_it(tmp_path: Path) -> None:
     ]
     print(f"a step pays {us[0] - us[1]:.2f} us")
     assert us[0] - us[1] < 2.0
+
+
+# ---------------------------------------------------------------- on CUDA
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+class SlowOnDevice(Net):
+    """The device needs some 10 ms for a step, the host does not."""
+
+    def forward(self, batch: Any) -> Any:
+        torch.cuda._sleep(20_000_000)
+        return super().forward(batch)
+
+
+@pytest.mark.cuda
+@needs_cuda
+def test_what_the_device_is_behind_counts_as_the_steps(tmp_path: Path) -> None:
+    hook = ThroughputHook()
+    model = SlowOnDevice().cuda()
+    trainer = make_trainer(tmp_path, model, hooks=[hook, LoggerHook(progress_bar=False)], max_epochs=4)
+    torch.cuda.synchronize()
+    trainer.train()
+    parts = hook.time_split.parts()
+    assert parts.step > 20 * 0.003
+    assert hook.time_split.hooks()["ThroughputHook"] < 0.1 * parts.step
+
+
+@pytest.mark.cuda
+@needs_cuda
+def test_the_host_waits_for_no_step_because_of_the_hook(tmp_path: Path) -> None:
+    class Watch(HookBase):
+        def after_iter(self) -> None:
+            inside = 1 < self.trainer.inner_iter < 15
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch says that this check is a prototype
+                torch.cuda.set_sync_debug_mode("error" if inside else "default")
+
+    data = [tuple(part.pin_memory() for part in batch) for batch in make_batches(20)]
+    trainer = make_trainer(tmp_path, Net().cuda(), data=data, hooks=[Watch(), ThroughputHook()])
+    try:
+        trainer.train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer.progress.iter == 40

@@ -75,8 +75,8 @@ def _timed(work: Any, num_images: int, flops: int, device: torch.device) -> dict
     return {
         "images_s": rate(timing, num_images),
         "ms": round(timing.median * 1e3, 3),
-        "tflop": round(flops / 1e12, 4),
-        "tflops": round(flops / 1e12 / timing.median, 3),
+        "tflop": round(flops / 1e12, 9),
+        "tflops": round(flops / 1e12 / timing.median, 6),
     }
 
 

@@ -40,7 +40,7 @@ def judge(timing: Timing, readings: Readings, num_neighbours: int | None = None)
     clock = readings.clock_drift
     percent = f"{(timing.drift - 1) * 100:+.0f} %"
     if num_neighbours:
-        return Verdict("shared", f"{num_neighbours} other process{'es' * (num_neighbours > 1)} compute on the card")
+        return Verdict("shared", f"other processes that compute on the card: {num_neighbours}")
     if timing.drift > SLOWER:
         if clock is not None and clock <= CLOCK_FELL:
             return Verdict("throttled", f"the last third took {percent}, and the clock fell to {clock:.0%}")

@@ -1,0 +1,127 @@
+"""Every figure's arithmetic, by a clock that the tests set; and what is judged to be fine, throttled or shared."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torch_frame.bench.sensors import Reading, Readings, Sensors
+from torch_frame.bench.suite import matmul_flops, rate
+from torch_frame.bench.timing import MAX_CALLS, HostClock, Timing, clock_of, time_calls
+from torch_frame.bench.verdict import judge
+
+
+class Work:
+    """Takes the given seconds, call by call; the last of them from then on."""
+
+    def __init__(self, *seconds: float) -> None:
+        self.now = 0.0
+        self.seconds = list(seconds)
+        self.calls = 0
+
+    def __call__(self) -> None:
+        self.now += self.seconds[min(self.calls, len(self.seconds) - 1)]
+        self.calls += 1
+
+    @property
+    def clock(self) -> HostClock:
+        return HostClock(lambda: self.now)
+
+
+def test_the_warm_up_is_not_in_the_times() -> None:
+    work = Work(100.0, 50.0, 1.0)
+    timing = time_calls(work, work.clock, 10.0, warm_up=3, min_calls=6)
+    assert timing.seconds == [1.0] * 10
+    assert work.calls == 13
+
+
+@pytest.mark.parametrize(("one_call", "num_calls"), [(100.0, 6), (0.5, 20), (1e-6, MAX_CALLS)])
+def test_the_number_of_calls_follows_from_the_time_and_has_two_ends(one_call: float, num_calls: int) -> None:
+    work = Work(one_call)
+    assert len(time_calls(work, work.clock, 10.0, min_calls=6).seconds) == num_calls
+
+
+def test_each_call_has_its_own_time() -> None:
+    work = Work(1.0, 1.0, 2.0, 3.0, 4.0)
+    assert time_calls(work, work.clock, 4.0, warm_up=1, min_calls=1).seconds == [1.0, 2.0, 3.0, 4.0]
+
+
+@given(st.lists(st.floats(0.1, 100), min_size=1, max_size=30), st.floats(0, 100))
+def test_percentiles_are_numpys(seconds: list[float], percent: float) -> None:
+    assert Timing(seconds).percentile(percent) == pytest.approx(np.percentile(seconds, percent))
+
+
+def test_rates_are_amounts_over_times() -> None:
+    timing = Timing([0.1, 0.2, 0.4])
+    found = rate(timing, 64)
+    assert found["median"] == 320
+    assert found["p10"] == pytest.approx(64 / timing.percentile(90), abs=1e-3)
+    assert found["p90"] == pytest.approx(64 / timing.percentile(10), abs=1e-3)
+    assert found["p10"] < found["median"] < found["p90"]
+
+
+def test_a_matrix_product_has_two_operations_for_each_multiply_add() -> None:
+    assert matmul_flops((8192, 8192, 8192)) == 2 * 8192**3
+
+
+def test_drift_is_the_last_third_over_the_first() -> None:
+    assert Timing([1, 1, 1, 5, 5, 5, 2, 2, 2]).drift == 2
+    assert Timing([3.0]).drift == 1
+
+
+def test_the_cpu_is_timed_by_the_hosts_clock() -> None:
+    assert isinstance(clock_of(torch.device("cpu")), HostClock)
+
+
+# ---------------------------------------------------------------- verdicts
+
+
+def readings(*megahertz: float) -> Readings:
+    return Readings([Reading(value, 300.0) for value in megahertz])
+
+
+EVEN, SLOWER, UNEVEN = Timing([1.0] * 30), Timing([1.0] * 15 + [1.2] * 15), Timing([1.0, 1.5] * 15)
+
+
+@pytest.mark.parametrize(
+    ("timing", "clocks", "neighbours", "word"),
+    [
+        (EVEN, [], None, "fine"),
+        (EVEN, [1980] * 9, 0, "fine"),
+        (EVEN, [1980] * 3 + [1000] * 6, 0, "fine"),  # a clock that fell and cost nothing
+        (SLOWER, [1980] * 3 + [1600] * 6, 0, "throttled"),
+        (SLOWER, [], None, "throttled"),
+        (SLOWER, [1980] * 9, 0, "shared"),
+        (UNEVEN, [], None, "shared"),
+        (UNEVEN, [1980] * 9, 0, "shared"),
+        (EVEN, [1980] * 9, 2, "shared"),
+    ],
+)
+def test_the_verdict(timing: Timing, clocks: list[float], neighbours: int | None, word: str) -> None:
+    assert judge(timing, readings(*clocks), neighbours).word == word
+
+
+def test_the_verdict_gives_its_reason() -> None:
+    assert (
+        judge(SLOWER, readings(*[2000] * 3, *[1500] * 3)).reason
+        == "the last third took +20 %, and the clock fell to 75%"
+    )
+    assert judge(EVEN, Readings(), 1).reason == "other processes that compute on the card: 1"
+
+
+def test_medians_of_clock_and_watts() -> None:
+    found = Readings([Reading(1000, 100), Reading(2000, 300), Reading(1500, 700)])
+    assert (found.sm_mhz, found.watts, found.clock_drift) == (1500, 300, None)
+    assert (Readings().sm_mhz, Readings().watts) == (None, None)
+
+
+def test_a_cpu_has_no_sensors_and_says_so() -> None:
+    sensors = Sensors(torch.device("cpu"))
+    with sensors.watching() as found:
+        pass
+    assert found.readings == []
+    assert sensors.num_neighbours is None
+    assert sensors.missing == "Clocks and watts are read on NVIDIA cards only; this is cpu."
