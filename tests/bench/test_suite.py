@@ -43,6 +43,7 @@ STORED: dict[str, Any] = {
     "batch_size": 128,
     "peak_mib": 12000,
     "watts": 380.4,
+    "sm_mhz": 1410.0,
     "sensors": "read",
     "verdict": {"word": "fine", "reason": "why"},
     "left_out": {"compiled": "compiling took longer than the 20 s that were left"},
@@ -73,6 +74,7 @@ def test_a_card_that_is_not_known_has_no_share() -> None:
 def test_what_is_printed_has_verdict_reasons_and_sources() -> None:
     text = "\n".join(lines(STORED))
     assert "Verdict: fine (why)." in text
+    assert "Clock while it was judged: 1410 MHz (median)." in text
     assert "Not measured: compiled: compiling took longer than the 20 s that were left." in text
     assert "no accelerator" not in text
     assert "the CPU's figures" in "\n".join(lines({**STORED, "device": "cpu"}))

@@ -120,7 +120,8 @@ def test_medians_of_clock_and_watts() -> None:
 
 def test_a_cpu_has_no_sensors_and_says_so() -> None:
     sensors = Sensors(torch.device("cpu"))
-    with sensors.watching() as found:
+    found = Readings()
+    with sensors.watching(found):
         pass
     assert found.readings == []
     assert sensors.num_neighbours is None

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from torch_frame.data.move import resolve_device
-from torch_frame.data.prefetch import _is_plain_host_data, _one_ahead, prefetch_to_device
+from torch_frame.data.prefetch import _is_plain_host_data, _one_ahead, has_streams, prefetch_to_device
 
 CPU = torch.device("cpu")
 META = torch.device("meta")
@@ -198,6 +198,19 @@ def test_only_plain_host_tensors_and_numbers_need_no_order_between_streams() -> 
     other = [torch.nn.Parameter(torch.zeros(2)), torch.zeros(2).to_sparse(), torch.zeros(2, device="meta"), Custom()]
     assert all(map(_is_plain_host_data, plain))
     assert not any(map(_is_plain_host_data, other))
+
+
+@pytest.mark.parametrize(("device", "gives"), [("cpu", False), ("meta", False), ("mps", False), ("cuda:0", True)])
+def test_which_devices_are_copied_to_ahead(device: str, gives: bool) -> None:
+    assert has_streams(torch.device(device)) is gives
+
+
+@pytest.mark.parametrize("kind", ["xpu", "hpu", "mtia", "privateuseone"])
+def test_a_device_that_torch_does_not_have_is_not_copied_to_ahead(kind: str) -> None:
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and accelerator.type == kind:
+        pytest.skip("this machine has one")
+    assert not has_streams(torch.device(kind))
 
 
 @pytest.mark.cuda

@@ -70,7 +70,9 @@ def _timed(work: Any, num_images: int, flops: int, device: torch.device) -> dict
     from torch_frame.bench.suite import rate
     from torch_frame.bench.timing import clock_of, time_calls
 
-    few = {"warm_up": 1, "min_calls": 2} if device.type == "cpu" else {}  # a CPU needs seconds for a batch
+    few: dict[str, Any] = (
+        {"warm_up": 1, "min_calls": 2} if device.type == "cpu" else {}
+    )  # a CPU needs seconds for a batch
     timing = time_calls(work, clock_of(device), SECONDS, **few)
     return {
         "images_s": rate(timing, num_images),

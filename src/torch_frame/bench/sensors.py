@@ -118,16 +118,16 @@ class Sensors:
         return max(len(processes) - 1, 0)  # one is this process; in a container its number is another one
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[Readings]:
-        """Readings are taken while the block runs, by a thread."""
-        readings, stop = Readings(), threading.Event()
+    def watching(self, readings: Readings) -> Iterator[None]:
+        """Readings are added while the block runs, by a thread."""
         if self.read is None:
-            yield readings
+            yield
             return
+        stop = threading.Event()
         thread = threading.Thread(target=self._watch, args=(self.read, readings, stop), daemon=True)
         thread.start()
         try:
-            yield readings
+            yield
         finally:
             stop.set()
             thread.join()

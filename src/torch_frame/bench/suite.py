@@ -89,6 +89,7 @@ class Bench:
         self.sensors = Sensors(self.device) if self.sensors is None else self.sensors
         self.sizes = (ON_CPU if self.device.type == "cpu" else ON_ACCELERATOR) if self.sizes is None else self.sizes
         self.batch_size = self.sizes.batch_size
+        self.readings = Readings()  # of the part that the verdict is about
         self._measure_parts(self.sizes)
         return figures(self)
 
@@ -127,19 +128,13 @@ class Bench:
 
     def _measure_judged(self) -> None:
         assert self.sensors is not None
-        assert self.sizes is not None
         reset_peak_memory(self.device)
-        with self.sensors.watching() as readings:
-            self._measure_training("channels-last", bf16=True, channels_last=True)
+        self._measure_training("channels-last", bf16=True, channels_last=True)
         self.peak_bytes = peak_memory_bytes(self.device)
         timing = self.timings.get("channels-last")
         if timing is not None:
-            self._note(timing, readings)
-
-    def _note(self, timing: Timing, readings: Readings) -> None:
-        assert self.sensors is not None
-        self.watts, self.sm_mhz = readings.watts, readings.sm_mhz
-        self.verdict = judge(timing, readings, self.sensors.num_neighbours)
+            self.watts, self.sm_mhz = self.readings.watts, self.readings.sm_mhz
+            self.verdict = judge(timing, self.readings, self.sensors.num_neighbours)
 
     def _measure_compiled(self, sizes: Sizes) -> None:
         left = self.limit_s - KEPT_BACK_S - (time.perf_counter() - self.started)
@@ -158,16 +153,19 @@ class Bench:
     def _measure(self, name: str, make: Callable[[], Work]) -> None:
         """Time what `make` makes; what goes wrong, or has no time left, is noted in its place."""
         assert self.clock is not None
+        assert self.sensors is not None
         assert self.sizes is not None
         self.left_out.pop(name, None)
         if time.perf_counter() - self.started > self.limit_s - 2 * KEPT_BACK_S:
             self.left_out[name] = f"the {self.limit_s:.0f} s were over"
             return
-        seconds = self.sizes.judged_s if name == "channels-last" else self.sizes.seconds
+        settings: dict[str, Any] = {"warm_up": self.sizes.warm_up, "min_calls": self.sizes.min_calls}
+        seconds = self.sizes.seconds
+        if name == "channels-last":
+            seconds, self.readings = self.sizes.judged_s, Readings()
+            settings["during"] = self.sensors.watching(self.readings)
         with self._reasons(name):
-            self.timings[name] = time_calls(
-                make(), self.clock, seconds, warm_up=self.sizes.warm_up, min_calls=self.sizes.min_calls
-            )
+            self.timings[name] = time_calls(make(), self.clock, seconds, **settings)
         if self.device.type != "cpu":
             torch.accelerator.empty_cache()
 

@@ -69,6 +69,8 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield "torch sees no accelerator here: these are the CPU's figures."
     if found["verdict"] is not None:
         yield f"Verdict: {found['verdict']['word']} ({found['verdict']['reason']})."
+    if found["sm_mhz"] is not None:
+        yield f"Clock while it was judged: {found['sm_mhz']:.0f} MHz (median)."
     if found["sensors"] != "read":
         yield found["sensors"]
     for name, reason in found["left_out"].items():

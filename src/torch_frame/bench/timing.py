@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -150,6 +152,7 @@ def time_calls(
     *,
     warm_up: int = WARM_UP_CALLS,
     min_calls: int = MIN_CALLS,
+    during: AbstractContextManager[object] | None = None,
 ) -> Timing:
     """Call `work` again and again, for about so many seconds.
 
@@ -160,6 +163,7 @@ def time_calls(
         seconds: for all calls together, the warm-up aside. How many calls that are is estimated from the last one of the
             warm-up; at least `min_calls`, at most `MAX_CALLS`.
         warm_up: calls before the timed ones, 1 or more: kernels are chosen, memory is found, clocks rise.
+        during: entered around the timed calls.
     """
     for _ in range(warm_up - 1):
         work()
@@ -170,9 +174,10 @@ def time_calls(
     clock.wait()
     one_call = max(clock.seconds(before, after), 1e-9)
     num_calls = min(max(int(seconds / one_call), min_calls), MAX_CALLS)
-    marks = [clock.mark()]
-    for _ in range(num_calls):
-        work()
-        marks.append(clock.mark())
-    clock.wait()
+    with during or contextlib.nullcontext():
+        marks = [clock.mark()]
+        for _ in range(num_calls):
+            work()
+            marks.append(clock.mark())
+        clock.wait()
     return Timing([clock.seconds(first, last) for first, last in itertools.pairwise(marks)])
