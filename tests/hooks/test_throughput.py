@@ -20,27 +20,41 @@ from torch_frame import CheckpointerHook, HookBase, LoggerHook, ThroughputHook
 from torch_frame.tracking.step_times import Parts, StepTimes, TimeSplit
 
 
-class SlowBatches:
+class Sleeper:
+    """Sleeps, and knows for how long it slept: on a busy machine it is woken late.
+
+    Attributes:
+        slept: seconds, in all.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.slept = seconds, 0.0
+
+    def sleep(self) -> None:
+        started = time.perf_counter()
+        time.sleep(self.seconds)
+        self.slept += time.perf_counter() - started
+
+
+class SlowBatches(Sleeper):
     """Each batch takes a while."""
 
     def __init__(self, num: int, seconds: float) -> None:
-        self.batches, self.seconds = make_batches(num), seconds
+        super().__init__(seconds)
+        self.batches = make_batches(num)
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self.batches:
-            time.sleep(self.seconds)
+            self.sleep()
             yield batch
 
 
-class SlowHook(HookBase):
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-
+class SlowHook(Sleeper, HookBase):
     def after_iter(self) -> None:
-        time.sleep(self.seconds)
+        self.sleep()
 
 
 class Clock:
@@ -62,24 +76,26 @@ def last_rows(work_dir: Path) -> dict[str, float]:
 def test_a_slow_loader_and_a_slow_hook_are_named_with_their_times(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    hook = ThroughputHook()
-    hooks = [SlowHook(0.02), hook, LoggerHook(progress_bar=False)]
-    trainer = make_trainer(tmp_path / "run", data=SlowBatches(8, 0.05), max_epochs=2, hooks=hooks)
+    hook, slow, batches = ThroughputHook(), SlowHook(0.02), SlowBatches(8, 0.05)
+    hooks = [slow, hook, LoggerHook(progress_bar=False)]
+    trainer = make_trainer(tmp_path / "run", data=batches, max_epochs=2, hooks=hooks)
     with caplog.at_level(logging.INFO, "torch_frame"):
         trainer.train()
     parts = hook.time_split.parts()
-    assert parts.data / 16 == pytest.approx(0.050, rel=0.1)
-    assert hook.time_split.hooks()["SlowHook"] / 16 == pytest.approx(0.020, rel=0.1)
+    assert batches.slept >= 16 * 0.05
+    assert slow.slept >= 16 * 0.02
+    assert parts.data == pytest.approx(batches.slept, rel=0.1)
+    assert hook.time_split.hooks()["SlowHook"] == pytest.approx(slow.slept, rel=0.1)
     assert next(iter(hook.time_split.hooks())) == "SlowHook"
     text = (tmp_path / "run" / "log.txt").read_text()
     last_lines = text.splitlines()[-5:]
     assert any("Most of the time went to: data." in line for line in last_lines)
     assert any("Of the hooks' time: SlowHook 2" in line for line in last_lines)
     row = last_rows(tmp_path / "run")
-    assert row["data_share"] == pytest.approx(50 / 70, rel=0.1)
-    assert row["hooks_share"] == pytest.approx(20 / 70, rel=0.1)
+    assert row["data_share"] == pytest.approx(50 / 70, rel=0.25)  # the second epoch's; other work may come between
+    assert row["hooks_share"] == pytest.approx(20 / 70, rel=0.25)
     assert sum(row[f"{name}_share"] for name in Parts._fields) == pytest.approx(1)
-    assert row["batches_per_s"] == pytest.approx(1 / 0.07, rel=0.1)
+    assert row["batches_per_s"] == pytest.approx(1 / 0.07, rel=0.25)
 
 
 def test_the_parts_make_up_the_time_from_first_to_last() -> None:
@@ -161,11 +177,13 @@ def test_without_batches_there_is_nothing_to_tell(tmp_path: Path) -> None:
 
 def test_a_second_train_begins_anew(tmp_path: Path) -> None:
     hook = ThroughputHook()
-    trainer = make_trainer(tmp_path, hooks=[hook, SlowHook(0.02)], max_epochs=1)
+    slow = SlowHook(0.02)
+    trainer = make_trainer(tmp_path, hooks=[hook, slow], max_epochs=1)
     trainer.train()
+    slow.slept = 0.0
     trainer.max_epochs = 2
     trainer.train()
-    assert hook.time_split.hooks()["SlowHook"] == pytest.approx(5 * 0.02, rel=0.1)
+    assert hook.time_split.hooks()["SlowHook"] == pytest.approx(slow.slept, rel=0.1)
 
 
 @pytest.mark.parametrize(
