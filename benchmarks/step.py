@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from _report import TinyMLP, write
 
-from torch_frame import CheckpointerHook, LoggerHook, Trainer
+from torch_frame import CheckpointerHook, LoggerHook, ThroughputHook, Trainer
 from torch_frame.data.move import move_to_device
+from torch_frame.tracking.step_times import StepTimes
 from torch_frame.training.losses import read_losses, recordable
 
 NUMBER, REPEAT = 5000, 9
@@ -85,6 +86,22 @@ def pieces(trainer: Trainer, batch: Any) -> dict[str, float]:
             for _ in trainer.stages[stage]:
                 pass
 
+    split = ThroughputHook()
+    split.trainer = trainer
+    split.before_train()
+    calls = split.time_split.around([("ThroughputHook", split.after_iter), ("LoggerHook", lambda: None)])
+    plain = StepTimes()
+
+    def split_of_time() -> None:
+        split.time_split.ask()
+        split.time_split.receive()
+        for call in calls:
+            call()
+
+    def no_split() -> None:
+        plain.ask()
+        plain.receive()
+
     logger_after_iter = next(hook.after_iter for hook in trainer.hooks if isinstance(hook, LoggerHook))
     return {
         "raw: optimizer.zero_grad()": microseconds(optimizer.zero_grad),
@@ -102,6 +119,7 @@ def pieces(trainer: Trainer, batch: Any) -> dict[str, float]:
         "safe point": microseconds(trainer.safe_point),
         "stages without a hook": microseconds(stages),
         "LoggerHook.after_iter (a row each 50 batches, no bar)": microseconds(logger_after_iter),
+        "ThroughputHook, if it is there": microseconds(split_of_time) - microseconds(no_split),
     }
 
 

@@ -87,7 +87,7 @@ EVEN, SLOWER, UNEVEN = Timing([1.0] * 30), Timing([1.0] * 15 + [1.2] * 15), Timi
 
 
 @pytest.mark.parametrize(
-    ("timing", "clocks", "neighbours", "word"),
+    ("timing", "clocks", "busy_percent", "word"),
     [
         (EVEN, [], None, "fine"),
         (EVEN, [1980] * 9, 0, "fine"),
@@ -97,11 +97,12 @@ EVEN, SLOWER, UNEVEN = Timing([1.0] * 30), Timing([1.0] * 15 + [1.2] * 15), Timi
         (SLOWER, [1980] * 9, 0, "shared"),
         (UNEVEN, [], None, "shared"),
         (UNEVEN, [1980] * 9, 0, "shared"),
-        (EVEN, [1980] * 9, 2, "shared"),
+        (EVEN, [1980] * 9, 9.0, "fine"),
+        (EVEN, [1980] * 9, 10.0, "shared"),
     ],
 )
-def test_the_verdict(timing: Timing, clocks: list[float], neighbours: int | None, word: str) -> None:
-    assert judge(timing, readings(*clocks), neighbours).word == word
+def test_the_verdict(timing: Timing, clocks: list[float], busy_percent: float | None, word: str) -> None:
+    assert judge(timing, readings(*clocks), busy_percent).word == word
 
 
 def test_the_verdict_gives_its_reason() -> None:
@@ -109,7 +110,7 @@ def test_the_verdict_gives_its_reason() -> None:
         judge(SLOWER, readings(*[2000] * 3, *[1500] * 3)).reason
         == "the last third took +20 %, and the clock fell to 75%"
     )
-    assert judge(EVEN, Readings(), 1).reason == "other processes that compute on the card: 1"
+    assert judge(EVEN, Readings(), 45).reason == "the card was 45 % busy before the bench began"
 
 
 def test_medians_of_clock_and_watts() -> None:
@@ -124,5 +125,5 @@ def test_a_cpu_has_no_sensors_and_says_so() -> None:
     with sensors.watching(found):
         pass
     assert found.readings == []
-    assert sensors.num_neighbours is None
+    assert sensors.busy_percent() is None
     assert sensors.missing == "Clocks and watts are read on NVIDIA cards only; this is cpu."

@@ -15,10 +15,11 @@ TORCH_FRAME_1_7 = "torch-frame 1.7.5, torch_frame/utils/test_speed.py, 2023-12"
 
 
 class Figure(NamedTuple):
-    """A number with where it is from."""
+    """A number with where it is from, and with which software it was measured."""
 
     value: float
     source: str
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,11 @@ def _spec(value: float) -> Figure:
 
 
 def _matmul(value: float, torch_version: str, note: str = "") -> Figure:
-    return Figure(value, f"{ML_ENGINEERING}; torch {torch_version}{note}")
+    return Figure(value, ML_ENGINEERING, f"torch {torch_version}{note}")
 
 
-def _lambda(value: float, software: str = "NGC containers of 2022 and 2023") -> Figure:
-    return Figure(value, f"{LAMBDA}; {software}")
+def _lambda(value: float, software: str = "NGC 2022-23") -> Figure:
+    return Figure(value, LAMBDA, software)
 
 
 A100_SXM_80GB = Card(
@@ -61,33 +62,35 @@ A100_SXM_80GB = Card(
     r"A100-SXM.*80GB",
     _spec(312),
     _spec(2000),
-    _matmul(271.2, "2.6.0+cu126"),
+    _matmul(271.2, "2.6.0"),
     _lambda(1582),
     _lambda(1066),
 )
 """What the bench's last column compares with."""
 
 CARDS = [
-    Card("GB200", r"GB200", _spec(2500), _spec(8000), _matmul(1822.0, "2.10.0.dev20250916+cu130")),
-    Card("B300", r"B300", _spec(2250), None, _matmul(1769.0, "2.9.1+cu130")),
-    Card("B200", r"B200", _spec(2250), _spec(8000), _matmul(1745.0, "2.7.1+cu128")),
-    Card("GH200", r"GH200", _spec(989), None, _matmul(828.6, "2.6.0+cu126", ", 900 W")),
+    Card("GB200", r"GB200", _spec(2500), _spec(8000), _matmul(1822.0, "2.10.0.dev")),
+    Card("B300", r"B300", _spec(2250), None, _matmul(1769.0, "2.9.1")),
+    Card("B200", r"B200", _spec(2250), _spec(8000), _matmul(1745.0, "2.7.1")),
+    Card("GH200", r"GH200", _spec(989), None, _matmul(828.6, "2.6.0", ", 900 W")),
     Card(
         "H200 SXM",
         r"H200(?!.*NVL)",
         _spec(989),
         _spec(4800),
-        _matmul(794.5, "2.7.0+cu126", ", H100's, said to be the same"),
+        _matmul(794.5, "2.7.0", ": H100's"),
     ),
-    Card("H100 PCIe", r"H100 PCIe", _spec(756), _spec(2000), None, _lambda(1976, "24.03"), _lambda(1248, "24.03")),
+    Card(
+        "H100 PCIe", r"H100 PCIe", _spec(756), _spec(2000), None, _lambda(1976, "NGC 24.03"), _lambda(1248, "NGC 24.03")
+    ),
     Card(
         "H100 SXM",
         r"H100 80GB",
         _spec(989),
         _spec(3350),
-        _matmul(794.5, "2.7.0+cu126"),
-        _lambda(2791, "24.03"),
-        _lambda(1895, "24.03"),
+        _matmul(794.5, "2.7.0"),
+        _lambda(2791, "NGC 24.03"),
+        _lambda(1895, "NGC 24.03"),
     ),
     A100_SXM_80GB,
     Card(
@@ -95,7 +98,7 @@ CARDS = [
         r"A100.*80GB.*PCIe",
         _spec(312),
         None,
-        _matmul(252.9, "2.5.1+cu124"),
+        _matmul(252.9, "2.5.1"),
         _lambda(1527),
         _lambda(1014),
     ),
@@ -109,9 +112,9 @@ CARDS = [
     Card("A10", r"\bA10\b", None, None, None, _lambda(638), _lambda(349)),
     Card("V100", r"V100", None, Figure(900, AIME), None, _lambda(833), _lambda(369)),
     Card("RTX 8000", r"Quadro RTX 8000", None, None, None, _lambda(651), _lambda(274)),
-    Card("MI355X", r"MI355X", _spec(2300), None, _matmul(1565.0, "2.8.0+rocm7.0.2")),
-    Card("MI325X", r"MI325X", _spec(1300), None, _matmul(784.9, "2.6.0+rocm6.2.4, 1000 W")),
-    Card("MI300X", r"MI300X", _spec(1300), _spec(5300), _matmul(668.4, "2.5.1+rocm6.3")),
+    Card("MI355X", r"MI355X", _spec(2300), None, _matmul(1565.0, "2.8.0")),
+    Card("MI325X", r"MI325X", _spec(1300), None, _matmul(784.9, "2.6.0, 1000 W")),
+    Card("MI300X", r"MI300X", _spec(1300), _spec(5300), _matmul(668.4, "2.5.1")),
 ]
 
 

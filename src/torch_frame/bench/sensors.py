@@ -1,4 +1,4 @@
-"""Clocks, watts and neighbours of an NVIDIA card while something is timed."""
+"""Clocks, watts and load of an NVIDIA card while something is timed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 INTERVAL_S = 0.05
+BUSY_READINGS = 10
 
 
 class Reading(NamedTuple):
@@ -106,16 +107,21 @@ class Sensors:
         clock = self._nvml.nvmlDeviceGetClockInfo(self._handle, self._nvml.NVML_CLOCK_SM)
         return Reading(float(clock), self._nvml.nvmlDeviceGetPowerUsage(self._handle) / 1e3)
 
-    @property
-    def num_neighbours(self) -> int | None:
-        """Other processes that compute on this card; None if that cannot be asked. Inside a container they may be hidden."""
+    def busy_percent(self) -> float | None:
+        """How busy the card is with the work of others: ask while nothing of ours runs. None if it cannot be asked.
+
+        Processes are not counted: one that only holds memory disturbs nothing, and a container hides the others.
+        """
         if self.read is None:
             return None
-        try:
-            processes = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
-        except self._nvml.NVMLError:
-            return None
-        return max(len(processes) - 1, 0)  # one is this process; in a container its number is another one
+        found = []
+        for _ in range(BUSY_READINGS):
+            time.sleep(INTERVAL_S)
+            try:
+                found.append(float(self._nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu))
+            except self._nvml.NVMLError:
+                return None
+        return statistics.median(found)
 
     @contextlib.contextmanager
     def watching(self, readings: Readings) -> Iterator[None]:

@@ -89,6 +89,7 @@ class Bench:
         self.sensors = Sensors(self.device) if self.sensors is None else self.sensors
         self.sizes = (ON_CPU if self.device.type == "cpu" else ON_ACCELERATOR) if self.sizes is None else self.sizes
         self.batch_size = self.sizes.batch_size
+        self.busy_percent = self.sensors.busy_percent()
         self.readings = Readings()  # of the part that the verdict is about
         self._measure_parts(self.sizes)
         return figures(self)
@@ -127,14 +128,13 @@ class Bench:
             self.batch_size //= 2
 
     def _measure_judged(self) -> None:
-        assert self.sensors is not None
         reset_peak_memory(self.device)
         self._measure_training("channels-last", bf16=True, channels_last=True)
         self.peak_bytes = peak_memory_bytes(self.device)
         timing = self.timings.get("channels-last")
         if timing is not None:
             self.watts, self.sm_mhz = self.readings.watts, self.readings.sm_mhz
-            self.verdict = judge(timing, self.readings, self.sensors.num_neighbours)
+            self.verdict = judge(timing, self.readings, self.busy_percent)
 
     def _measure_compiled(self, sizes: Sizes) -> None:
         left = self.limit_s - KEPT_BACK_S - (time.perf_counter() - self.started)
@@ -166,8 +166,7 @@ class Bench:
             settings["during"] = self.sensors.watching(self.readings)
         with self._reasons(name):
             self.timings[name] = time_calls(make(), self.clock, seconds, **settings)
-        if self.device.type != "cpu":
-            torch.accelerator.empty_cache()
+        _free_memory(self.device)
 
     @contextlib.contextmanager
     def _reasons(self, name: str) -> Iterator[None]:
@@ -177,6 +176,13 @@ class Bench:
             self.left_out[name] = f"out of memory with a batch of {self.batch_size}"
         except (RuntimeError, NotImplementedError) as error:
             self.left_out[name] = str(error).splitlines()[0]
+
+
+def _free_memory(device: torch.device) -> None:
+    """What the part before has left goes back to the device: the next one may need it in other sizes."""
+    if device.type != "cpu":
+        with contextlib.suppress(RuntimeError, NotImplementedError):
+            torch.accelerator.empty_cache()
 
 
 # ---------------------------------------------------------------- from times to figures

@@ -87,7 +87,8 @@ def known_cards(cards: Sequence[Card] = CARDS) -> Iterator[str]:
     def cell(figure: Figure | None) -> str:
         if figure is None:
             return NOTHING
-        return f"{figure.value:g} [{sources.setdefault(figure.source, len(sources) + 1)}]"
+        note = f" ({figure.note})" if figure.note else ""
+        return f"{figure.value:g}{note} [{sources.setdefault(figure.source, len(sources) + 1)}]"
 
     rows = [
         (

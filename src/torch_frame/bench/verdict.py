@@ -15,6 +15,7 @@ UNEVEN = 0.15
 """Calls of one and the same work whose 10th and 90th percentile lie further apart (as a fraction of the median) are disturbed."""
 CLOCK_FELL = 0.97
 """A clock that fell to this fraction explains a slower last third."""
+BUSY_PERCENT = 10
 
 
 class Verdict(NamedTuple):
@@ -24,23 +25,23 @@ class Verdict(NamedTuple):
     reason: str
 
 
-def judge(timing: Timing, readings: Readings, num_neighbours: int | None = None) -> Verdict:
+def judge(timing: Timing, readings: Readings, busy_percent: float | None = None) -> Verdict:
     """Judge one long measurement by its first and last third.
 
     - throttled: the last third is more than 5 % slower and either the clock fell too, or no clock is known and the calls
       within each third are even: heat and power limits slow a device evenly.
-    - shared: the times are uneven, or became slower while the clock did not fall, or other processes compute on the card.
+    - shared: the times are uneven, or became slower while the clock did not fall, or the card was busy before.
     - fine: all else.
 
     Args:
         timing: many calls of the same work.
         readings: of the card meanwhile; may be empty.
-        num_neighbours: other processes on the card, if known.
+        busy_percent: of the card before the bench began, if known.
     """
     clock = readings.clock_drift
     percent = f"{(timing.drift - 1) * 100:+.0f} %"
-    if num_neighbours:
-        return Verdict("shared", f"other processes that compute on the card: {num_neighbours}")
+    if busy_percent is not None and busy_percent >= BUSY_PERCENT:
+        return Verdict("shared", f"the card was {busy_percent:.0f} % busy before the bench began")
     if timing.drift > SLOWER:
         if clock is not None and clock <= CLOCK_FELL:
             return Verdict("throttled", f"the last third took {percent}, and the clock fell to {clock:.0%}")
