@@ -83,6 +83,7 @@ def test_results(report: Path, done: subprocess.CompletedProcess[str]) -> dict[s
     skipped = sum(case.find("skipped") is not None for case in cases)
     found: dict[str, Any] = {"passed": len(cases) - len(bad) - skipped, "skipped": skipped}
     found["failed"] = [f"{case.get('classname')}::{case.get('name')}" for case in bad]
+    print(f"  {found['passed']} passed, {skipped} skipped, {len(bad)} failed {found['failed'] or ''}")
     if bad or done.returncode != 0:
         found["output"] = done.stdout[-6000:]
     return found
