@@ -47,7 +47,7 @@ from _networks import Made, images, moved, resnet, transformer
 from _report import print_table, summary
 from checkpoint import Savers, big_model
 
-from torch_frame import CheckpointerHook, LoggerHook, Trainer
+from torch_frame import CheckpointerHook, LoggerHook, ThroughputHook, Trainer
 from torch_frame.bench.device import device_to_measure, name_of
 from torch_frame.bench.table import HEAD, row, table
 
@@ -155,8 +155,15 @@ def ours(make: Made, batches: list[Any], device: torch.device, hooks: list[Any],
     return epoch
 
 
+class NoFiles(CheckpointerHook):
+    """Between the epochs nothing is saved: saves have a part of their own, and files take long."""
+
+    def save_model(self) -> None:
+        """Asks for no file."""
+
+
 def default_hooks() -> list[Any]:
-    return [CheckpointerHook(), LoggerHook(progress_bar=False)]
+    return [NoFiles(), LoggerHook(progress_bar=False)]
 
 
 def in_turn(rows: dict[str, Timed], rounds: int, num_steps: int) -> dict[str, list[float]]:
@@ -192,6 +199,9 @@ def beside_raw(make: Made, batches: list[Any], options: argparse.Namespace) -> d
             "torch-frame, no hooks": ours(make, batches, options.device, [], f"{folder}/none"),
             "raw again": raw(make, batches, options.device),
             "torch-frame, default hooks": ours(make, batches, options.device, default_hooks(), f"{folder}/default"),
+            "... and ThroughputHook": ours(
+                make, batches, options.device, [*default_hooks(), ThroughputHook()], f"{folder}/split"
+            ),
         }
         found = summary(in_turn(rows, options.rounds, len(batches)), "us_per_step")
     print_table(found, "us_per_step", width=30)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from torch_frame.bench.sensors import Reading, Readings, Sensors
 from torch_frame.bench.suite import matmul_flops, rate
-from torch_frame.bench.timing import MAX_CALLS, HostClock, Timing, clock_of, time_calls
+from torch_frame.bench.timing import MAX_CALLS, EventClock, HostClock, Timing, clock_of, time_calls
 from torch_frame.bench.verdict import judge
 
 
@@ -127,3 +129,43 @@ def test_a_cpu_has_no_sensors_and_says_so() -> None:
     assert found.readings == []
     assert sensors.busy_percent() is None
     assert sensors.missing == "Clocks and watts are read on NVIDIA cards only; this is cpu."
+
+
+def test_readings_are_taken_while_something_runs_and_no_longer() -> None:
+    sensors, found = Sensors(torch.device("cpu")), Readings()
+    sensors.read = lambda: Reading(1980.0, 700.0)
+    with sensors.watching(found):
+        time.sleep(0.2)
+    num_taken = len(found.readings)
+    assert num_taken >= 2
+    time.sleep(0.1)
+    assert len(found.readings) == num_taken
+    assert found.watts == 700.0
+
+
+def test_a_card_that_stops_answering_ends_the_readings_only() -> None:
+    sensors, found = Sensors(torch.device("cpu")), Readings()
+
+    def read() -> Reading:
+        raise OSError("gone")
+
+    sensors.read = read
+    with sensors.watching(found):
+        time.sleep(0.01)
+    assert found.readings == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_what_is_missing_to_read_a_card_is_said() -> None:
+    assert Sensors(torch.device("cuda")).missing.startswith("Clocks and watts are not read: ")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_devices_own_events_tell_the_time() -> None:
+    device = torch.device("cuda:0")
+    clock = clock_of(device)
+    assert isinstance(clock, EventClock)
+    found = time_calls(lambda: torch.cuda._sleep(20_000_000), clock, 0.1)  # some 10 ms, and 0.01 for the host
+    assert 0.002 < found.median < 0.05
+    assert found.spread < 0.5
