@@ -41,6 +41,8 @@ STORED: dict[str, Any] = {
     },
     "inference_images_s": rates(5000.0),
     "batch_size": 128,
+    "training_tflop_per_step": 3.11,
+    "training_tflops": rates(38.5),
     "peak_mib": 12000,
     "watts": 380.4,
     "sm_mhz": 1410.0,
@@ -74,6 +76,7 @@ def test_a_card_that_is_not_known_has_no_share() -> None:
 def test_what_is_printed_has_verdict_reasons_and_sources() -> None:
     text = "\n".join(lines(STORED))
     assert "Verdict: fine (why)." in text
+    assert "Training in bf16, channels-last: 38.5 TFLOP/s (3.11 TFLOP a step)." in text
     assert "Clock while it was judged: 1410 MHz (median)." in text
     assert "Not measured: compiled: compiling took longer than the 20 s that were left." in text
     assert "no accelerator" not in text

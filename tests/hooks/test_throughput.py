@@ -213,6 +213,16 @@ def test_without_the_hook_the_stages_hold_the_hooks_own_methods_only(tmp_path: P
     assert type(trainer._feed.times) is StepTimes
 
 
+def test_it_runs_first_wherever_it_is_registered_and_every_hook_has_its_own_time(tmp_path: Path) -> None:
+    hook, slow = ThroughputHook(), SlowHook(0.0)
+    trainer = make_trainer(tmp_path, hooks=[slow, LoggerHook(progress_bar=False), hook])
+    assert [type(one) for one in trainer.hooks] == [ThroughputHook, SlowHook, LoggerHook]
+    calls = trainer.stages["after_iter"]
+    assert calls[1::2] == [hook.after_iter, slow.after_iter, trainer.hooks[2].after_iter]
+    assert len(calls) == 7  # a call that tells whose time it is before each, and one behind all
+    assert trainer.stages["before_update"] == []
+
+
 def test_a_step_pays_less_than_2_us_for_it(tmp_path: Path) -> None:
     """What the hook adds to a step with LoggerHook: the calls themselves, CPU time, the best of many rounds."""
     model = Net()

@@ -64,6 +64,11 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
         f"Medians. ResNet-50 with a batch of {found['batch_size']} that is on the device; channels-last is in bf16 too, and "
         "compiled is both of them. Inference, peak memory, W and p10-p90 (images/s) are those of bf16, channels-last."
     )
+    if found["training_tflops"] is not None:
+        yield (
+            f"Training in bf16, channels-last: {_number(found['training_tflops']['median'])} TFLOP/s "
+            f"({found['training_tflop_per_step']} TFLOP a step)."
+        )
     yield "x A100: of Lambda's 1582 images/s in fp16 on an A100 SXM 80GB."
     if found["device"] == "cpu":
         yield "torch sees no accelerator here: these are the CPU's figures."
