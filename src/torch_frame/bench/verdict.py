@@ -7,8 +7,6 @@ from typing import Literal, NamedTuple
 from torch_frame.bench.sensors import Readings
 from torch_frame.bench.timing import Timing
 
-Word = Literal["fine", "throttled", "shared"]
-
 SLOWER = 1.05
 """A last third that took so many times the first one's time is not the same device any more."""
 UNEVEN = 0.15
@@ -21,7 +19,7 @@ BUSY_PERCENT = 10
 class Verdict(NamedTuple):
     """The word, and why."""
 
-    word: Word
+    word: Literal["fine", "throttled", "shared"]
     reason: str
 
 
