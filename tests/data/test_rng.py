@@ -119,6 +119,8 @@ def test_states_make_a_bitwise_round_trip_through_a_file_and_a_process(tmp_path:
     script = f"""{DRAW}
 import sys
 from torch_frame.data.rng import set_rng_state
+if {torch.cuda.is_initialized()}:
+    torch.cuda.init()
 draw()
 set_rng_state(torch.load({str(path)!r}, weights_only=True)["rng"])
 print(draw() == eval(sys.stdin.read()))

@@ -407,7 +407,8 @@ def test_one_process_answers_the_obvious_and_is_a_strategy() -> None:
     assert isinstance(strategy, Strategy)
     model = nn.Linear(2, 1)
     assert strategy.prepare(model) is model
-    assert strategy.unwrap(nn.DataParallel(model)) is model
+    wrapped = nn.Linear(2, 1)
+    assert strategy.unwrap(nn.DataParallel(wrapped)) is wrapped  # which it moves to a GPU, if there is one
     loss = model(torch.ones(1, 2)).sum()
     strategy.backward(loss, inputs=[model.bias])
     assert model.weight.grad is None
