@@ -94,7 +94,7 @@ def test_the_state_has_todays_keys_and_plain_types(name: str, tmp_path: Path) ->
     today = torch.load(tmp_path / "run" / "checkpoints" / "latest.pth", weights_only=True)
     assert list(today) == [key for key in made if key in today], "Trainer._parts and convert.converted differ"
     assert set(made) - set(today) == {"converted_from", "unknown"}
-    for key in ("progress", "lr_scheduler", "hooks"):
+    for key in ("progress", "lr_schedulers", "hooks"):
         assert set(made[key]) <= set(today[key]) | {"EvalHook"}, key
     done = EPOCHS_DONE[name]
     assert (made["progress"]["epoch"], made["progress"]["iter"]) == (done, done * EPOCH_LEN)
@@ -148,7 +148,7 @@ def test_weights_and_optimizer_are_taken_over_bitwise() -> None:
     old = old_state("cosine_ema")
     made = convert.converted(old).state
     assert differences(made["model"], dict(old["model"])) == []
-    assert differences(made["optimizer"], old["optimizer"]) == []
+    assert differences(made["optimizers"]["optimizer"], old["optimizer"]) == []
 
 
 def test_without_its_file_the_average_is_unknown() -> None:
@@ -260,7 +260,7 @@ def test_counters(epoch: int, updates: int, logged: int, expected: tuple[int, in
     conversion = convert.converted(old)
     progress = conversion.state["progress"]
     assert (progress["epoch"], progress["iter"], conversion.saved_inside) == expected
-    assert progress["num_updates"] == conversion.state["lr_scheduler"]["num_updates"] == updates
+    assert progress["num_updates"] == conversion.state["lr_schedulers"]["lr_scheduler"]["num_updates"] == updates
     assert (progress["inner_iter"], progress["position"], progress["epoch_trained"]) == (0, 0, False)
 
 

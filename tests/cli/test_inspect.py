@@ -35,7 +35,7 @@ def test_a_state_is_told_as_json(ckpt_dir: Path, capsys: pytest.CaptureFixture[s
     assert (described["kind"], described["digest"]) == ("state", "valid")
     assert described["bytes"] == os.path.getsize(ckpt_dir / "latest.pth")
     assert described["progress"] == inside["progress"]
-    assert described["versions"] == {"format": 2, "torch_frame": __version__, "torch": torch.__version__}
+    assert described["versions"] == {"format": 3, "torch_frame": __version__, "torch": torch.__version__}
     assert described["num_parameters"] == sum(value.numel() for value in inside["model"].values())
     assert [(w["name"], w["shape"]) for w in described["weights"]] == [
         (name, list(value.shape)) for name, value in inside["model"].items()

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch_frame.errors import CheckpointError
 
 FORMAT = "torch_frame.state"
-VERSION = 2
+VERSION = 3
 
 _SCALARS = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size)
 

@@ -46,7 +46,7 @@ class WeightsReport:
 
 def bare_names(state: Mapping[str, Any]) -> dict[str, Any]:
     """A bare model's `state_dict` under the names that it has without torch.compile."""
-    return {_without_compile(name): value for name, value in state.items()}
+    return {bare_name(name): value for name, value in state.items()}
 
 
 def bare_state_dict(model: nn.Module) -> dict[str, Any]:
@@ -54,14 +54,15 @@ def bare_state_dict(model: nn.Module) -> dict[str, Any]:
     return bare_names(model.state_dict())
 
 
-def _without_compile(name: str) -> str:
+def bare_name(name: str) -> str:
+    """The name that a tensor of a bare model has without torch.compile."""
     return name.replace("_orig_mod.", "")
 
 
 def _matched(weights: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """The weights under the model's own names, as far as it knows them."""
-    names = {_without_compile(name): name for name in own}
-    given = {_without_compile(name): value for name, value in weights.items()}
+    names = {bare_name(name): name for name in own}
+    given = {bare_name(name): value for name, value in weights.items()}
     if not given.keys() & names.keys():  # wrapped in DDP when they were saved
         given = {name.removeprefix("module."): value for name, value in given.items()}
     return {names.get(name, name): value for name, value in given.items()}

@@ -40,7 +40,8 @@ def convert(old: str, new: str, *, ema: str | None = None, force: bool = False) 
 
 
 def _taken_over(state: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    progress, schedule, metrics = state["progress"], state["lr_scheduler"], state["metric_storage"]
+    progress, metrics = state["progress"], state["metric_storage"]
+    schedule, optimizer = state["lr_schedulers"]["lr_scheduler"], state["optimizers"]["optimizer"]
     yield (
         "progress",
         f"{progress['epoch']} epochs, {progress['iter']} batches, {progress['num_updates']} updates are done",
@@ -48,9 +49,9 @@ def _taken_over(state: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "model", _tensors(state["model"])
     if state["ema"] is not None:
         yield "ema", _tensors(state["ema"]["model"])
-    groups = state["optimizer"]["param_groups"]
+    groups = optimizer["param_groups"]
     sizes = ", ".join(str(len(group["params"])) for group in groups)
-    yield "optimizer", f"groups of {sizes} parameters, the state of {len(state['optimizer']['state'])} of them"
+    yield "optimizer", f"groups of {sizes} parameters, the state of {len(optimizer['state'])} of them"
     rates = ", ".join(f"{lr:.6g}" for lr in schedule["regular_lrs"])
     method, iters, factor = schedule["warmup"]
     yield (

@@ -22,6 +22,8 @@ from torch_frame.data.source import Source
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import CheckpointError
 from torch_frame.progress import Progress
+from torch_frame.run.by_name import Names, by_name, by_position
+from torch_frame.run.state import CheckedPart, Part
 from torch_frame.training.ema import EMA
 from torch_frame.training.schedules import LRWarmupScheduler
 
@@ -79,8 +81,29 @@ class AveragePart:
         return [f"use_ema was {saved is not None}, now it is {self._ema is not None}"]
 
 
+class NamedParts:
+    """Several parts of a kind, each under its name."""
+
+    def __init__(self, **parts: Part) -> None:
+        self._parts = parts
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self._parts.items()}
+
+    def load_state_dict(self, states: Mapping[str, Any]) -> None:
+        for name, part in self._parts.items():
+            part.load_state_dict(states[name])
+
+    def differences(self, saved: Mapping[str, Any], unknown: Collection[str]) -> list[str]:
+        differences: list[str] = []
+        for name, part in self._parts.items():
+            if isinstance(part, CheckedPart):
+                differences += part.differences(saved[name], unknown)
+        return differences
+
+
 class OptimizerPart:
-    """The optimizer's state and the settings of its groups."""
+    """The optimizer's state and the settings of its groups, by the names of its parameters."""
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, strategy: Strategy) -> None:
         self._optimizer = optimizer
@@ -88,10 +111,10 @@ class OptimizerPart:
         self._strategy = strategy
 
     def state_dict(self) -> dict[str, Any]:
-        return self._strategy.optimizer_state(self._model, self._optimizer)
+        return by_name(self._strategy.optimizer_state(self._model, self._optimizer), self._names())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._strategy.load_optimizer_state(self._model, self._optimizer, state)
+        self._strategy.load_optimizer_state(self._model, self._optimizer, by_position(state, self._names()))
 
     def differences(self, saved: Mapping[str, Any], unknown: Collection[str]) -> list[str]:
         own_groups, saved_groups = self.state_dict()["param_groups"], saved["param_groups"]
@@ -103,8 +126,11 @@ class OptimizerPart:
             set(other) - set(group) if older else set(group) ^ set(other)
             for group, other in zip(own_groups, saved_groups, strict=True)
         ]
-        names = sorted(set().union(*settings))
+        names = sorted(set().union(*settings) - {"param_names"})
         return [f"the optimizer is another one: only one of the two has {', '.join(names)}"] if names else []
+
+    def _names(self) -> Names:
+        return Names(self._strategy.unwrap(self._model), self._optimizer)
 
 
 class SchedulePart:

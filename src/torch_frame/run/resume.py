@@ -13,6 +13,7 @@ from torch import nn
 from torch_frame._version import __version__
 from torch_frame.checkpoint import io
 from torch_frame.checkpoint.format import VERSION, is_full_state
+from torch_frame.checkpoint.upgrade import OLDEST, upgraded
 from torch_frame.checkpoint.weights import WeightsReport, load_weights
 from torch_frame.errors import CheckpointError
 from torch_frame.progress import Progress
@@ -43,7 +44,7 @@ class Found:
 
 
 def read(path: str) -> State:
-    """Read a whole state.
+    """Read a whole state, in today's format.
 
     Raises:
         CheckpointError: if the file is damaged, or holds weights only.
@@ -54,13 +55,12 @@ def read(path: str) -> State:
             f"{path} holds weights, not a training state to resume from. "
             f"For the weights alone: trainer.load_checkpoint(checkpoint=torch.load({path!r}))."
         )
-    if not 2 <= state["version"] <= VERSION:
+    if not OLDEST <= state["version"] <= VERSION:
         raise CheckpointError(
-            f"{path} has format {state['version']}, and this torch-frame {__version__} reads formats 2 to {VERSION}. "
+            f"{path} has format {state['version']}, and this torch-frame {__version__} reads formats {OLDEST} to {VERSION}. "
             f"It was written by torch-frame {state.get('torch_frame')}: resume it with that version."
         )
-    loaded: State = state
-    return loaded
+    return upgraded(state)
 
 
 def newest(folder: str) -> Found | None:
