@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torch_frame.checkpoint.format import plain
 from torch_frame.checkpoint.weights import WeightsReport, bare_names
 from torch_frame.data.move import resolve_device
 from torch_frame.data.source import length_of
@@ -28,9 +29,11 @@ from torch_frame.hooks.evaluate import evaluate_all
 from torch_frame.progress import Progress
 from torch_frame.run import checks, parts, session, state
 from torch_frame.run.feed import Feed
+from torch_frame.run.optimizers import OptimizersPart
 from torch_frame.run.resume import Found, Resumption, newest
 from torch_frame.run.saving import Saver, SaveRequest, job_of, save_one_by_one
 from torch_frame.run.state import Part
+from torch_frame.run.trained import RequiresGradPart
 from torch_frame.run.work_dir import WorkDir
 from torch_frame.stopping import StopRequested, StopSignals
 from torch_frame.tracking.bar import ProgressBar
@@ -494,7 +497,7 @@ class Trainer:
         checks.check_outside_window(requests, self.updater.window_open)
         contents: dict[bool, Any] = {}
         if any(request.save_single_model for request in requests):
-            contents[True] = bare_names(self.strategy.model_state(self.model_evaluate))
+            contents[True] = plain(bare_names(self.strategy.model_state(self.model_evaluate)), "the model's state_dict")
         if not all(request.save_single_model for request in requests):
             contents[False] = state.capture(self._parts(), self._saver.rollback)
         where = f"epoch {self.epoch}, iteration {self.cur_iter}"
@@ -544,11 +547,15 @@ class Trainer:
 
     def _parts(self) -> dict[str, Part]:
         """What a checkpoint holds, by name, in the order of restoring. A new part is a line here."""
+        optimizers = {"optimizer": self.optimizer}
         return {
             "progress": self.progress,
+            "metric_storage": self.metric_storage,
+            "hooks": self.hook_caller,
             "model": parts.ModelPart(self.model, self.strategy),
             "ema": parts.AveragePart(self.model_ema, self.model, self.progress),
-            "optimizers": parts.NamedParts(optimizer=parts.OptimizerPart(self.optimizer, self.model, self.strategy)),
+            "requires_grad": RequiresGradPart(self.model_or_module, optimizers),
+            "optimizers": OptimizersPart(optimizers, self.model, self.strategy),
             "classes": parts.ClassesPart(optimizer=self.optimizer, lr_scheduler=self.lr_scheduler.scheduler),
             "lr_schedulers": parts.NamedParts(lr_scheduler=parts.SchedulePart(self.lr_scheduler)),
             "grad_scaler": parts.ScalerPart(self.precision.scaler),
@@ -562,8 +569,6 @@ class Trainer:
                 gradient_accumulation_steps=self.gradient_accumulation_steps,
                 batch_size=self._batch_size,
             ),
-            "metric_storage": self.metric_storage,
-            "hooks": self.hook_caller,
             **self._feed.parts(self.progress),
             "rng": parts.RandomPart(self.strategy),
         }

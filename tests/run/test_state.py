@@ -13,7 +13,15 @@ from tests.small_runs import make_batches, make_trainer, weights_of
 from torch_frame import CheckpointerHook, CheckpointError
 from torch_frame.checkpoint.format import FORMAT, VERSION
 from torch_frame.run import state
-from torch_frame.run.state import RESTORED_LAST, CheckedPart, capture, capture_copy, restore, restore_last
+from torch_frame.run.state import (
+    RESTORED_FIRST,
+    RESTORED_LAST,
+    CheckedPart,
+    capture,
+    capture_copy,
+    restore,
+    restore_last,
+)
 
 
 class Noted:
@@ -51,18 +59,20 @@ def test_parts_are_restored_in_the_order_of_the_table_and_random_numbers_last() 
     log: list[str] = []
     parts = table(log)
     saved = capture(parts)
-    restore(parts, saved)
-    assert log == ["progress", "model", "metric_storage", "hooks", "optimizer", "precision"]
-    restore_last(parts, saved)
+    restored = restore(parts, saved)
+    assert log == ["progress", "metric_storage", "hooks", "model", "optimizer", "precision"]
+    restore_last(parts, restored)
     assert log[6:] == ["data", "loader_generators", "rng"]
 
 
-def test_all_differences_are_told_before_anything_is_changed() -> None:
+def test_all_differences_are_told_and_what_was_changed_is_put_back() -> None:
     log: list[str] = []
-    saved = capture(table(log, optimizer=2, precision=3))
+    saved = capture(table(log, optimizer=2, precision=3, progress=4, metric_storage=5, hooks=6))
+    parts = table(log)
     with pytest.raises(CheckpointError, match=r"(?s)optimizer was 2, now it is 1.*precision was 3, now it is 1"):
-        restore(table(log), saved)
-    assert log == []
+        restore(parts, saved)
+    assert [name for name in log if name not in RESTORED_FIRST] == []
+    assert [parts[name].value for name in RESTORED_FIRST] == [1, 1, 1]
 
 
 def test_what_the_checkpoint_could_not_say_is_not_compared() -> None:

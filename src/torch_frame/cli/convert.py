@@ -12,6 +12,7 @@ from torch_frame.checkpoint import convert as checkpoint
 _WITHOUT = {
     "environment": "torch, device and threads it was saved with",
     "ema": "with use_ema the average begins anew from the weights; --ema takes it from the best.pth of that epoch",
+    "requires_grad": "which parameters are trained: as the new trainer has it",
     "classes": "whether optimizer and scheduler are the same classes is not checked",
     "seed": "the new trainer's own",
     "loader_seed": "an InfiniteDataLoader's own",

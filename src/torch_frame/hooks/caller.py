@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -58,6 +59,19 @@ class HookCaller:
             keyed[key].load_state_dict(states[key])
         self._unclaimed = {key: state for key, state in states.items() if key not in keyed}
 
+    def keep(self) -> Callable[[], None]:
+        """What puts the hooks' attributes back as they are now: a resume may fail after hooks were given their states."""
+        kept = [(hook, _attributes(hook)) for hook in self.hooks]
+        unclaimed = self._unclaimed
+
+        def put_back() -> None:
+            self._unclaimed = unclaimed
+            for hook, attributes in kept:
+                vars(hook).clear()
+                vars(hook).update(attributes)
+
+        return put_back
+
     def warn_of_unclaimed(self) -> None:
         """Say which restored states no hook has taken; they are not carried into the next checkpoint."""
         if self._unclaimed:
@@ -87,6 +101,11 @@ def _the_one_split(hooks: Iterable[HookBase]) -> TimeSplit | None:
         names = " and ".join(hook.class_name for hook in splitting)
         raise SettingError(f"{names} both split the run's time; only one hook can. Leave one of them out.")
     return splitting[0].time_split if splitting else None
+
+
+def _attributes(hook: HookBase) -> dict[str, Any]:
+    """A hook's attributes; lists, dicts and sets as copies, for they may be changed in place."""
+    return {name: copy.copy(value) if type(value) in (list, dict, set) else value for name, value in vars(hook).items()}
 
 
 def _overrides(hook: HookBase, stage: str) -> bool:

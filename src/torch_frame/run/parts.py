@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
+import logging
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
-from torch_frame.checkpoint.weights import bare_names, load_weights
+from torch_frame.checkpoint.weights import bare_names, bare_state_dict
 from torch_frame.data.rng import (
     loader_generator_states,
     rng_state,
@@ -22,8 +21,9 @@ from torch_frame.data.source import Source
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import CheckpointError
 from torch_frame.progress import Progress
-from torch_frame.run.by_name import Names, by_name, by_position
-from torch_frame.run.state import CheckedPart, Part
+from torch_frame.run.misfits import misfits, own_names
+from torch_frame.run.optimizers import some
+from torch_frame.run.state import CheckedPart, Line, Part
 from torch_frame.training.ema import EMA
 from torch_frame.training.schedules import LRWarmupScheduler
 
@@ -39,22 +39,22 @@ class ModelPart:
         return bare_names(self._strategy.model_state(self._model))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        load = functools.partial(self._strategy.load_model_state, self._model)
-        load_weights(self._strategy.unwrap(self._model), state, load)
+        self._strategy.load_model_state(self._model, own_names(self._strategy.unwrap(self._model), state))
 
     def differences(self, saved: Mapping[str, Any], unknown: Collection[str]) -> list[str]:
-        own = self.state_dict()
-        differences = [f"the model has no {name}" for name in saved if name not in own]
-        differences += [f"the checkpoint has no {name}" for name in own if name not in saved]
-        for name, value in own.items():
-            theirs = saved.get(name)
-            if isinstance(value, Tensor) and isinstance(theirs, Tensor) and value.shape != theirs.shape:
-                differences.append(f"{name} was {list(theirs.shape)}, now it is {list(value.shape)}")
-        return _first_few(differences, "more tensors differ")
+        differing = misfits(self._strategy.unwrap(self._model), self.state_dict(), saved)
+        return _first_few(differing, "more tensors differ")
+
+    def lines(self, saved: Mapping[str, Any]) -> list[Line]:
+        """What is not in the saved state, of a model whose own `state_dict` leaves parts out."""
+        left_out = [name for name in self.state_dict() if name not in saved]
+        if not left_out:
+            return []
+        return [(logging.WARNING, f"The checkpoint does not have {some(left_out)}: as the script made them.")]
 
 
 class AveragePart:
-    """EMA: its weights and its number of updates; None if there is no EMA."""
+    """EMA: its weights, under the names of the bare model, and its number of updates; None if there is no EMA."""
 
     def __init__(self, ema: EMA | None, model: nn.Module, progress: Progress) -> None:
         self._ema = ema
@@ -62,7 +62,7 @@ class AveragePart:
         self._progress = progress
 
     def state_dict(self) -> dict[str, Any] | None:
-        return None if self._ema is None else self._ema.state_dict()
+        return None if self._ema is None else {"updates": self._ema.updates, "model": bare_state_dict(self._ema.model)}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         if self._ema is None:
@@ -73,12 +73,16 @@ class AveragePart:
             self._ema.reset(self._model)
             self._ema.updates = self._progress.num_updates
         else:
-            self._ema.load_state_dict(state)
+            self._ema.updates = int(state["updates"])
+            self._ema.model.load_state_dict(own_names(self._ema.model, state["model"]), strict=False)
 
     def differences(self, saved: dict[str, Any] | None, unknown: Collection[str]) -> list[str]:
-        if (saved is None) == (self._ema is None):
+        if (saved is None) != (self._ema is None):
+            return [f"use_ema was {saved is not None}, now it is {self._ema is not None}"]
+        if saved is None or self._ema is None:
             return []
-        return [f"use_ema was {saved is not None}, now it is {self._ema is not None}"]
+        differing = misfits(self._ema.model, bare_state_dict(self._ema.model), saved["model"])
+        return _first_few([f"in EMA {line}" for line in differing], "more tensors of EMA differ")
 
 
 class NamedParts:
@@ -100,37 +104,6 @@ class NamedParts:
             if isinstance(part, CheckedPart):
                 differences += part.differences(saved[name], unknown)
         return differences
-
-
-class OptimizerPart:
-    """The optimizer's state and the settings of its groups, by the names of its parameters."""
-
-    def __init__(self, optimizer: Optimizer, model: nn.Module, strategy: Strategy) -> None:
-        self._optimizer = optimizer
-        self._model = model
-        self._strategy = strategy
-
-    def state_dict(self) -> dict[str, Any]:
-        return by_name(self._strategy.optimizer_state(self._model, self._optimizer), self._names())
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._strategy.load_optimizer_state(self._model, self._optimizer, by_position(state, self._names()))
-
-    def differences(self, saved: Mapping[str, Any], unknown: Collection[str]) -> list[str]:
-        own_groups, saved_groups = self.state_dict()["param_groups"], saved["param_groups"]
-        was, now = ([len(group["params"]) for group in groups] for groups in (saved_groups, own_groups))
-        if was != now:
-            return [f"the optimizer's parameter groups held {was} tensors, now they hold {now}"]
-        older = "classes" in unknown  # an older torch wrote it, whose optimizers had fewer settings
-        settings = [
-            set(other) - set(group) if older else set(group) ^ set(other)
-            for group, other in zip(own_groups, saved_groups, strict=True)
-        ]
-        names = sorted(set().union(*settings) - {"param_names"})
-        return [f"the optimizer is another one: only one of the two has {', '.join(names)}"] if names else []
-
-    def _names(self) -> Names:
-        return Names(self._strategy.unwrap(self._model), self._optimizer)
 
 
 class SchedulePart:

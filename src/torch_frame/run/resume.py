@@ -17,7 +17,7 @@ from torch_frame.checkpoint.upgrade import OLDEST, upgraded
 from torch_frame.checkpoint.weights import WeightsReport, load_weights
 from torch_frame.errors import CheckpointError
 from torch_frame.progress import Progress
-from torch_frame.run.state import Part, State, restore, restore_last
+from torch_frame.run.state import Part, Restored, State, restore, restore_last
 from torch_frame.training.ema import EMA
 
 _logger = logging.getLogger("torch_frame")
@@ -99,7 +99,7 @@ class Resumption:
     def __init__(self, asked: str | os.PathLike[str] | None) -> None:
         self.told: list[tuple[int, str]] = []
         self._asked = asked
-        self._last: State | None = None
+        self._restored: Restored | None = None
 
     def take_asked(self) -> str | os.PathLike[str] | None:
         """The value of `resume=`, once; None if another state has been loaded meanwhile."""
@@ -113,15 +113,16 @@ class Resumption:
             CheckpointError: if the state does not fit; nothing is changed then.
         """
         self._asked = None
-        restore(parts, found.state)
-        self._last = found.state
+        self._restored = restored = restore(parts, found.state)
         self.told += _lines(found, progress, parts["environment"].state_dict())
+        self.told += restored.lines
 
     def restore_last(self, parts: Callable[[], Mapping[str, Part]]) -> None:
         """Restore the rest, as the last thing before the first batch; `parts` gives the table."""
-        if self._last is not None:
-            restore_last(parts(), self._last)
-            self._last = None
+        if self._restored is not None:
+            for level, line in restore_last(parts(), self._restored):
+                _logger.log(level, line)
+            self._restored = None
 
     def load_weights(self, checkpoint: Mapping[str, Any], model: nn.Module, ema: EMA | None) -> WeightsReport:
         """Begin with given weights, or with those of a whole state: what fits is loaded, and EMA begins anew from it."""

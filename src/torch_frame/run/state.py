@@ -6,7 +6,11 @@ that are not a run's own objects are in `run/parts.py`. A part that can tell whe
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import functools
+import logging
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch_frame._version import __version__
@@ -15,6 +19,13 @@ from torch_frame.errors import CheckpointError
 
 State = Mapping[str, Any]
 
+Line = tuple[int, str]
+"""(level of logging, text) of what is said when a run is resumed."""
+
+RESTORED_FIRST = ("progress", "metric_storage", "hooks")
+"""Restored before it is looked at whether the rest fits: a hook that unfreezes layers may add them to the optimizer meanwhile."""
+WAITING = ("optimizers", "lr_schedulers")
+"""Restored after `before_train` if the optimizer lacks layers that a hook may add there."""
 RESTORED_LAST = ("data", "loader_generators", "rng")
 """Restored after everything else, before the first batch: the random numbers, and what draws some when it is restored."""
 
@@ -80,22 +91,110 @@ def capture_copy(parts: Mapping[str, Part]) -> dict[str, Any] | None:
     return copied
 
 
-def restore(parts: Mapping[str, Part], state: State) -> None:
+@runtime_checkable
+class GroupedPart(Part, Protocol):
+    """The optimizers: their groups may have another order than the saved ones, or come later."""
+
+    def waits(self, saved: Any) -> str | None:
+        """Why it can be restored only after `before_train`, in words; None if it can now."""
+        ...
+
+    def in_present_order(self, state: State) -> tuple[State, list[Line]]:
+        """A whole state with today's groups and order, and what is to be said of it."""
+        ...
+
+
+@runtime_checkable
+class UndoablePart(Part, Protocol):
+    """A part with a way of its own to be put back as it was, if a resume fails."""
+
+    def keep(self) -> Callable[[], None]:
+        """What puts the part back as it is now."""
+        ...
+
+
+@runtime_checkable
+class TalkingPart(Part, Protocol):
+    """A part that has something to say when it is restored."""
+
+    def lines(self, saved: Any) -> list[Line]:
+        """What to say, before it is restored."""
+        ...
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A state that has been restored in part.
+
+    Attributes:
+        state: the saved one, whose optimizers have today's groups and order.
+        left: names of the parts that are restored after `before_train`, in order.
+        lines: what is to be said.
+    """
+
+    state: State
+    left: tuple[str, ...]
+    lines: list[Line]
+
+
+def restore(parts: Mapping[str, Part], state: State) -> Restored:
     """Restore all but `RESTORED_LAST`, in the order of the table.
 
     Raises:
-        CheckpointError: if the state does not fit; that is checked before anything is changed.
+        CheckpointError: if the state does not fit. Nothing is changed then; what hooks have changed on optimizers and on
+            `requires_grad` is put back.
     """
-    _check_fits(parts, state)
-    for name, part in parts.items():
-        if name not in RESTORED_LAST:
+    lines: list[Line] = []
+    with ExitStack() as undo:
+        for name, part in reversed(list(parts.items())):  # so that they are put back in the order of the table
+            if name in (*RESTORED_FIRST, *WAITING) or isinstance(part, UndoablePart):
+                undo.callback(_keep(part))
+        for name in RESTORED_FIRST:
+            parts[name].load_state_dict(state[name])
+        waits = _waits(parts, state)
+        left = WAITING if waits else ()
+        lines += [(logging.INFO, waits)] if waits else []
+        state, said = _in_present_order(parts, state)
+        lines += said
+        now = {name: part for name, part in parts.items() if name not in (*RESTORED_FIRST, *left, *RESTORED_LAST)}
+        _check_fits(now, state)
+        for name, part in now.items():
+            lines += part.lines(state[name]) if isinstance(part, TalkingPart) else []
             part.load_state_dict(state[name])
+        undo.pop_all()
+    return Restored(state, (*left, *RESTORED_LAST), lines)
 
 
-def restore_last(parts: Mapping[str, Part], state: State) -> None:
-    """Restore the rest of a state."""
-    for name in RESTORED_LAST:
+def restore_last(parts: Mapping[str, Part], restored: Restored) -> list[Line]:
+    """Restore the rest of a state, in the order of the table; returns what is to be said.
+
+    Raises:
+        CheckpointError: if an optimizer that was waited for does not fit.
+    """
+    state = restored.state
+    lines: list[Line] = []
+    if set(WAITING) & set(restored.left):
+        state, lines = _in_present_order(parts, state)
+        _check_fits({name: parts[name] for name in WAITING}, state)
+    for name in restored.left:
         parts[name].load_state_dict(state[name])
+    return lines
+
+
+def _keep(part: Part) -> Callable[[], None]:
+    if isinstance(part, UndoablePart):
+        return part.keep()
+    return functools.partial(part.load_state_dict, part.state_dict())
+
+
+def _waits(parts: Mapping[str, Part], state: State) -> str | None:
+    optimizers = parts.get("optimizers")
+    return optimizers.waits(state["optimizers"]) if isinstance(optimizers, GroupedPart) else None
+
+
+def _in_present_order(parts: Mapping[str, Part], state: State) -> tuple[State, list[Line]]:
+    optimizers = parts.get("optimizers")
+    return optimizers.in_present_order(state) if isinstance(optimizers, GroupedPart) else (state, [])
 
 
 def _check_fits(parts: Mapping[str, Part], state: State) -> None:

@@ -1,0 +1,339 @@
+"""The optimizers' part of a checkpoint, by the names of their parameters."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from torch_frame.distributed.strategy import Strategy
+from torch_frame.run import by_name
+from torch_frame.run.by_name import Names
+from torch_frame.run.state import Line, State
+
+SCHEDULE_OF = {"optimizer": "lr_scheduler"}
+"""Label of an optimizer -> label of its schedule, if it is another."""
+
+
+class OptimizersPart:
+    """The state of each optimizer and the settings of its groups, each under a label.
+
+    Args:
+        optimizers: label -> optimizer.
+        model: as the loop calls it.
+    """
+
+    def __init__(self, optimizers: Mapping[str, Optimizer], model: nn.Module, strategy: Strategy) -> None:
+        self._parts = {
+            label: OptimizerPart(optimizer, model, strategy, label) for label, optimizer in optimizers.items()
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {}
+        for label, part in self._parts.items():  # a loop, for a comprehension is one more frame above an error
+            state[label] = part.state_dict()
+        return state
+
+    def load_state_dict(self, states: Mapping[str, Any]) -> None:
+        for label, part in self._parts.items():
+            part.load_state_dict(states[label])
+
+    def differences(self, saved: Mapping[str, Any], unknown: Collection[str]) -> list[str]:
+        return [line for label, part in self._parts.items() for line in part.differences(saved[label], unknown)]
+
+    def waits(self, saved: Mapping[str, Any]) -> str | None:
+        """Why the part can be restored only after `before_train`, in words: a hook may add the layers that it unfreezes there."""
+        missing = [name for label, part in self._parts.items() for name in part.missing_groups(saved[label])]
+        if not missing:
+            return None
+        return (
+            f"The optimizer lacks {some(missing)}, which it trained when the run was saved. Its state is restored after "
+            "before_train, where a hook may add them."
+        )
+
+    def in_present_order(self, state: State) -> tuple[State, list[Line]]:
+        """A whole state whose optimizers, and their schedules, have today's groups and order; and what to say of it."""
+        lines: list[Line] = []
+        optimizers, schedules = dict(state["optimizers"]), dict(state["lr_schedulers"])
+        for label, part in self._parts.items():
+            found = part.in_present_order(optimizers[label])
+            if found is None:
+                continue
+            num_groups = len(optimizers[label]["param_groups"])
+            optimizers[label], origin, said = found
+            lines += said
+            schedule = SCHEDULE_OF.get(label, label)
+            schedules[schedule] = by_name.regrouped_schedule(schedules[schedule], num_groups, origin)
+        return {**state, "optimizers": optimizers, "lr_schedulers": schedules}, lines
+
+    def keep(self) -> Callable[[], None]:
+        kept = [part.keep() for part in self._parts.values()]
+
+        def put_back() -> None:
+            for part in kept:
+                part()
+
+        return put_back
+
+
+class OptimizerPart:
+    """One optimizer's state and the settings of its groups, by the names of its parameters.
+
+    Parameters that the model does not have are saved with their values. An optimizer whose `state_dict` has a layout of its own
+    is asked for that and given it back, as long as its parameters come in the same order. State of optimizers inside it (SAM's
+    base) is saved too.
+    """
+
+    def __init__(self, optimizer: Optimizer, model: nn.Module, strategy: Strategy, label: str = "optimizer") -> None:
+        self._optimizer = optimizer
+        self._model = model
+        self._strategy = strategy
+        self._label = label
+
+    def state_dict(self) -> dict[str, Any]:
+        names = self._names()
+        own = self._strategy.optimizer_state(self._model, self._optimizer)
+        outside = {"values": dict(names.outside)} if names.outside else {}
+        if not by_name.has_torchs_layout(own, names.groups):
+            groups = by_name.named_groups(_without_params(self._optimizer), names.groups)
+            return {"param_groups": groups, "state": {}, "own": own, **outside}
+        inner = {
+            place: by_name.by_name(optimizer.state_dict(), names.of_groups(optimizer))
+            for place, optimizer in self._inner()
+        }
+        return {**by_name.by_name(own, names.groups), **outside, **({"inner": inner} if inner else {})}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        names = self._names()
+        with torch.no_grad():
+            for name, value in saved.get("values", {}).items():
+                names.outside[name].copy_(value)
+        self._load(saved)
+
+    def _load(self, saved: Mapping[str, Any]) -> None:
+        if "own" in saved:
+            self._strategy.load_optimizer_state(self._model, self._optimizer, saved["own"])
+            return
+        state = by_name.by_position(saved)
+        with _same_groups(self._optimizer):
+            given = {**state, "state": by_name.castable(state["state"])}
+            self._strategy.load_optimizer_state(self._model, self._optimizer, given)
+        _make_exact(self._optimizer, state["state"])
+        for place, optimizer in self._inner():
+            if place in saved.get("inner", {}):
+                self._load_inner(optimizer, saved["inner"][place])
+
+    def _load_inner(self, optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+        names = self._names()
+        saved, now = by_name.renamed(saved, names), names.of_groups(optimizer)
+        origin = by_name.origins(saved, now)
+        assert origin is not None, "the groups of the outer optimizer fit"
+        state = by_name.by_position(by_name.regrouped(saved, now, origin))
+        with _same_groups(optimizer):
+            optimizer.load_state_dict({**state, "state": by_name.castable(state["state"])})
+        _make_exact(optimizer, state["state"])
+
+    def differences(self, saved: Mapping[str, Any], unknown: Collection[str]) -> list[str]:
+        names = self._names()
+        if by_name.goes_by_position(saved):
+            return _sizes_differ(saved, names) or self._settings_differ(saved, older="classes" in unknown)
+        return (
+            self._sets_differ(saved, names)
+            or self._orders_differ(saved, names)
+            or self._settings_differ(saved, older=False)
+            or self._refusal(saved)
+        )
+
+    def missing_groups(self, saved: Mapping[str, Any]) -> list[str]:
+        """Names of the model's parameters whose groups the optimizer lacks altogether, if nothing else is in the way."""
+        if by_name.goes_by_position(saved):
+            return []
+        names = self._names()
+        own = set(names)
+        groups = [[names.of(name) for name in group] for group in by_name.groups_of(saved)]
+        missing = [group for group in groups if group and not own & set(group)]
+        names_missing = [name for group in missing for name in group]
+        fits = own | set(names_missing) == {name for group in groups for name in group}
+        return names_missing if fits and all(map(names.in_model, names_missing)) else []
+
+    def in_present_order(self, saved: Mapping[str, Any]) -> tuple[dict[str, Any], list[int], list[Line]] | None:
+        """The saved state with today's groups, which saved group each continues, and what to say; None if it is no use."""
+        names = self._names()
+        if by_name.goes_by_position(saved) or self._goes_by_order(saved) or self._sets_differ(saved, names):
+            return None
+        saved = by_name.renamed(saved, names)
+        was = by_name.groups_of(saved)
+        origin = by_name.origins(saved, names.groups)
+        if origin is None or was == names.groups:
+            return None
+        moved = by_name.moved(was, names.groups, origin)
+        lines: list[Line] = [
+            (logging.INFO, "The optimizer's parameters come in another order than in the checkpoint: matched by name.")
+        ]
+        if moved:
+            text = (
+                f"These parameters are in another group of the optimizer, whose saved settings they get: {some(moved)}."
+            )
+            lines = [(logging.WARNING, text)]
+        return by_name.regrouped(saved, names.groups, origin), origin, lines
+
+    def keep(self) -> Callable[[], None]:
+        """What puts the optimizer, and parameters that the model does not have, back as they are now."""
+        optimizers = [self._optimizer, *(optimizer for _, optimizer in self._inner())]
+        kept = [(optimizer, dict(vars(optimizer)), dict(optimizer.state)) for optimizer in optimizers]
+        groups = [(group, dict(group)) for optimizer in optimizers for group in optimizer.param_groups]
+        lists = [(optimizer.param_groups, list(optimizer.param_groups)) for optimizer in optimizers]
+        outside = [(tensor, tensor.detach().clone()) for tensor in self._names().outside.values()]
+
+        def put_back() -> None:
+            for optimizer, attributes, state in kept:
+                vars(optimizer).clear()
+                vars(optimizer).update(attributes)
+                optimizer.state.clear()
+                optimizer.state.update(state)
+            for list_of_groups, then in lists:
+                list_of_groups[:] = then
+            for group, settings in groups:
+                group.clear()
+                group.update(settings)
+            with torch.no_grad():
+                for tensor, value in outside:
+                    tensor.copy_(value)
+
+        return put_back
+
+    def _names(self) -> Names:
+        inner = [optimizer for _, optimizer in self._inner()]
+        return Names(self._strategy.unwrap(self._model), self._optimizer, self._label, inner)
+
+    def _inner(self) -> Iterator[tuple[str, Optimizer]]:
+        """Optimizers that are attributes of this one and have state of their own; not of one that saves in its own way."""
+        if type(self._optimizer).state_dict is not Optimizer.state_dict:
+            return
+        for name, value in vars(self._optimizer).items():
+            for place, inner in _optimizers_in(name, value):
+                if inner is not self._optimizer and inner.state is not self._optimizer.state:
+                    yield place, inner
+
+    # ---------------------------------------------------------------- does it fit?
+
+    def _sets_differ(self, saved: Mapping[str, Any], names: Names) -> list[str]:
+        was, now = [names.of(name) for group in by_name.groups_of(saved) for name in group], list(names)
+        gone, new = [name for name in was if name not in set(now)], [name for name in now if name not in set(was)]
+        hint = "; a hook that unfreezes layers adds them in load_state_dict or before_train"
+        lines = [f"the {self._label} had {some(gone)}, now it has not{hint}"] if gone else []
+        lines += [f"the {self._label} has {some(new)}, which it had not"] if new else []
+        for name, value in saved.get("values", {}).items():
+            own = names.outside.get(name)
+            if own is not None and own.shape != value.shape:
+                lines.append(f"{name} was {list(value.shape)}, now it is {list(own.shape)}")
+        return lines
+
+    def _orders_differ(self, saved: Mapping[str, Any], names: Names) -> list[str]:
+        was = [[names.of(name) for name in group] for group in by_name.groups_of(saved)]
+        if was == names.groups:
+            return []
+        if self._goes_by_order(saved):
+            kind = type(self._optimizer).__qualname__
+            return [f"the parameters of the {self._label} come in another order, and the state of {kind} goes by order"]
+        return [f"the groups of the {self._label} held {_groups(was)}, now they hold {_groups(names.groups)}"]
+
+    def _goes_by_order(self, saved: Mapping[str, Any]) -> bool:
+        """There is state whose parts belong to parameters by their order: LBFGS has one vector for all."""
+        return "own" in saved or "more" in saved or isinstance(self._optimizer, LBFGS)
+
+    def _settings_differ(self, saved: Mapping[str, Any], *, older: bool) -> list[str]:
+        """Another class of optimizer has other settings; one of an older torch had fewer."""
+        settings: list[set[str]] = [
+            set(other) - set(group) if older else set(group) ^ set(other)
+            for group, other in zip(self._optimizer.param_groups, saved["param_groups"], strict=True)
+        ]
+        names = sorted(set().union(*settings) - {"param_names"})
+        return [f"the {self._label} is another one: only one of the two has {', '.join(names)}"] if names else []
+
+    def _refusal(self, saved: Mapping[str, Any]) -> list[str]:
+        """What an optimizer with its own way of loading says of a saved state; it is left as it was."""
+        if type(self._optimizer).load_state_dict is Optimizer.load_state_dict:
+            return []
+        put_back = self.keep()
+        try:
+            self._load(saved)
+        except Exception as error:
+            return [f"{type(self._optimizer).__qualname__}.load_state_dict refuses it: {type(error).__name__}: {error}"]
+        finally:
+            put_back()
+        return []
+
+
+class _same_groups:
+    """Around torch's `load_state_dict`: the groups stay the same dicts in the same list, and the state the same dict.
+
+    Others hold them too: an optimizer inside this one, a hook. Not for an optimizer that loads in its own way.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def __enter__(self) -> None:
+        self._groups, self._state = self._optimizer.param_groups, self._optimizer.state
+
+    def __exit__(self, *error: object) -> None:
+        optimizer = self._optimizer
+        is_torchs = type(optimizer).load_state_dict is Optimizer.load_state_dict
+        if error[0] is not None or not is_torchs or optimizer.param_groups is self._groups:
+            return
+        for group, loaded in zip(self._groups, optimizer.param_groups, strict=True):
+            settings = _on_its_device(loaded, group)
+            group.clear()
+            group.update(settings)
+        self._state.clear()
+        self._state.update(optimizer.state)
+        optimizer.param_groups, optimizer.state = self._groups, self._state
+
+
+def _on_its_device(loaded: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that are tensors (a capturable optimizer's rate) on the device where the optimizer has them."""
+    return {
+        key: value.to(own[key].device) if isinstance(value, Tensor) and isinstance(own.get(key), Tensor) else value
+        for key, value in loaded.items()
+    }
+
+
+def _make_exact(optimizer: Optimizer, saved: Mapping[Any, Any]) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for key, kept in saved.items():
+        owner = parameters[key] if isinstance(key, int) and 0 <= key < len(parameters) else key
+        if owner in optimizer.state:
+            optimizer.state[owner] = by_name.exact(kept, optimizer.state[owner])
+
+
+def _optimizers_in(name: str, value: Any) -> Iterator[tuple[str, Optimizer]]:
+    if isinstance(value, Optimizer):
+        yield name, value
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            if isinstance(item, Optimizer):
+                yield f"{name}[{index}]", item
+
+
+def _without_params(optimizer: Optimizer) -> list[dict[str, Any]]:
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def _sizes_differ(saved: Mapping[str, Any], names: Names) -> list[str]:
+    was, now = ([len(group) for group in groups] for groups in (by_name.groups_of(saved), names.groups))
+    return [] if was == now else [f"the optimizer's parameter groups held {was} tensors, now they hold {now}"]
+
+
+def _groups(groups: by_name.Groups) -> str:
+    return " | ".join(some(group, most=3) for group in groups)
+
+
+def some(names: Collection[str], most: int = 5) -> str:
+    """The first few of some names, in words."""
+    listed = list(names)
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
