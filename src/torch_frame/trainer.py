@@ -14,8 +14,7 @@ from typing import Any, Literal, NoReturn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_frame.checkpoint.format import plain
-from torch_frame.checkpoint.weights import WeightsReport, bare_names
+from torch_frame.checkpoint.weights import WeightsReport
 from torch_frame.data.move import resolve_device
 from torch_frame.data.source import length_of
 from torch_frame.data.workers import keep_parents_garbage
@@ -394,7 +393,7 @@ class Trainer:
     # ---------------------------------------------------------------- begin and end
 
     def _session(self, console_log_level: int, file_log_level: int) -> AbstractContextManager[None]:
-        asked = self._resumption.take_asked()
+        asked = self._resumption.asked
         if asked == "auto":
             self._resume_from(newest(self.ckpt_dir))
         elif asked is not None:
@@ -497,7 +496,7 @@ class Trainer:
         checks.check_outside_window(requests, self.updater.window_open)
         contents: dict[bool, Any] = {}
         if any(request.save_single_model for request in requests):
-            contents[True] = plain(bare_names(self.strategy.model_state(self.model_evaluate)), "the model's state_dict")
+            contents[True] = parts.weights_to_use(self.model, self.model_ema, self.strategy)
         if not all(request.save_single_model for request in requests):
             contents[False] = state.capture(self._parts(), self._saver.rollback)
         where = f"epoch {self.epoch}, iteration {self.cur_iter}"
@@ -607,6 +606,7 @@ class Trainer:
 
     def _resume_from(self, found: Found | None) -> None:
         if found is None:
+            self._resumption.begin_anew()
             return
         self._resumption.restore(found, self._parts(), self.progress)
         if found.state["seed"] is not None:

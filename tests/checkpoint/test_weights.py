@@ -10,7 +10,8 @@ from torch import nn
 
 from tests.small_runs import Net, copied, differences, weights_of
 from torch_frame import CheckpointError
-from torch_frame.checkpoint.weights import WeightsReport, bare_state_dict, load_weights
+from torch_frame.checkpoint.names import bare_names
+from torch_frame.checkpoint.weights import WeightsReport, load_weights
 
 
 def changed(before: dict[str, Any], model: nn.Module) -> set[str]:
@@ -38,7 +39,7 @@ def test_weights_load_into_a_compiled_model() -> None:
     compiled = torch.compile(model, backend="eager")
     assert load_weights(compiled, source.state_dict()).complete
     assert differences(weights_of(source), weights_of(model)) == []
-    assert list(bare_state_dict(compiled)) == list(source.state_dict())
+    assert list(bare_names(compiled.state_dict())) == list(source.state_dict())
 
 
 def test_missing_and_unexpected_names_are_reported_and_the_rest_is_loaded() -> None:

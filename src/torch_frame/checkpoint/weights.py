@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
+from torch_frame.checkpoint.misfits import loads_in_its_own_way, misfits, own_names
+from torch_frame.checkpoint.names import bare_name, bare_names
 from torch_frame.errors import CheckpointError
 
 
@@ -44,21 +46,6 @@ class WeightsReport:
         return "; ".join(parts)
 
 
-def bare_names(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A bare model's `state_dict` under the names that it has without torch.compile."""
-    return {bare_name(name): value for name, value in state.items()}
-
-
-def bare_state_dict(model: nn.Module) -> dict[str, Any]:
-    """The `state_dict` of a bare model under the names that it has without torch.compile."""
-    return bare_names(model.state_dict())
-
-
-def bare_name(name: str) -> str:
-    """The name that a tensor of a bare model has without torch.compile."""
-    return name.replace("_orig_mod.", "")
-
-
 def _matched(weights: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """The weights under the model's own names, as far as it knows them."""
     names = {bare_name(name): name for name in own}
@@ -68,15 +55,12 @@ def _matched(weights: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, An
     return {names.get(name, name): value for name, value in given.items()}
 
 
-def load_weights(
-    model: nn.Module, weights: Any, load: Callable[[dict[str, Any]], object] | None = None
-) -> WeightsReport:
+def load_weights(model: nn.Module, weights: Any) -> WeightsReport:
     """Load what fits into `model` and report the rest.
 
     Args:
         model: the bare model.
         weights: a `state_dict`, with or without wrappers' prefixes.
-        load: loads what fits, under the model's own names; None: the model's `load_state_dict`.
 
     Raises:
         CheckpointError: if nothing fits, or `weights` is no `state_dict`.
@@ -99,6 +83,14 @@ def load_weights(
         unexpected_keys=[name for name in given if name not in own],
         mismatched_shapes=shapes,
     )
+    if (
+        given
+        and loads_in_its_own_way(model)
+        and not report.complete
+        and not misfits(model, bare_names(own), bare_names(given))
+    ):
+        model.load_state_dict(own_names(model, bare_names(given)), strict=False)  # it renames, or resizes
+        return WeightsReport(loaded=list(given))
     if own and not fitting:
         inside = [name for name, value in weights.items() if isinstance(value, Mapping)]
         if inside:
@@ -109,10 +101,7 @@ def load_weights(
         raise CheckpointError(
             f"None of the {len(given)} weights fits this model ({report}). Is it the checkpoint of another model?"
         )
-    if load is None:
-        model.load_state_dict(fitting, strict=False)
-    else:
-        load(fitting)
+    model.load_state_dict(fitting, strict=False)
     return report
 
 

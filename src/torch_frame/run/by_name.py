@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_frame.checkpoint.weights import bare_name
+from torch_frame.checkpoint.names import bare_name
 
 Groups = Sequence[Sequence[str]]
 """Names of the parameters, group by group."""

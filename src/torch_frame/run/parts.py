@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_frame.checkpoint.weights import bare_names, bare_state_dict
+from torch_frame.checkpoint.format import plain
+from torch_frame.checkpoint.misfits import misfits, own_names
+from torch_frame.checkpoint.names import bare_names
 from torch_frame.data.rng import (
     loader_generator_states,
     rng_state,
@@ -21,7 +23,6 @@ from torch_frame.data.source import Source
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import CheckpointError
 from torch_frame.progress import Progress
-from torch_frame.run.misfits import misfits, own_names
 from torch_frame.run.optimizers import some
 from torch_frame.run.state import CheckedPart, Line, Part
 from torch_frame.training.ema import EMA
@@ -62,7 +63,9 @@ class AveragePart:
         self._progress = progress
 
     def state_dict(self) -> dict[str, Any] | None:
-        return None if self._ema is None else {"updates": self._ema.updates, "model": bare_state_dict(self._ema.model)}
+        if self._ema is None:
+            return None
+        return {"updates": self._ema.updates, "model": bare_names(self._ema.weights(self._model))}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         if self._ema is None:
@@ -81,8 +84,15 @@ class AveragePart:
             return [f"use_ema was {saved is not None}, now it is {self._ema is not None}"]
         if saved is None or self._ema is None:
             return []
-        differing = misfits(self._ema.model, bare_state_dict(self._ema.model), saved["model"])
+        differing = misfits(self._ema.model, bare_names(self._ema.weights(self._model)), saved["model"])
         return _first_few([f"in EMA {line}" for line in differing], "more tensors of EMA differ")
+
+
+def weights_to_use(model: nn.Module, ema: EMA | None, strategy: Strategy) -> dict[str, Any]:
+    """The weights that a file without a state holds: EMA's if there is one, under bare names and in plain types."""
+    weights = strategy.model_state(model) if ema is None else ema.weights(strategy.unwrap(model))
+    made: dict[str, Any] = plain(bare_names(weights), "the model's state_dict")
+    return made
 
 
 class NamedParts:

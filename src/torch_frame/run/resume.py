@@ -101,10 +101,14 @@ class Resumption:
         self._asked = asked
         self._restored: Restored | None = None
 
-    def take_asked(self) -> str | os.PathLike[str] | None:
-        """The value of `resume=`, once; None if another state has been loaded meanwhile."""
-        asked, self._asked = self._asked, None
-        return asked
+    @property
+    def asked(self) -> str | os.PathLike[str] | None:
+        """The value of `resume=`; None if a state has been loaded, or there was none to begin with."""
+        return self._asked
+
+    def begin_anew(self) -> None:
+        """There is no state to continue from."""
+        self._asked = None
 
     def restore(self, found: Found, parts: Mapping[str, Part], progress: Progress) -> None:
         """Restore all that is not restored last.
@@ -112,8 +116,8 @@ class Resumption:
         Raises:
             CheckpointError: if the state does not fit; nothing is changed then.
         """
-        self._asked = None
         self._restored = restored = restore(parts, found.state)
+        self._asked = None
         self.told += _lines(found, progress, parts["environment"].state_dict())
         self.told += restored.lines
 

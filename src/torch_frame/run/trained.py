@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_frame.checkpoint.weights import bare_name
+from torch_frame.checkpoint.names import bare_name
 from torch_frame.run.by_name import Names
 from torch_frame.run.optimizers import some
 from torch_frame.run.state import Line

@@ -86,13 +86,28 @@ class EMA:
 
     def reset(self, model: nn.Module) -> None:
         """Begin anew from the weights of `model`; n stays."""
-        self.model.load_state_dict(_bare(model).state_dict())
+        bare = _bare(model)
+        self.model.load_state_dict(bare.state_dict(), strict=False)
+        with torch.no_grad():  # a state_dict may leave parts out
+            for average, weight in zip(self.model.parameters(), bare.parameters(), strict=True):
+                average.copy_(weight)
 
     def to(self, device: torch.device) -> EMA:
         """Move the average to `device`."""
         self.model.to(device)
         self._source = None
         return self
+
+    def weights(self, model: nn.Module) -> dict[str, Any]:
+        """The average's `state_dict`; one that leaves frozen parts out sees those that are frozen in `model`."""
+        flags = [(average, average.requires_grad) for average in self.model.parameters()]
+        try:
+            for (average, _), weight in zip(flags, _bare(model).parameters(), strict=True):
+                average.requires_grad_(weight.requires_grad)
+            return self.model.state_dict()
+        finally:
+            for average, flag in flags:
+                average.requires_grad_(flag)
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "model": self.model.state_dict()}
