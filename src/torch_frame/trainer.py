@@ -32,7 +32,7 @@ from torch_frame.run.optimizers import OptimizersPart
 from torch_frame.run.resume import Found, Resumption, newest
 from torch_frame.run.saving import Saver, SaveRequest, job_of, save_one_by_one
 from torch_frame.run.state import Part
-from torch_frame.run.trained import RequiresGradPart
+from torch_frame.run.trained import FrozenParameters, RequiresGradPart, frozen_parameters
 from torch_frame.run.work_dir import WorkDir
 from torch_frame.stopping import StopRequested, StopSignals
 from torch_frame.tracking.bar import ProgressBar
@@ -94,6 +94,8 @@ class Trainer:
             process.
         prefetch: False: a batch is fetched when it is trained, on CUDA too, for data that depends on the weights (rollouts,
             self-play). A loader with workers fetches ahead by itself, so it is refused then.
+        save_frozen: False: parameters that this run has never trained are in no file, and EMA shares them (fine-tuning with
+            adapters). A resumed run takes them from the model that the script makes; one of other values is refused.
 
     Attributes:
         progress: the counters (`torch_frame.progress.Progress`).
@@ -141,11 +143,14 @@ class Trainer:
         compile: bool | Mapping[str, Any] = False,
         strategy: Strategy | None = None,
         prefetch: bool = True,
+        save_frozen: bool = True,
     ) -> None:
         checks.check_arguments(model, optimizer, lr_scheduler, data_loader)
         checks.check_numbers(max_epochs, gradient_accumulation_steps, clip_grad_norm)
         checks.check_functions(step_fn=step_fn, loss_weight=loss_weight)
-        checks.check_flags(enable_amp=enable_amp, use_ema=use_ema, take_over=take_over, prefetch=prefetch)
+        checks.check_flags(
+            enable_amp=enable_amp, use_ema=use_ema, take_over=take_over, prefetch=prefetch, save_frozen=save_frozen
+        )
         checks.check_warmup_and_ema(warmup_iters, warmup_factor, ema_decay)
         checks.check_scheduler(lr_scheduler, lr_scheduler_interval, lr_scheduler_metric)
         checks.check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
@@ -157,7 +162,9 @@ class Trainer:
         self.max_epochs = max_epochs
         self.step_fn = step_fn
         self.loss_weight = loss_weight
-        self.model_ema = EMA(model, ema_decay) if use_ema else None
+        shared = [] if save_frozen else frozen_parameters(model).values()
+        self.model_ema = EMA(model, ema_decay, shared=shared) if use_ema else None
+        self._frozen = FrozenParameters(self.model_or_module, self.model_ema, left_out=not save_frozen)
         self.precision = Precision(choose_precision(precision, enable_amp, self.device), self.device)
         self.lr_scheduler = LRWarmupScheduler(
             lr_scheduler, None, warmup_method, warmup_iters, warmup_factor, optimizer=optimizer
@@ -255,6 +262,7 @@ class Trainer:
             self.call("before_epoch")
         self.model.train()
         self.updater.refresh()
+        self._frozen.look()
         for batch, position in self.batches():  # on the device, prefetched
             self.progress.begin_iter()
             self.call("before_iter")
@@ -420,6 +428,7 @@ class Trainer:
         self.start_epoch = self.progress.epoch
         self.should_stop = False
         self.updater.reset()
+        self._frozen.begin()
         self.metric_storage.allow_repeats()
         if self.model_ema is not None:
             self.model_ema.bind(self.model)
@@ -494,9 +503,10 @@ class Trainer:
         self._saver.prepare(self.ckpt_dir)
         self.metric_storage.flush()
         checks.check_outside_window(requests, self.updater.window_open)
+        self._frozen.look(values=True)
         contents: dict[bool, Any] = {}
         if any(request.save_single_model for request in requests):
-            contents[True] = parts.weights_to_use(self.model, self.model_ema, self.strategy)
+            contents[True] = parts.weights_to_use(self.model, self.model_ema, self._frozen, self.strategy)
         if not all(request.save_single_model for request in requests):
             contents[False] = state.capture(self._parts(), self._saver.rollback)
         where = f"epoch {self.epoch}, iteration {self.cur_iter}"
@@ -551,8 +561,9 @@ class Trainer:
             "progress": self.progress,
             "metric_storage": self.metric_storage,
             "hooks": self.hook_caller,
-            "model": parts.ModelPart(self.model, self.strategy),
-            "ema": parts.AveragePart(self.model_ema, self.model, self.progress),
+            "frozen": self._frozen,
+            "model": parts.ModelPart(self.model, self.strategy, self._frozen),
+            "ema": parts.AveragePart(self.model_ema, self.model, self._frozen, self.progress),
             "requires_grad": RequiresGradPart(self.model_or_module, optimizers),
             "optimizers": OptimizersPart(optimizers, self.model, self.strategy),
             "classes": parts.ClassesPart(optimizer=self.optimizer, lr_scheduler=self.lr_scheduler.scheduler),
@@ -598,7 +609,7 @@ class Trainer:
             CheckpointError: if the file is damaged, or does not fit this trainer; nothing is changed then.
         """
         if checkpoint is not None and path is None:
-            return self._resumption.load_weights(checkpoint, self.model_or_module, self.model_ema)
+            return self._resumption.load_weights(checkpoint, self.model_or_module, self.model_ema, self._frozen)
         if path is None or checkpoint is not None:
             raise SettingError("load_checkpoint takes a path (a full state), or checkpoint= (weights): one of the two.")
         self._resume_from(Found.at(self._work_dir.find(path)))

@@ -118,5 +118,16 @@ def test_every_part_of_a_trainer_is_saved_and_read_back(tmp_path: Path) -> None:
     )
     checked = {name for name, part in parts.items() if isinstance(part, CheckedPart)}
     assert checked == {
-        *("model", "ema", "optimizers", "classes", "lr_schedulers", "precision", "seed", "loader_seed", "data_length"),
+        *(
+            "frozen",
+            "model",
+            "ema",
+            "optimizers",
+            "classes",
+            "lr_schedulers",
+            "precision",
+            "seed",
+            "loader_seed",
+            "data_length",
+        ),
     }

@@ -284,3 +284,20 @@ def test_a_model_in_ddp_has_the_average_of_the_bare_one(tmp_path: Path) -> None:
     resumed = make_trainer(tmp_path / "ddp", Net(norm=True), max_epochs=3, use_ema=True, create_new_dir=None)
     resumed.load_checkpoint("latest.pth")
     assert differences(weights_of(trainers[1].model_evaluate), weights_of(resumed.model_evaluate)) == []
+
+
+def test_a_shared_parameter_is_left_alone_until_it_is_unshared() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model.register_parameter("mask", nn.Parameter(torch.tensor([0.0, float("-inf")]), requires_grad=False))
+    shared = [model[0].weight, model.get_parameter("mask")]
+    ema = EMA(model, decay=0.5, updates=10_000, shared=shared)
+    assert ema.model.get_parameter("0.weight") is model[0].weight
+    assert ema.model.get_parameter("1.weight") is not model[1].weight
+    ema.update(model)
+    assert model.get_parameter("mask").tolist() == [0.0, float("-inf")]  # an average of infinities would be NaN
+    ema.unshare([model[0].weight])
+    before = model[0].weight.detach().clone()
+    with torch.no_grad():
+        model[0].weight += 1
+    ema.update(model)
+    assert torch.allclose(ema.model.get_parameter("0.weight"), before + 0.5, atol=0.01)

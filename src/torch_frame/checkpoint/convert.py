@@ -109,6 +109,7 @@ def converted(old: Mapping[str, Any], ema: Mapping[str, Any] | None = None) -> C
             "progress": progress.state_dict(),
             "metric_storage": _metrics(old["metric_storage"], progress.iter),
             "hooks": {name: _hook(name, kept, left_out) for name, kept in old.get("hooks", {}).items()},
+            "frozen": None,
             "model": _bare(old["model"]),
             "ema": None if ema is None else _ema(ema, old["model"], progress.num_updates),
             "requires_grad": None,
@@ -125,7 +126,7 @@ def converted(old: Mapping[str, Any], ema: Mapping[str, Any] | None = None) -> C
             "loader_generators": None,
             "rng": None,
         }
-        unknown = tuple(key for key, value in state.items() if value is None and key != "grad_scaler")
+        unknown = tuple(key for key, value in state.items() if value is None and key not in ("grad_scaler", "frozen"))
         return Conversion(plain({**state, "unknown": list(unknown)}), unknown, left_out, saved_inside)
     except CheckpointError:
         raise

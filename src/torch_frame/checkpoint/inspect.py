@@ -20,8 +20,9 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     Returns:
         "file", "bytes", "digest" ("valid", "none" or "damaged") and "digest_words", "kind" ("state", "weights", "other" or
         "unreadable"); where it can be read, "weights" (name, shape, dtype of each tensor), "num_parameters" and "num_bytes" of
-        them; of a state "progress", "parts" (part -> number of tensors and bytes), "precision", "seed", "classes", "hooks",
-        "environment", "versions"; where it cannot be read, "problem".
+        them; of a state "progress", "parts" (part -> number of tensors and bytes), "left_out" (names of the frozen parameters
+        that `save_frozen=False` has left out), "precision", "seed", "classes", "hooks", "environment", "versions"; where it
+        cannot be read, "problem".
 
     Raises:
         FileNotFoundError: where there is none.
@@ -60,6 +61,7 @@ def _of_state(state: Mapping[str, Any]) -> dict[str, Any]:
         "classes": state["classes"],
         "hooks": sorted(state["hooks"]),
         "environment": dict(environment),
+        "left_out": list(state.get("frozen") or {}),
         "parts": _parts(state),
         **_of_weights(state["model"]),
     }

@@ -54,6 +54,10 @@ def _rows(described: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if "num_parameters" in described:
         count, size = f"{described['num_parameters']:,} numbers", _size(described["num_bytes"])
         yield "model", f"{len(described['weights'])} tensors, {count}, {size}, {', '.join(described['dtypes'])}"
+    if described.get("left_out"):
+        names = described["left_out"]
+        first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        yield "not in it", f"{len(names)} frozen parameters that the script brings (save_frozen=False): {first}"
     for name, part in described.get("parts", {}).items():
         if name != "model":
             yield name, f"{part['tensors']} tensors, {_size(part['bytes'])}"

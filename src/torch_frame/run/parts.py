@@ -25,47 +25,55 @@ from torch_frame.errors import CheckpointError
 from torch_frame.progress import Progress
 from torch_frame.run.optimizers import some
 from torch_frame.run.state import CheckedPart, Line, Part
+from torch_frame.run.trained import FrozenParameters
 from torch_frame.training.ema import EMA
 from torch_frame.training.schedules import LRWarmupScheduler
 
 
 class ModelPart:
-    """The weights and buffers, under the names of the bare model."""
+    """The weights and buffers, under the names of the bare model, without those that are never trained if they are left out."""
 
-    def __init__(self, model: nn.Module, strategy: Strategy) -> None:
+    def __init__(self, model: nn.Module, strategy: Strategy, frozen: FrozenParameters) -> None:
         self._model = model
         self._strategy = strategy
+        self._frozen = frozen
 
     def state_dict(self) -> dict[str, Any]:
-        return bare_names(self._strategy.model_state(self._model))
+        return self._frozen.without(self._whole())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._frozen.before_load(state)
         self._strategy.load_model_state(self._model, own_names(self._strategy.unwrap(self._model), state))
 
     def differences(self, saved: Mapping[str, Any], unknown: Collection[str]) -> list[str]:
-        differing = misfits(self._strategy.unwrap(self._model), self.state_dict(), saved)
+        expected = self._frozen.expected(self._whole())
+        differing = misfits(self._strategy.unwrap(self._model), expected, saved)
         return _first_few(differing, "more tensors differ")
 
     def lines(self, saved: Mapping[str, Any]) -> list[Line]:
         """What is not in the saved state, of a model whose own `state_dict` leaves parts out."""
-        left_out = [name for name in self.state_dict() if name not in saved]
+        left_out = [name for name in self._frozen.expected(self._whole()) if name not in saved]
         if not left_out:
             return []
         return [(logging.WARNING, f"The checkpoint does not have {some(left_out)}: as the script made them.")]
+
+    def _whole(self) -> dict[str, Any]:
+        return bare_names(self._strategy.model_state(self._model))
 
 
 class AveragePart:
     """EMA: its weights, under the names of the bare model, and its number of updates; None if there is no EMA."""
 
-    def __init__(self, ema: EMA | None, model: nn.Module, progress: Progress) -> None:
+    def __init__(self, ema: EMA | None, model: nn.Module, frozen: FrozenParameters, progress: Progress) -> None:
         self._ema = ema
         self._model = model
+        self._frozen = frozen
         self._progress = progress
 
     def state_dict(self) -> dict[str, Any] | None:
         if self._ema is None:
             return None
-        return {"updates": self._ema.updates, "model": bare_names(self._ema.weights(self._model))}
+        return {"updates": self._ema.updates, "model": self._frozen.without(bare_names(self._ema.weights(self._model)))}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         if self._ema is None:
@@ -84,14 +92,15 @@ class AveragePart:
             return [f"use_ema was {saved is not None}, now it is {self._ema is not None}"]
         if saved is None or self._ema is None:
             return []
-        differing = misfits(self._ema.model, bare_names(self._ema.weights(self._model)), saved["model"])
+        expected = self._frozen.expected(bare_names(self._ema.weights(self._model)))
+        differing = misfits(self._ema.model, expected, saved["model"])
         return _first_few([f"in EMA {line}" for line in differing], "more tensors of EMA differ")
 
 
-def weights_to_use(model: nn.Module, ema: EMA | None, strategy: Strategy) -> dict[str, Any]:
+def weights_to_use(model: nn.Module, ema: EMA | None, frozen: FrozenParameters, strategy: Strategy) -> dict[str, Any]:
     """The weights that a file without a state holds: EMA's if there is one, under bare names and in plain types."""
     weights = strategy.model_state(model) if ema is None else ema.weights(strategy.unwrap(model))
-    made: dict[str, Any] = plain(bare_names(weights), "the model's state_dict")
+    made: dict[str, Any] = plain(frozen.without(bare_names(weights)), "the model's state_dict")
     return made
 
 

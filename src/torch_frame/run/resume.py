@@ -13,11 +13,13 @@ from torch import nn
 from torch_frame._version import __version__
 from torch_frame.checkpoint import io
 from torch_frame.checkpoint.format import VERSION, is_full_state
+from torch_frame.checkpoint.names import bare_name
 from torch_frame.checkpoint.upgrade import OLDEST, upgraded
 from torch_frame.checkpoint.weights import WeightsReport, load_weights
 from torch_frame.errors import CheckpointError
 from torch_frame.progress import Progress
 from torch_frame.run.state import Part, Restored, State, restore, restore_last
+from torch_frame.run.trained import FrozenParameters
 from torch_frame.training.ema import EMA
 
 _logger = logging.getLogger("torch_frame")
@@ -128,13 +130,17 @@ class Resumption:
                 _logger.log(level, line)
             self._restored = None
 
-    def load_weights(self, checkpoint: Mapping[str, Any], model: nn.Module, ema: EMA | None) -> WeightsReport:
+    def load_weights(
+        self, checkpoint: Mapping[str, Any], model: nn.Module, ema: EMA | None, frozen: FrozenParameters
+    ) -> WeightsReport:
         """Begin with given weights, or with those of a whole state: what fits is loaded, and EMA begins anew from it."""
         report = load_weights(model, checkpoint["model"] if is_full_state(checkpoint) else checkpoint)
         if ema is not None:
             ema.reset(model)
-        if not report.complete:
+        unexpected = report.unexpected_keys or report.mismatched_shapes
+        if unexpected or any(bare_name(name) not in frozen for name in report.missing_keys):
             _logger.warning("The weights fit in part: %s", report)
+        frozen.begin_anew()
         self.told.append((logging.INFO, f"Loaded weights only: {report}."))
         return report
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -24,16 +25,21 @@ class EMA:
         model: the trained model, bare or wrapped in DDP.
         decay: the limit of d.
         updates: n to begin with.
+        shared: parameters of `model` that the average has too, and not a copy of: frozen ones.
 
     Attributes:
         model: the averaged model, in eval mode, without gradients.
         updates: n.
     """
 
-    def __init__(self, model: nn.Module, decay: float = 0.9999, updates: int = 0) -> None:
+    def __init__(
+        self, model: nn.Module, decay: float = 0.9999, updates: int = 0, *, shared: Iterable[nn.Parameter] = ()
+    ) -> None:
         if not 0.0 <= decay < 1.0:
             raise SettingError(f"ema_decay is {decay}; it has to be in [0, 1).")
-        self.model: nn.Module = copy.deepcopy(_bare(model)).eval().requires_grad_(False)
+        self.model: nn.Module = (
+            copy.deepcopy(_bare(model), {id(one): one for one in shared}).eval().requires_grad_(False)
+        )
         self.updates = updates
         self._limit = decay
         self._source: nn.Module | None = None
@@ -79,8 +85,9 @@ class EMA:
                 f"{'and more ' if len(differing) > 5 else ''}are in one of them alone. "
                 "Change the model before the Trainer is made."
             )
-        self._averages: list[Tensor] = list(averages.values())
-        self._weights: list[Tensor] = [weights[name] for name in averages]
+        own = {name: average for name, average in averages.items() if average is not weights[name]}  # not shared
+        self._averages: list[Tensor] = list(own.values())
+        self._weights: list[Tensor] = [weights[name] for name in own]
         self._copies, self._buffers = list(copies.values()), [buffers[name] for name in copies]
         self._source = model
 
@@ -91,6 +98,17 @@ class EMA:
         with torch.no_grad():  # a state_dict may leave parts out
             for average, weight in zip(self.model.parameters(), bare.parameters(), strict=True):
                 average.copy_(weight)
+
+    def unshare(self, parameters: Collection[Tensor]) -> None:
+        """Give the average copies of parameters that it has shared until now."""
+        shared = {id(parameter) for parameter in parameters}
+        made: dict[int, nn.Parameter] = {}
+        for module in self.model.modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None and id(parameter) in shared:
+                    own = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+                    setattr(module, name, made.setdefault(id(parameter), own))
+        self._source = None
 
     def to(self, device: torch.device) -> EMA:
         """Move the average to `device`."""
