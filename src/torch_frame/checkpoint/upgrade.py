@@ -29,4 +29,4 @@ def _from_2(state: Mapping[str, Any]) -> dict[str, Any]:
             made[renamed[key]] = {key: value}
         else:
             made[key] = value
-    return {**made, "version": VERSION, "frozen": None, "requires_grad": None, "attributes": {}}
+    return {**made, "version": VERSION, "frozen": None, "requires_grad": None, "attributes": None}

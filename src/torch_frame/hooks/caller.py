@@ -62,10 +62,10 @@ class HookCaller:
     def keep(self) -> Callable[[], None]:
         """What puts the hooks' attributes back as they are now: a resume may fail after hooks were given their states."""
         kept = [(hook, _attributes(hook)) for hook in self.hooks]
-        unclaimed = self._unclaimed
+        own = {name: value for name, value in _attributes(self).items() if name.startswith("_")}
 
         def put_back() -> None:
-            self._unclaimed = unclaimed
+            vars(self).update(own)
             for hook, attributes in kept:
                 vars(hook).clear()
                 vars(hook).update(attributes)
@@ -103,9 +103,9 @@ def _the_one_split(hooks: Iterable[HookBase]) -> TimeSplit | None:
     return splitting[0].time_split if splitting else None
 
 
-def _attributes(hook: HookBase) -> dict[str, Any]:
-    """A hook's attributes; lists, dicts and sets as copies, for they may be changed in place."""
-    return {name: copy.copy(value) if type(value) in (list, dict, set) else value for name, value in vars(hook).items()}
+def _attributes(of: Any) -> dict[str, Any]:
+    """An object's attributes; lists, dicts and sets as copies, for they may be changed in place."""
+    return {name: copy.copy(value) if type(value) in (list, dict, set) else value for name, value in vars(of).items()}
 
 
 def _overrides(hook: HookBase, stage: str) -> bool:

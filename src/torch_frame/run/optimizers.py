@@ -109,6 +109,7 @@ class OptimizerPart:
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         names = self._names()
+        saved = self._present(saved)
         with torch.no_grad():
             for name, value in saved.get("values", {}).items():
                 names.outside[name].copy_(value)
@@ -139,6 +140,7 @@ class OptimizerPart:
 
     def differences(self, saved: Mapping[str, Any], unknown: Collection[str]) -> list[str]:
         names = self._names()
+        saved = self._present(saved)
         if by_name.goes_by_position(saved):
             return _sizes_differ(saved, names) or self._settings_differ(saved, older="classes" in unknown)
         return (
@@ -180,6 +182,10 @@ class OptimizerPart:
             )
             lines = [(logging.WARNING, text)]
         return by_name.regrouped(saved, names.groups, origin), origin, lines
+
+    def _present(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+        found = self.in_present_order(saved)
+        return saved if found is None else found[0]
 
     def keep(self) -> Callable[[], None]:
         """What puts the optimizer, and parameters that the model does not have, back as they are now."""
