@@ -154,7 +154,7 @@ def test_requires_grad_comes_back_and_is_told(tmp_path: Path, caplog: pytest.Log
         ends.append(weights_of(model))
     assert differences(ends[0], ends[2]) == []
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert warnings == ["0.weight, 0.bias are trained, as saved; the script had it frozen."]
+    assert warnings == ["0.weight, 0.bias are trained, as saved; the script had them frozen."]
     assert "0.weight, 0.bias are trained" in (tmp_path / "parts" / "log.txt").read_text()
 
 

@@ -183,7 +183,9 @@ def origins(saved: Mapping[str, Any], now: Groups) -> list[int] | None:
         return list(range(len(now)))
     place = {name: index for index, group in enumerate(was) for name in group}
     if len(was) == len(now):
-        found = [_most_common(group, place, index) for index, group in enumerate(now)]
+        found = [_most_common(group, place, index) if group else -1 for index, group in enumerate(now)]
+        left = iter(sorted(set(range(len(was))) - set(found)))  # for groups without parameters, in their order
+        found = [next(left, -1) if of < 0 else of for of in found]
         return found if len(set(found)) == len(found) else None
     found = []
     for index, group in enumerate(now):
@@ -199,7 +201,7 @@ def _most_common(group: Sequence[str], place: Mapping[str, int], index: int) -> 
     counts: dict[int, int] = {}
     for name in group:
         counts[place[name]] = counts.get(place[name], 0) + 1
-    return max(counts, key=lambda other: (counts[other], other == index, -other), default=index)
+    return max(counts, key=lambda other: (counts[other], other == index, -other))
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:

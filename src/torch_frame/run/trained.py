@@ -49,9 +49,8 @@ class RequiresGradPart:
             names = [name for name in differing if (saved or {})[name] is trained]
             if names:
                 other = "frozen" if trained else "trained"
-                text = (
-                    f"{some(names)} {'is' if len(names) == 1 else 'are'} {word}, as saved; the script had it {other}."
-                )
+                are, them = ("is", "it") if len(names) == 1 else ("are", "them")
+                text = f"{some(names)} {are} {word}, as saved; the script had {them} {other}."
                 said.append((logging.WARNING, text))
         return said
 
