@@ -183,3 +183,33 @@ def test_snapshots_are_taken_by_way_of_pinned_memory_while_training_goes_on(tmp_
     last = torch.load(tmp_path / "run" / "checkpoints" / "latest.pth", weights_only=True)
     now = {name: value.cpu() for name, value in weights_of(trainer.model).items()}
     assert not differences(now, {name: value.cpu() for name, value in last["model"].items()})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("settings", [{}, {"fused": True}, {"capturable": True}, {"foreach": False}], ids=str)
+@pytest.mark.parametrize("kind", ["AdamW", "NAdam", "RAdam", "Adamax", "ASGD", "Adadelta", "RMSprop", "Rprop", "SGD"])
+def test_an_optimizers_state_comes_back_in_every_bit_and_place(
+    kind: str, settings: dict[str, Any], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    def run(folder: str, epochs: int, **more: Any) -> Trainer:
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).to("cuda", dtype)
+        try:
+            optimizer = getattr(torch.optim, kind)(model.parameters(), lr=0.01, **settings)
+        except TypeError:
+            pytest.skip(f"{kind} has no {settings}")
+        data = [(images.to(dtype), labels) for images, labels in make_data()]
+        more = {"step_fn": step, "create_new_dir": None, "hooks": [CheckpointerHook()], **more}
+        trainer = Trainer(model, optimizer, None, data, epochs, tmp_path / folder, **more)
+        trainer.train()
+        return trainer
+
+    whole = run("whole", 2)
+    run("parts", 1)
+    resumed = run("parts", 2, resume="auto")
+    assert not differences(weights_of(resumed.model), weights_of(whole.model))
+    for ours, theirs in zip(resumed.optimizer.state.values(), whole.optimizer.state.values(), strict=True):
+        assert not differences(ours, theirs)
+        assert [v.device for v in ours.values() if torch.is_tensor(v)] == [
+            v.device for v in theirs.values() if torch.is_tensor(v)
+        ]

@@ -15,6 +15,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from tests.small_runs import copied, differences, make_batches, raised_by, weights_of
 from torch_frame import CheckpointError, HookBase, Trainer
+from torch_frame.distributed.strategy import SingleProcess
+from torch_frame.run.optimizers import OptimizerPart
 
 STEPS, SAVED_AT = 10, 6
 """Two epochs of 5 batches; the state is saved behind the second batch of the second one."""
@@ -200,6 +202,25 @@ def test_state_keeps_its_dtypes_and_values_whatever_they_are(tmp_path: Path) -> 
     for _, state in ends:
         assert state["state"].pop("steps") == STEPS
     assert differences(ends[0], ends[1]) == []
+
+
+def test_what_was_on_the_host_is_there_again() -> None:
+    """torch's meta device stands for an accelerator."""
+    parts = []
+    for _ in range(2):
+        model = nn.Linear(2, 2, device="meta")
+        optimizer = torch.optim.NAdam(model.parameters(), lr=0.01)
+        parts.append((optimizer, OptimizerPart(optimizer, model, SingleProcess())))
+    (first, saved), (second, restored) = parts
+    for parameter in first.param_groups[0]["params"]:
+        moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+        first.state[parameter] = {"step": torch.tensor(3.0), "mu_product": torch.tensor(0.5), **moments}
+    state = saved.state_dict()
+    assert state["on_host"] == ["mu_product"]
+    restored.load_state_dict(state)
+    for kept in second.state.values():
+        assert kept["mu_product"].device.type == kept["step"].device.type == "cpu"
+        assert (kept["mu_product"].item(), kept["exp_avg"].device.type) == (0.5, "meta")
 
 
 # ---------------------------------------------------------------- order and groups

@@ -28,14 +28,20 @@ class OptimizersPart:
     """
 
     def __init__(self, optimizers: Mapping[str, Optimizer], model: nn.Module, strategy: Strategy) -> None:
+        self._optimizers = optimizers
+        self._model = model
+        self._strategy = strategy
         self._parts = {
             label: OptimizerPart(optimizer, model, strategy, label) for label, optimizer in optimizers.items()
         }
 
     def state_dict(self) -> dict[str, Any]:
         state = {}
-        for label, part in self._parts.items():  # a loop, for a comprehension is one more frame above an error
-            state[label] = part.state_dict()
+        for (
+            label,
+            part,
+        ) in self._parts.items():  # asked here: one frame less above an error in an optimizer's state_dict
+            state[label] = part.saved(self._strategy.optimizer_state(self._model, self._optimizers[label]))
         return state
 
     def load_state_dict(self, states: Mapping[str, Any]) -> None:
@@ -95,8 +101,11 @@ class OptimizerPart:
         self._label = label
 
     def state_dict(self) -> dict[str, Any]:
+        return self.saved(self._strategy.optimizer_state(self._model, self._optimizer))
+
+    def saved(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """What is saved of the optimizer, whose own `state_dict` is given."""
         names = self._names()
-        own = self._strategy.optimizer_state(self._model, self._optimizer)
         outside = {"values": dict(names.outside)} if names.outside else {}
         if not by_name.has_torchs_layout(own, names.groups):
             groups = by_name.named_groups(_without_params(self._optimizer), names.groups)
@@ -105,7 +114,13 @@ class OptimizerPart:
             place: by_name.by_name(optimizer.state_dict(), names.of_groups(optimizer))
             for place, optimizer in self._inner()
         }
-        return {**by_name.by_name(own, names.groups), **outside, **({"inner": inner} if inner else {})}
+        host = _on_host(self._optimizer)
+        return {
+            **by_name.by_name(own, names.groups),
+            **outside,
+            **({"inner": inner} if inner else {}),
+            **({"on_host": host} if host else {}),
+        }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         names = self._names()
@@ -120,10 +135,10 @@ class OptimizerPart:
             self._strategy.load_optimizer_state(self._model, self._optimizer, saved["own"])
             return
         state = by_name.by_position(saved)
-        with _same_groups(self._optimizer):
+        with _SameGroups(self._optimizer):
             given = {**state, "state": by_name.castable(state["state"])}
             self._strategy.load_optimizer_state(self._model, self._optimizer, given)
-        _make_exact(self._optimizer, state["state"])
+        _make_exact(self._optimizer, state["state"], saved.get("on_host", ()))
         for place, optimizer in self._inner():
             if place in saved.get("inner", {}):
                 self._load_inner(optimizer, saved["inner"][place])
@@ -134,7 +149,7 @@ class OptimizerPart:
         origin = by_name.origins(saved, now)
         assert origin is not None, "the groups of the outer optimizer fit"
         state = by_name.by_position(by_name.regrouped(saved, now, origin))
-        with _same_groups(optimizer):
+        with _SameGroups(optimizer):
             optimizer.load_state_dict({**state, "state": by_name.castable(state["state"])})
         _make_exact(optimizer, state["state"])
 
@@ -275,7 +290,7 @@ class OptimizerPart:
         return []
 
 
-class _same_groups:
+class _SameGroups:
     """Around torch's `load_state_dict`: the groups stay the same dicts in the same list, and the state the same dict.
 
     Others hold them too: an optimizer inside this one, a hook. Not for an optimizer that loads in its own way.
@@ -309,12 +324,37 @@ def _on_its_device(loaded: Mapping[str, Any], own: Mapping[str, Any]) -> dict[st
     }
 
 
-def _make_exact(optimizer: Optimizer, saved: Mapping[Any, Any]) -> None:
+def _on_host(optimizer: Optimizer) -> list[str]:
+    """Keys of tensors that the optimizer keeps on the CPU for parameters that are elsewhere (NAdam's `mu_product`).
+
+    torch moves them to the parameters' device when it loads them, and then waits for the device at each step. Not "step", for
+    which torch knows when it has to be where.
+    """
+    keys = {
+        key
+        for owner, kept in optimizer.state.items()
+        if isinstance(owner, Tensor) and owner.device.type != "cpu" and isinstance(kept, Mapping)
+        for key, value in kept.items()
+        if isinstance(value, Tensor) and value.device.type == "cpu"
+    }
+    return sorted(keys - {"step"})
+
+
+def _make_exact(optimizer: Optimizer, saved: Mapping[Any, Any], on_host: Collection[str] = ()) -> None:
+    """Put values as they were saved in place of what torch has made of them.
+
+    Args:
+        saved: the state by position.
+        on_host: keys of tensors that belong on the CPU.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, kept in saved.items():
         owner = parameters[key] if isinstance(key, int) and 0 <= key < len(parameters) else key
         if owner in optimizer.state:
             optimizer.state[owner] = by_name.exact(kept, optimizer.state[owner])
+            for name in on_host:
+                if name in kept:
+                    optimizer.state[owner][name] = kept[name].detach().cpu().clone()
 
 
 def _optimizers_in(name: str, value: Any) -> Iterator[tuple[str, Optimizer]]:
