@@ -552,7 +552,7 @@ class Refusing(Adam):
 
 def test_an_optimizer_that_refuses_its_state_leaves_all_as_it_was(tmp_path: Path) -> None:
     model = make_model()
-    run(tmp_path, model, Adam(model.parameters(), lr=0.01))
+    run(tmp_path, model, Refusing(model.parameters(), lr=0.01))
     model = make_model(seed=5)
     optimizer = Refusing(model.parameters(), lr=0.5)
     weights, state = weights_of(model), state_of(optimizer)
@@ -563,3 +563,17 @@ def test_an_optimizer_that_refuses_its_state_leaves_all_as_it_was(tmp_path: Path
     assert differences(weights_of(model), weights) == []
     assert differences(state_of(optimizer), state) == []
     assert trainer.progress.iter == 0
+
+
+def test_an_optimizer_inside_another_one_is_left_as_it_was_too(tmp_path: Path) -> None:
+    model = make_model()
+    run(tmp_path, model, Lookahead(Adam(model.parameters(), lr=0.01)))
+    for more in ({"precision": "bf16"}, {"on_nonfinite": "raise"}):
+        model = make_model(seed=5)
+        inside: type[Adam] = Adam if "precision" in more else Refusing
+        optimizer = Lookahead(inside(model.parameters(), lr=0.5))
+        before = copied([optimizer.base.state_dict(), optimizer.slow, optimizer.count])
+        settings: dict[str, Any] = {"hooks": [], "create_new_dir": None, **more}
+        trainer = Trainer(model, optimizer, None, make_batches(), 2, tmp_path, **settings)
+        raised_by(lambda trainer=trainer: trainer.load_checkpoint("inside.pth"), CheckpointError)  # type: ignore[misc]
+        assert differences(before, copied([optimizer.base.state_dict(), optimizer.slow, optimizer.count])) == []

@@ -51,6 +51,9 @@ class OptimizersPart:
     def differences(self, saved: Mapping[str, Any], unknown: Collection[str]) -> list[str]:
         return [line for label, part in self._parts.items() for line in part.differences(saved[label], unknown)]
 
+    def refusals(self, saved: Mapping[str, Any]) -> list[str]:
+        return [line for label, part in self._parts.items() for line in part.refusals(saved[label])]
+
     def waits(self, saved: Mapping[str, Any]) -> str | None:
         """Why the part can be restored only after `before_train`, in words: a hook may add the layers that it unfreezes there."""
         missing = [name for label, part in self._parts.items() for name in part.missing_groups(saved[label])]
@@ -162,7 +165,6 @@ class OptimizerPart:
             self._sets_differ(saved, names)
             or self._orders_differ(saved, names)
             or self._settings_differ(saved, older=False)
-            or self._refusal(saved)
         )
 
     def missing_groups(self, saved: Mapping[str, Any]) -> list[str]:
@@ -204,7 +206,7 @@ class OptimizerPart:
 
     def keep(self) -> Callable[[], None]:
         """What puts the optimizer, and parameters that the model does not have, back as they are now."""
-        optimizers = [self._optimizer, *(optimizer for _, optimizer in self._inner())]
+        optimizers = [self._optimizer, *(inner for _, inner in _optimizers_of(self._optimizer))]
         kept = [(optimizer, dict(vars(optimizer)), dict(optimizer.state)) for optimizer in optimizers]
         groups = [(group, dict(group)) for optimizer in optimizers for group in optimizer.param_groups]
         lists = [(optimizer.param_groups, list(optimizer.param_groups)) for optimizer in optimizers]
@@ -233,12 +235,8 @@ class OptimizerPart:
 
     def _inner(self) -> Iterator[tuple[str, Optimizer]]:
         """Optimizers that are attributes of this one and have state of their own; not of one that saves in its own way."""
-        if type(self._optimizer).state_dict is not Optimizer.state_dict:
-            return
-        for name, value in vars(self._optimizer).items():
-            for place, inner in _optimizers_in(name, value):
-                if inner is not self._optimizer and inner.state is not self._optimizer.state:
-                    yield place, inner
+        if type(self._optimizer).state_dict is Optimizer.state_dict:
+            yield from (pair for pair in _optimizers_of(self._optimizer) if pair[1].state is not self._optimizer.state)
 
     # ---------------------------------------------------------------- does it fit?
 
@@ -276,7 +274,7 @@ class OptimizerPart:
         names = sorted(set().union(*settings) - {"param_names"})
         return [f"the {self._label} is another one: only one of the two has {', '.join(names)}"] if names else []
 
-    def _refusal(self, saved: Mapping[str, Any]) -> list[str]:
+    def refusals(self, saved: Mapping[str, Any]) -> list[str]:
         """What an optimizer with its own way of loading says of a saved state; it is left as it was."""
         if type(self._optimizer).load_state_dict is Optimizer.load_state_dict:
             return []
@@ -357,13 +355,13 @@ def _make_exact(optimizer: Optimizer, saved: Mapping[Any, Any], on_host: Collect
                     optimizer.state[owner][name] = kept[name].detach().cpu().clone()
 
 
-def _optimizers_in(name: str, value: Any) -> Iterator[tuple[str, Optimizer]]:
-    if isinstance(value, Optimizer):
-        yield name, value
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            if isinstance(item, Optimizer):
-                yield f"{name}[{index}]", item
+def _optimizers_of(outer: Optimizer) -> Iterator[tuple[str, Optimizer]]:
+    """The optimizers that are attributes of another one, or in a list that is."""
+    for name, value in vars(outer).items():
+        items = enumerate(value) if isinstance(value, list | tuple) else [(None, value)]
+        for index, item in items:
+            if isinstance(item, Optimizer) and item is not outer:
+                yield (name if index is None else f"{name}[{index}]"), item
 
 
 def _without_params(optimizer: Optimizer) -> list[dict[str, Any]]:

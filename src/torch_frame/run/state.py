@@ -105,6 +105,15 @@ class GroupedPart(Part, Protocol):
 
 
 @runtime_checkable
+class RefusingPart(Part, Protocol):
+    """A part whose object may refuse a state when it is loaded; it is asked when nothing else is in the way."""
+
+    def refusals(self, saved: Any) -> list[str]:
+        """What it says of a saved state, in words; it is left as it was."""
+        ...
+
+
+@runtime_checkable
 class UndoablePart(Part, Protocol):
     """A part with a way of its own to be put back as it was, if a resume fails."""
 
@@ -204,6 +213,9 @@ def _check_fits(parts: Mapping[str, Part], state: State) -> None:
         for name, part in parts.items()
         if isinstance(part, CheckedPart) and name not in unknown
         for difference in part.differences(state[name], unknown)
+    ]
+    differences = differences or [
+        line for name, part in parts.items() if isinstance(part, RefusingPart) for line in part.refusals(state[name])
     ]
     if differences:
         raise CheckpointError(
