@@ -31,6 +31,8 @@ from torch_frame.run.feed import Feed
 from torch_frame.run.optimizers import OptimizersPart
 from torch_frame.run.resume import Found, Resumption, newest
 from torch_frame.run.saving import Saver, SaveRequest, job_of, save_one_by_one
+from torch_frame.run.script_settings import Choice, Settings
+from torch_frame.run.settings import SettingsPart
 from torch_frame.run.state import Part
 from torch_frame.run.trained import FrozenParameters, RequiresGradPart, frozen_parameters
 from torch_frame.run.work_dir import WorkDir
@@ -92,6 +94,8 @@ class Trainer:
             torch.compile. EMA's copy, which is only evaluated, is not compiled.
         strategy: how the training is spread over processes and devices (`torch_frame.distributed.strategy.Strategy`); None: one
             process.
+        resume_settings: which settings count if those of the script's optimizer and scheduler are others than the checkpoint's:
+            "checkpoint", "script", or None: the checkpoint's, but a schedule of another length is an error (docs/resume.md).
         prefetch: False: a batch is fetched when it is trained, on CUDA too, for data that depends on the weights (rollouts,
             self-play). A loader with workers fetches ahead by itself, so it is refused then.
         save_frozen: False: parameters that this run has never trained are in no file, and EMA shares them (fine-tuning with
@@ -142,6 +146,7 @@ class Trainer:
         resume: str | os.PathLike[str] | None = None,
         compile: bool | Mapping[str, Any] = False,
         strategy: Strategy | None = None,
+        resume_settings: Choice | None = None,
         prefetch: bool = True,
         save_frozen: bool = True,
     ) -> None:
@@ -154,6 +159,7 @@ class Trainer:
         checks.check_warmup_and_ema(warmup_iters, warmup_factor, ema_decay)
         checks.check_scheduler(lr_scheduler, lr_scheduler_interval, lr_scheduler_metric)
         checks.check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
+        checks.check_choice("resume_settings", resume_settings, (None, "checkpoint", "script"))
         self.device = checks.device_of(model) if device is None else resolve_device(device)
         self.strategy = checks.checked_strategy(strategy)
         self.model = self.strategy.prepare(model if device is None else model.to(self.device))
@@ -169,8 +175,17 @@ class Trainer:
         self.lr_scheduler = LRWarmupScheduler(
             lr_scheduler, None, warmup_method, warmup_iters, warmup_factor, optimizer=optimizer
         )
+        self._settings = Settings(resume_settings, self.lr_scheduler, self.model_or_module)
         if compile is not False:
             self.model_or_module.compile(**({} if compile is True else compile))
+        self._settings_of_steps = {
+            "clip_grad_norm": max(clip_grad_norm, 0.0),
+            "loss_weight": loss_weight is not None,
+            "on_nonfinite": on_nonfinite,
+            "ema_decay": ema_decay if use_ema else None,
+            "lr_scheduler_interval": lr_scheduler_interval,
+            "lr_scheduler_metric": lr_scheduler_metric,
+        }
         self.lr_scheduler_interval = lr_scheduler_interval
         self.lr_scheduler_metric = lr_scheduler_metric
         self.gradient_accumulation_steps = gradient_accumulation_steps
@@ -418,7 +433,11 @@ class Trainer:
         checks.check_loader(self.data_loader, epochs_left, self.epoch_len, prefetch=self.prefetch)
         if self.progress.epoch < self.max_epochs:
             checks.check_one_cycle(
-                self.lr_scheduler.scheduler, self.lr_scheduler_interval, self.updates_per_epoch, self.max_epochs
+                self.lr_scheduler.scheduler,
+                self.lr_scheduler_interval,
+                self.updates_per_epoch,
+                self.max_epochs,
+                is_saved=self._settings.saved_count,
             )
         for hook in self.hook_caller.hooks:
             hook.check()
@@ -567,7 +586,8 @@ class Trainer:
             "requires_grad": RequiresGradPart(self.model_or_module, optimizers),
             "optimizers": OptimizersPart(optimizers, self.model, self.strategy),
             "classes": parts.ClassesPart(optimizer=self.optimizer, lr_scheduler=self.lr_scheduler.scheduler),
-            "lr_schedulers": parts.NamedParts(lr_scheduler=parts.SchedulePart(self.lr_scheduler)),
+            "lr_schedulers": parts.NamedParts(lr_scheduler=parts.SchedulePart(self.lr_scheduler, self._settings)),
+            "settings": SettingsPart(self._settings, self.max_epochs, self.lr_scheduler_interval),
             "grad_scaler": parts.ScalerPart(self.precision.scaler),
             "precision": parts.SettingPart("precision", self.precision.name),
             "seed": parts.SeedPart(self.seed, self.seed_is_explicit),
@@ -578,6 +598,7 @@ class Trainer:
                 self.strategy.world_size,
                 gradient_accumulation_steps=self.gradient_accumulation_steps,
                 batch_size=self._batch_size,
+                **self._settings_of_steps,
             ),
             **self._feed.parts(self.progress),
             "rng": parts.RandomPart(self.strategy),

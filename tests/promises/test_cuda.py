@@ -213,3 +213,29 @@ def test_an_optimizers_state_comes_back_in_every_bit_and_place(
         assert [v.device for v in ours.values() if torch.is_tensor(v)] == [
             v.device for v in theirs.values() if torch.is_tensor(v)
         ]
+
+
+@pytest.mark.parametrize(
+    ("saved", "changed"),
+    [({}, {"fused": True}), ({"fused": True}, {}), ({}, {"capturable": True}), ({"capturable": True}, {})],
+)
+def test_another_implementation_of_adam_continues_where_the_saved_one_was(
+    saved: dict[str, Any], changed: dict[str, Any], tmp_path: Path
+) -> None:
+    """A fused or capturable one counts its steps on the device."""
+
+    def run(folder: str, epochs: int, implementation: dict[str, Any], **more: Any) -> Trainer:
+        torch.manual_seed(1)
+        model = nn.Linear(8, 4).cuda()
+        optimizer = AdamW(model.parameters(), lr=0.01, **implementation)
+        more = {"step_fn": step, "seed": 3, "create_new_dir": None, "hooks": [CheckpointerHook()], **more}
+        trainer = Trainer(model, optimizer, None, make_data(), epochs, tmp_path / folder, **more)
+        trainer.train()
+        return trainer
+
+    whole = run("whole", 2, saved)
+    run("parts", 1, saved)
+    resumed = run("parts", 2, changed, resume="auto", resume_settings="script")
+    assert torch.allclose(whole.model.weight, resumed.model.weight, rtol=1e-4, atol=1e-6)
+    (count,) = {state["step"].item() for state in resumed.optimizer.state.values()}
+    assert count == whole.progress.num_updates

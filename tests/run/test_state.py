@@ -125,6 +125,7 @@ def test_every_part_of_a_trainer_is_saved_and_read_back(tmp_path: Path) -> None:
             "optimizers",
             "classes",
             "lr_schedulers",
+            "settings",
             "precision",
             "seed",
             "loader_seed",

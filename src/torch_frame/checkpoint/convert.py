@@ -116,6 +116,7 @@ def converted(old: Mapping[str, Any], ema: Mapping[str, Any] | None = None) -> C
             "optimizers": {"optimizer": old["optimizer"]},
             "classes": None,
             "lr_schedulers": {"lr_scheduler": _schedule(old["lr_scheduler"])},
+            "settings": {},
             "grad_scaler": old.get("grad_scaler"),
             "precision": "fp16" if "grad_scaler" in old else "fp32",
             "seed": None,

@@ -141,10 +141,15 @@ def check_scheduler(lr_scheduler: Any, interval: str, metric: str | None) -> Non
         )
 
 
-def check_one_cycle(lr_scheduler: Any, interval: str, updates_per_epoch: int | None, max_epochs: int) -> None:
+def check_one_cycle(
+    lr_scheduler: Any, interval: str, updates_per_epoch: int | None, max_epochs: int, *, is_saved: bool = False
+) -> None:
     """OneCycleLR was made for as many steps as this run takes: with fewer it fails in mid-run, with more it never anneals.
 
     A few steps too many, less than an epoch's worth, are let pass.
+
+    Args:
+        is_saved: its length is a checkpoint's, not the script's.
     """
     if not isinstance(lr_scheduler, OneCycleLR) or updates_per_epoch is None:
         return
@@ -156,13 +161,14 @@ def check_one_cycle(lr_scheduler: Any, interval: str, updates_per_epoch: int | N
     other = "epoch" if interval == "iter" else "iter"
     fits_other = 0 <= total - steps[other] < slack[other]
     cure = f"Pass lr_scheduler_interval={other!r}" if fits_other else f"Make it with total_steps={steps[interval]}"
+    cure += " and resume with resume_settings='script'" if is_saved else ""
     raise SettingError(
         f"OneCycleLR was made for {total} steps, but with lr_scheduler_interval={interval!r} this run makes {steps[interval]} "
         f"({max_epochs} epochs, {updates_per_epoch} updates each). {cure}."
     )
 
 
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: Any, choices: Sequence[str | None]) -> None:
     if value not in choices:
         raise SettingError(f"{name} is {value!r}; it has to be one of {', '.join(map(repr, choices))}.")
 

@@ -13,6 +13,7 @@ from torch.optim import LBFGS, Optimizer
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.run import by_name
 from torch_frame.run.by_name import Names
+from torch_frame.run.setting_differences import BY_SCHEDULE
 from torch_frame.run.state import Line, State
 
 SCHEDULE_OF = {"optimizer": "lr_scheduler"}
@@ -271,7 +272,7 @@ class OptimizerPart:
             set(other) - set(group) if older else set(group) ^ set(other)
             for group, other in zip(self._optimizer.param_groups, saved["param_groups"], strict=True)
         ]
-        names = sorted(set().union(*settings) - {"param_names"})
+        names = sorted(set().union(*settings) - {"param_names"} - BY_SCHEDULE)  # schedules are compared apart
         return [f"the {self._label} is another one: only one of the two has {', '.join(names)}"] if names else []
 
     def refusals(self, saved: Mapping[str, Any]) -> list[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import CheckpointError
 from torch_frame.progress import Progress
 from torch_frame.run.optimizers import some
-from torch_frame.run.state import CheckedPart, Line, Part
+from torch_frame.run.script_settings import Settings
+from torch_frame.run.state import CheckedPart, Line, Part, UndoablePart
 from torch_frame.run.trained import FrozenParameters
 from torch_frame.training.ema import EMA
 from torch_frame.training.schedules import LRWarmupScheduler
@@ -124,23 +126,37 @@ class NamedParts:
                 differences += part.differences(saved[name], unknown)
         return differences
 
+    def keep(self) -> Callable[[], None]:
+        kept = [
+            part.keep()
+            if isinstance(part, UndoablePart)
+            else functools.partial(part.load_state_dict, part.state_dict())
+            for part in self._parts.values()
+        ]
+
+        def put_back() -> None:
+            for part in kept:
+                part()
+
+        return put_back
+
 
 class SchedulePart:
-    """The learning-rate scheduler and its warm-up."""
+    """The learning-rate scheduler and its warm-up; not restored if the script's is built anew."""
 
-    def __init__(self, lr_scheduler: LRWarmupScheduler) -> None:
+    def __init__(self, lr_scheduler: LRWarmupScheduler, settings: Settings) -> None:
         self._lr_scheduler = lr_scheduler
+        self._settings = settings
 
     def state_dict(self) -> dict[str, Any]:
         return self._lr_scheduler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._lr_scheduler.load_state_dict(state)
+        if not self._settings.builds_anew:
+            self._lr_scheduler.load_state_dict(state)
 
-    def differences(self, saved: Mapping[str, Any], unknown: Collection[str]) -> list[str]:
-        was = (saved["scheduler"] or {}).get("total_steps")
-        now = getattr(self._lr_scheduler.scheduler, "total_steps", None)
-        return [] if was == now else [f"the lr_scheduler was made for {was} steps, now it is for {now}"]
+    def keep(self) -> Callable[[], None]:
+        return functools.partial(self._lr_scheduler.load_state_dict, self._lr_scheduler.state_dict())
 
 
 class ScalerPart:
@@ -206,7 +222,7 @@ class LoaderSeedPart(SettingPart):
 
 
 class ClassesPart(FactPart):
-    """The classes of some objects, by what they are: "optimizer", "lr_scheduler"."""
+    """The classes of some objects, by what they are: "optimizer", "lr_scheduler" (which is compared with the settings)."""
 
     def __init__(self, **objects: Any) -> None:
         super().__init__({what: type(value).__qualname__ for what, value in objects.items()})
@@ -215,7 +231,7 @@ class ClassesPart(FactPart):
         return [
             f"the {what} was {saved[what]}, now it is {name}"
             for what, name in self._value.items()
-            if name != saved[what]
+            if what != "lr_scheduler" and name != saved[what]
         ]
 
 
@@ -226,11 +242,21 @@ class LengthPart(FactPart):
         now = self._value
         if saved is None or now is None or tuple(saved) == tuple(now):
             return []
-        return [f"an epoch's data was {saved[0]} {saved[1]}, now it is {now[0]} {now[1]}"]
+        text = f"an epoch's data was {saved[0]} {saved[1]}, now it is {now[0]} {now[1]}"
+        return [text if saved[1] == now[1] else f"{text}: another kind of loader, or take_over has changed"]
+
+
+ENVIRONMENT = frozenset(
+    {
+        *("torch", "device", "cpu_capability", "num_threads", "world_size"),
+        *("deterministic_algorithms", "cudnn_deterministic", "cudnn_benchmark"),
+    }
+)
+"""What a step's last bits depend on beside the script's settings."""
 
 
 class EnvironmentPart:
-    """What the last bits of a step depend on, beside the state: compared when a run is resumed, for a warning.
+    """What a step depends on, beside the state: compared when a run is resumed, for a warning.
 
     Args:
         device: that trains.

@@ -18,6 +18,8 @@ from torch_frame.checkpoint.upgrade import OLDEST, upgraded
 from torch_frame.checkpoint.weights import WeightsReport, load_weights
 from torch_frame.errors import CheckpointError
 from torch_frame.progress import Progress
+from torch_frame.run.parts import ENVIRONMENT
+from torch_frame.run.settings import SettingsPart
 from torch_frame.run.state import Part, Restored, State, restore, restore_last
 from torch_frame.run.trained import FrozenParameters
 from torch_frame.training.ema import EMA
@@ -62,7 +64,7 @@ def read(path: str) -> State:
             f"{path} has format {state['version']}, and this torch-frame {__version__} reads formats {OLDEST} to {VERSION}. "
             f"It was written by torch-frame {state.get('torch_frame')}: resume it with that version."
         )
-    return upgraded(state)
+    return {"settings": None, **upgraded(state)}
 
 
 def newest(folder: str) -> Found | None:
@@ -120,7 +122,9 @@ class Resumption:
         """
         self._restored = restored = restore(parts, found.state)
         self._asked = None
-        self.told += _lines(found, progress, parts["environment"].state_dict())
+        settings = parts["settings"]
+        assert isinstance(settings, SettingsPart)
+        self.told += _lines(found, progress, settings.told(), parts["environment"].state_dict())
         self.told += restored.lines
 
     def restore_last(self, parts: Callable[[], Mapping[str, Part]]) -> None:
@@ -145,20 +149,30 @@ class Resumption:
         return report
 
 
-def _lines(found: Found, progress: Progress, environment: Mapping[str, Any]) -> list[tuple[int, str]]:
-    """What is said of a resumed run: (level, line)."""
+def _lines(found: Found, progress: Progress, settings: list[str], now: Mapping[str, Any]) -> list[tuple[int, str]]:
+    """What is said of a resumed run: (level, line).
+
+    Args:
+        settings: sentences about those of the optimizer and the schedule.
+        now: the environment of this process, and the run's other settings.
+    """
     place = f"epoch {progress.epoch + 1}, after {progress.inner_iter} of its batches"
     counts = f"{progress.iter} iterations and {progress.num_updates} updates in all"
     said = [(logging.WARNING, f"Not resumed from: {problem}") for problem in found.problems]
     said.append((logging.INFO, f"Resumed from {found.path}: {place}; {counts}."))
-    differences = _differences(found.state["environment"] or {}, environment)
-    if differences:
-        text = (
+    was = found.state["environment"] or {}
+    steps = _differences(was, {name: value for name, value in now.items() if name not in ENVIRONMENT})
+    around = _differences(was, {name: value for name, value in now.items() if name in ENVIRONMENT})
+    sentences = list(settings)
+    if steps:
+        sentences.append(f"Continued with the script's settings: {'; '.join(steps)}.")
+    if around:
+        sentences.append(
             "The run continues, but its last bits may differ from those of the uninterrupted run, because "
-            + "; ".join(differences)
-            + "."
+            f"{'; '.join(around)}."
         )
-        said.append((logging.WARNING, text))
+    if sentences:
+        said.append((logging.WARNING, " ".join(sentences)))
     return said
 
 

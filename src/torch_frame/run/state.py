@@ -24,7 +24,7 @@ Line = tuple[int, str]
 
 RESTORED_FIRST = ("progress", "metric_storage", "hooks")
 """Restored before it is looked at whether the rest fits: a hook that unfreezes layers may add them to the optimizer meanwhile."""
-WAITING = ("optimizers", "lr_schedulers")
+WAITING = ("optimizers", "lr_schedulers", "settings")
 """Restored after `before_train` if the optimizer lacks layers that a hook may add there."""
 RESTORED_LAST = ("data", "loader_generators", "rng")
 """Restored after everything else, before the first batch: the random numbers, and what draws some when it is restored."""
@@ -114,6 +114,15 @@ class RefusingPart(Part, Protocol):
 
 
 @runtime_checkable
+class ComparedPart(Part, Protocol):
+    """The settings, which are compared with what several other parts have saved."""
+
+    def compare(self, state: State) -> None:
+        """Look at the whole state, whose optimizers have today's order; before `differences`."""
+        ...
+
+
+@runtime_checkable
 class UndoablePart(Part, Protocol):
     """A part with a way of its own to be put back as it was, if a resume fails."""
 
@@ -165,6 +174,7 @@ def restore(parts: Mapping[str, Part], state: State) -> Restored:
         lines += [(logging.INFO, waits)] if waits else []
         state, said = _in_present_order(parts, state)
         lines += said
+        _compare(parts, state)
         now = {name: part for name, part in parts.items() if name not in (*RESTORED_FIRST, *left, *RESTORED_LAST)}
         _check_fits(now, state)
         for name, part in now.items():
@@ -184,6 +194,7 @@ def restore_last(parts: Mapping[str, Part], restored: Restored) -> list[Line]:
     lines: list[Line] = []
     if set(WAITING) & set(restored.left):
         state, lines = _in_present_order(parts, state)
+        _compare(parts, state)
         _check_fits({name: parts[name] for name in WAITING}, state)
     for name in restored.left:
         parts[name].load_state_dict(state[name])
@@ -204,6 +215,12 @@ def _waits(parts: Mapping[str, Part], state: State) -> str | None:
 def _in_present_order(parts: Mapping[str, Part], state: State) -> tuple[State, list[Line]]:
     optimizers = parts.get("optimizers")
     return optimizers.in_present_order(state) if isinstance(optimizers, GroupedPart) else (state, [])
+
+
+def _compare(parts: Mapping[str, Part], state: State) -> None:
+    for part in parts.values():
+        if isinstance(part, ComparedPart):
+            part.compare(state)
 
 
 def _check_fits(parts: Mapping[str, Part], state: State) -> None:

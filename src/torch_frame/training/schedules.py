@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
@@ -170,7 +171,7 @@ class LRWarmupScheduler:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the schedule, and the optimizer's rates with it.
+        """Restore the schedule with its settings, those of the warm-up too, and the optimizer's rates with it.
 
         Raises:
             SettingError: if the saved run had a scheduler and this one has none, or the other way round.
@@ -179,10 +180,20 @@ class LRWarmupScheduler:
             had, has = ("no scheduler", "one") if self.scheduler is not None else ("a scheduler", "none")
             raise SettingError(f"The saved run had {had}, this one has {has}. Build the trainer as it was built then.")
         if self.scheduler is not None:
-            self.scheduler.load_state_dict(state_dict["scheduler"])
-        self.num_updates = state_dict["num_updates"]
-        self._metric_at = state_dict["metric_at"]
-        self.regular_lrs = list(state_dict["regular_lrs"])
+            self.scheduler.load_state_dict(copy.deepcopy(state_dict["scheduler"]))  # CyclicLR takes entries out of it
+        self.warmup_method, self.warmup_iters, self.warmup_factor = state_dict["warmup"]
+        self.continue_at(state_dict, state_dict["regular_lrs"])
+
+    def continue_at(self, counts: Mapping[str, Any], regular_lrs: Iterable[float]) -> None:
+        """Take on the counts of a saved schedule, but not its settings.
+
+        Args:
+            counts: what `state_dict` returned.
+            regular_lrs: the rates of the groups, without the warm-up.
+        """
+        self.num_updates = counts["num_updates"]
+        self._metric_at = counts["metric_at"]
+        self.regular_lrs = list(regular_lrs)
         self._write(self.regular_lrs)
         self._scaled = False
         self._apply_warmup()
