@@ -481,6 +481,25 @@ def test_milestones_made_for_another_number_of_epochs_are_refused(tmp_path: Path
     assert [rates[0] for rates in resumed.rates[2::BATCHES]] == pytest.approx([0.1, 0.01, 0.01, 0.001, 0.001])
 
 
+def test_another_length_is_refused_before_a_hook_adds_layers_in_before_train(tmp_path: Path) -> None:
+    began: list[str] = []
+
+    def unfreeze(trainer: Trainer) -> None:
+        began.append("before_train")
+        if len(trainer.optimizer.param_groups) == 1:
+            trainer.optimizer.add_param_group({"params": list(trainer.model.layers[2].parameters()), "lr": 0.01})
+
+    def script(length: int) -> Script:
+        hooks = [On(before_train=unfreeze)]
+        first = lambda model: SGD(model.layers[0].parameters(), lr=0.1)  # noqa: E731
+        return Script(first, lambda o: PolynomialLR(o, length), {"hooks": hooks})
+
+    script(20).stopped(tmp_path)
+    began.clear()
+    assert "total_iters was 20" in str(raised_by(script(40).trainer(tmp_path, resume="auto").train, CheckpointError))
+    assert began == []
+
+
 def test_one_cycle_whose_saved_length_is_chosen_for_a_longer_run_says_how_to_go_on(tmp_path: Path) -> None:
     script = Script(scheduler=lambda o: OneCycleLR(o, 0.2, 16), settings={"lr_scheduler_interval": "iter"})
     script.stopped(tmp_path)

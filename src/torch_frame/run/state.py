@@ -176,7 +176,7 @@ def restore(parts: Mapping[str, Part], state: State) -> Restored:
         lines += said
         _compare(parts, state)
         now = {name: part for name, part in parts.items() if name not in (*RESTORED_FIRST, *left, *RESTORED_LAST)}
-        _check_fits(now, state)
+        _check_fits({name: part for name, part in parts.items() if name in now or name == "settings"}, state)
         for name, part in now.items():
             lines += part.lines(state[name]) if isinstance(part, TalkingPart) else []
             part.load_state_dict(state[name])
