@@ -492,6 +492,24 @@ class AdoptingSam(Sam):
         self.base.param_groups = self.param_groups
 
 
+class ScheduleFree(Optimizer):
+    """Keeps counts and sums in its groups, as schedule-free optimizers do."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr, "k": 0, "weight_sum": 0.0, "train_mode": False})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["train_mode"] = True
+            group["k"] += 1
+            group["weight_sum"] += group["lr"] ** 2 * group["k"]
+            for p in group["params"]:
+                z = self.state[p].setdefault("z", p.detach().clone())
+                z.sub_(p.grad, alpha=group["lr"])
+                p.lerp_(z, group["lr"] ** 2 * group["k"] / group["weight_sum"])
+
+
 class WithMaster(Optimizer):
     """Steps float32 copies of the weights by an optimizer of its own, and rounds."""
 
@@ -513,15 +531,21 @@ class WithMaster(Optimizer):
     "make",
     [
         lambda p: Lookahead(Adam(p, lr=0.05)),
+        lambda p: Lookahead(torch.optim.NAdam(p, lr=0.05)),
+        lambda p: ScheduleFree(p, lr=0.05),
         lambda p: Sam(p, lr=0.05),
         lambda p: AdoptingSam(p, lr=0.05),
         lambda p: WithMaster(p, lr=0.05),
     ],
-    ids=["Lookahead", "Sam", "AdoptingSam", "WithMaster"],
+    ids=["Lookahead", "Lookahead_bfloat16", "ScheduleFree", "Sam", "AdoptingSam", "WithMaster"],
 )
-def test_nothing_of_a_wrapper_is_lost(make: Callable[[Any], Optimizer], tmp_path: Path) -> None:
+def test_nothing_of_a_wrapper_is_lost(
+    make: Callable[[Any], Optimizer], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    is_low = any(name in request.node.name for name in ("bfloat16", "WithMaster"))
+
     def made(resumed: bool) -> tuple[nn.Module, Optimizer]:
-        model = make_model(dtype=torch.bfloat16 if "WithMaster" in str(make) else torch.float32)
+        model = make_model(dtype=torch.bfloat16 if is_low else torch.float32)
         optimizer = make(model.parameters())
         kept.append(optimizer)
         return model, optimizer
@@ -529,6 +553,8 @@ def test_nothing_of_a_wrapper_is_lost(make: Callable[[Any], Optimizer], tmp_path
     kept: list[Any] = []
     scheduled = {"warmup_method": "linear", "warmup_iters": 9}
     assert ends_alike(tmp_path, made, **scheduled)
+    first, second = (copied(getattr(optimizer, "base", optimizer).state_dict()) for optimizer in kept)
+    assert differences(first, second) == []
     for optimizer in kept:
         if isinstance(optimizer, Sam):
             assert optimizer.base.param_groups[0] is optimizer.param_groups[0]

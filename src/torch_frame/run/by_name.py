@@ -244,33 +244,3 @@ def moved(was: Groups, now: Groups, origin: Sequence[int]) -> list[str]:
     """Names of the parameters whose group does not continue the one that they were in."""
     place = {name: index for index, group in enumerate(was) for name in group}
     return [name for of, group in zip(origin, now, strict=True) for name in group if place[name] != of]
-
-
-# ---------------------------------------------------------------- values as they were saved
-
-
-def castable(value: Any) -> Any:
-    """What torch's `load_state_dict` can copy of an optimizer's state; the rest, strings too, is None for `exact` to fill in."""
-    if isinstance(value, Tensor | bool | int | float | None):
-        return value
-    if isinstance(value, dict):
-        return {key: castable(item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(castable(item) for item in value)
-    return None
-
-
-def exact(saved: Any, loaded: Any) -> Any:
-    """A loaded value of an optimizer's state as it was saved, on the device that torch has put it on.
-
-    torch casts floating tensors to the dtype of their parameter, and makes a string of the text of a generator.
-    """
-    if isinstance(loaded, Tensor):
-        if not isinstance(saved, Tensor) or saved.dtype == loaded.dtype:
-            return loaded
-        return saved.to(loaded.device) if saved.shape == loaded.shape else loaded.to(saved.dtype)
-    if isinstance(saved, Mapping) and isinstance(loaded, dict):
-        return type(loaded)((key, exact(saved[key], item) if key in saved else item) for key, item in loaded.items())
-    if type(saved) in (list, tuple) and type(loaded) is type(saved) and len(saved) == len(loaded):
-        return type(saved)(exact(*pair) for pair in zip(saved, loaded, strict=True))
-    return saved

@@ -7,12 +7,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.run import by_name
 from torch_frame.run.by_name import Names
+from torch_frame.run.exact import SameGroups, castable, keys_on_host, make_exact
 from torch_frame.run.setting_differences import BY_SCHEDULE
 from torch_frame.run.state import Line, State
 
@@ -110,21 +111,21 @@ class OptimizerPart:
     def saved(self, own: Mapping[str, Any]) -> dict[str, Any]:
         """What is saved of the optimizer, whose own `state_dict` is given."""
         names = self._names()
-        outside = {"values": dict(names.outside)} if names.outside else {}
-        if not by_name.has_torchs_layout(own, names.groups):
-            groups = by_name.named_groups(_without_params(self._optimizer), names.groups)
-            return {"param_groups": groups, "state": {}, "own": own, **outside}
-        inner = {
-            place: by_name.by_name(optimizer.state_dict(), names.of_groups(optimizer))
-            for place, optimizer in self._inner()
-        }
-        host = _on_host(self._optimizer)
-        return {
-            **by_name.by_name(own, names.groups),
-            **outside,
-            **({"inner": inner} if inner else {}),
-            **({"on_host": host} if host else {}),
-        }
+        inner: dict[str, Any] = {}
+        for place, optimizer in self._inner():
+            state, groups = optimizer.state_dict(), names.of_groups(optimizer)
+            if by_name.has_torchs_layout(state, groups):
+                inner[place] = by_name.by_name(state, groups)
+        if by_name.has_torchs_layout(own, names.groups):
+            made = by_name.by_name(own, names.groups)
+        else:
+            made = {
+                "param_groups": by_name.named_groups(_without_params(self._optimizer), names.groups),
+                "state": {},
+                "own": own,
+            }
+        more = {"values": dict(names.outside), "inner": inner, "on_host": keys_on_host(self._optimizer)}
+        return {**made, **{key: value for key, value in more.items() if value}}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         names = self._names()
@@ -137,14 +138,17 @@ class OptimizerPart:
     def _load(self, saved: Mapping[str, Any]) -> None:
         if "own" in saved:
             self._strategy.load_optimizer_state(self._model, self._optimizer, saved["own"])
+            for place, optimizer in self._inner():
+                if place in saved.get("inner", {}):
+                    make_exact(optimizer, by_name.by_position(saved["inner"][place])["state"])
             return
         state = by_name.by_position(saved)
-        with _SameGroups(self._optimizer):
-            given = {**state, "state": by_name.castable(state["state"])}
+        with SameGroups(self._optimizer):
+            given = {**state, "state": castable(state["state"])}
             self._strategy.load_optimizer_state(self._model, self._optimizer, given)
-        _make_exact(self._optimizer, state["state"], saved.get("on_host", ()))
+        make_exact(self._optimizer, state["state"], saved.get("on_host", ()))
         for place, optimizer in self._inner():
-            if place in saved.get("inner", {}):
+            if place in saved.get("inner", {}) and type(self._optimizer).state_dict is Optimizer.state_dict:
                 self._load_inner(optimizer, saved["inner"][place])
 
     def _load_inner(self, optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
@@ -153,9 +157,9 @@ class OptimizerPart:
         origin = by_name.origins(saved, now)
         assert origin is not None, "the groups of the outer optimizer fit"
         state = by_name.by_position(by_name.regrouped(saved, now, origin))
-        with _SameGroups(optimizer):
-            optimizer.load_state_dict({**state, "state": by_name.castable(state["state"])})
-        _make_exact(optimizer, state["state"])
+        with SameGroups(optimizer):
+            optimizer.load_state_dict({**state, "state": castable(state["state"])})
+        make_exact(optimizer, state["state"])
 
     def differences(self, saved: Mapping[str, Any], unknown: Collection[str]) -> list[str]:
         names = self._names()
@@ -231,13 +235,14 @@ class OptimizerPart:
         return put_back
 
     def _names(self) -> Names:
-        inner = [optimizer for _, optimizer in self._inner()]
+        inner = [optimizer for _, optimizer in _optimizers_of(self._optimizer)]
         return Names(self._strategy.unwrap(self._model), self._optimizer, self._label, inner)
 
     def _inner(self) -> Iterator[tuple[str, Optimizer]]:
-        """Optimizers that are attributes of this one and have state of their own; not of one that saves in its own way."""
-        if type(self._optimizer).state_dict is Optimizer.state_dict:
-            yield from (pair for pair in _optimizers_of(self._optimizer) if pair[1].state is not self._optimizer.state)
+        """The optimizers inside this one that have state of their own."""
+        for place, optimizer in _optimizers_of(self._optimizer):
+            if optimizer.state is not self._optimizer.state:
+                yield place, optimizer
 
     # ---------------------------------------------------------------- does it fit?
 
@@ -287,73 +292,6 @@ class OptimizerPart:
         finally:
             put_back()
         return []
-
-
-class _SameGroups:
-    """Around torch's `load_state_dict`: the groups stay the same dicts in the same list, and the state the same dict.
-
-    Others hold them too: an optimizer inside this one, a hook. Not for an optimizer that loads in its own way.
-    """
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
-
-    def __enter__(self) -> None:
-        self._groups, self._state = self._optimizer.param_groups, self._optimizer.state
-
-    def __exit__(self, *error: object) -> None:
-        optimizer = self._optimizer
-        is_torchs = type(optimizer).load_state_dict is Optimizer.load_state_dict
-        if error[0] is not None or not is_torchs or optimizer.param_groups is self._groups:
-            return
-        for group, loaded in zip(self._groups, optimizer.param_groups, strict=True):
-            settings = _on_its_device(loaded, group)
-            group.clear()
-            group.update(settings)
-        self._state.clear()
-        self._state.update(optimizer.state)
-        optimizer.param_groups, optimizer.state = self._groups, self._state
-
-
-def _on_its_device(loaded: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that are tensors (a capturable optimizer's rate) on the device where the optimizer has them."""
-    return {
-        key: value.to(own[key].device) if isinstance(value, Tensor) and isinstance(own.get(key), Tensor) else value
-        for key, value in loaded.items()
-    }
-
-
-def _on_host(optimizer: Optimizer) -> list[str]:
-    """Keys of tensors that the optimizer keeps on the CPU for parameters that are elsewhere (NAdam's `mu_product`).
-
-    torch moves them to the parameters' device when it loads them, and then waits for the device at each step. Not "step", for
-    which torch knows when it has to be where.
-    """
-    keys = {
-        key
-        for owner, kept in optimizer.state.items()
-        if isinstance(owner, Tensor) and owner.device.type != "cpu" and isinstance(kept, Mapping)
-        for key, value in kept.items()
-        if isinstance(value, Tensor) and value.device.type == "cpu"
-    }
-    return sorted(keys - {"step"})
-
-
-def _make_exact(optimizer: Optimizer, saved: Mapping[Any, Any], on_host: Collection[str] = ()) -> None:
-    """Put values as they were saved in place of what torch has made of them.
-
-    Args:
-        saved: the state by position.
-        on_host: keys of tensors that belong on the CPU.
-    """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for key, kept in saved.items():
-        owner = parameters[key] if isinstance(key, int) and 0 <= key < len(parameters) else key
-        if owner in optimizer.state:
-            optimizer.state[owner] = by_name.exact(kept, optimizer.state[owner])
-            for name in on_host:
-                if name in kept:
-                    optimizer.state[owner][name] = kept[name].detach().cpu().clone()
 
 
 def _optimizers_of(outer: Optimizer) -> Iterator[tuple[str, Optimizer]]:
