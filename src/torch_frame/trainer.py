@@ -27,7 +27,9 @@ from torch_frame.hooks.defaults import default_hooks
 from torch_frame.hooks.evaluate import evaluate_all
 from torch_frame.progress import Progress
 from torch_frame.run import checks, parts, session, state
+from torch_frame.run.attributes import Attributes
 from torch_frame.run.feed import Feed
+from torch_frame.run.modes import Modes, train_unless_set
 from torch_frame.run.optimizers import OptimizersPart
 from torch_frame.run.resume import Found, Resumption, newest
 from torch_frame.run.saving import Saver, SaveRequest, job_of, save_one_by_one
@@ -150,6 +152,7 @@ class Trainer:
         prefetch: bool = True,
         save_frozen: bool = True,
     ) -> None:
+        names_before = set(vars(self))
         checks.check_arguments(model, optimizer, lr_scheduler, data_loader)
         checks.check_numbers(max_epochs, gradient_accumulation_steps, clip_grad_norm)
         checks.check_functions(step_fn=step_fn, loss_weight=loss_weight)
@@ -209,6 +212,7 @@ class Trainer:
         self._feed = Feed(data_loader, self.seed, self.strategy, self.device, take_over=take_over, prefetch=prefetch)
         keep_parents_garbage(self)
         self.progress = Progress()
+        self._module_modes = Modes(self.model_or_module, self.progress)
         self.should_stop = False
         self.start_epoch = 0
         self.metric_storage = MetricStorage()
@@ -226,6 +230,7 @@ class Trainer:
 
         self.hook_caller = HookCaller()
         self.stages = self.hook_caller.stages
+        self._kept_attributes = Attributes(self, own={*vars(self), "_kept_attributes"} - names_before)
         self.register_hooks(default_hooks() if hooks is None else hooks)
 
     # ---------------------------------------------------------------- the loop
@@ -244,6 +249,8 @@ class Trainer:
         with self._session(console_log_level, file_log_level):  # restore, check, log; report and close whatever happens
             self._begin()
             self.call("before_train")
+            self.hook_caller.check_states()
+            self._kept_attributes.begin()
             self._use_the_loader()
             self._resumption.restore_last(self._parts)  # random numbers
             with session.ended_by_signals(self._save_last):
@@ -273,9 +280,12 @@ class Trainer:
 
     def train_one_epoch(self) -> None:
         """The batches' way: loader -> device -> losses -> update."""
+        self.model.train()
         if self.progress.inner_iter == 0:
             self.call("before_epoch")
-        self.model.train()
+            train_unless_set(self.model)
+        else:
+            self._module_modes.restore()
         self.updater.refresh()
         self._frozen.look()
         for batch, position in self.batches():  # on the device, prefetched
@@ -398,7 +408,7 @@ class Trainer:
         if found is not None:
             self.lr_scheduler.step_by_metric(*found)
         elif self.epoch == self.max_epochs - 1:
-            raise SettingError(checks.unknown_metric_message("lr_scheduler_metric", name, storage))
+            logger.warning(checks.unknown_metric_message("lr_scheduler_metric", name, storage))
 
     def _save_if_stopping(self) -> None:
         """A run that ends early leaves a `latest.pth`, even if the hook that writes it ran before the decision."""
@@ -452,7 +462,7 @@ class Trainer:
         if self.model_ema is not None:
             self.model_ema.bind(self.model)
         self._feed.log_seed()
-        self.hook_caller.warn_of_unclaimed()
+        self.hook_caller.begin()
         rows = {
             "Work directory": self.work_dir,
             "Model": session.model_row(self.model_or_module),
@@ -589,6 +599,8 @@ class Trainer:
             "lr_schedulers": parts.NamedParts(lr_scheduler=parts.SchedulePart(self.lr_scheduler, self._settings)),
             "settings": SettingsPart(self._settings, self.max_epochs, self.lr_scheduler_interval),
             "grad_scaler": parts.ScalerPart(self.precision.scaler),
+            "modes": self._module_modes,
+            "attributes": self._kept_attributes,
             "precision": parts.SettingPart("precision", self.precision.name),
             "seed": parts.SeedPart(self.seed, self.seed_is_explicit),
             "loader_seed": parts.LoaderSeedPart(self._feed.loader),
@@ -652,11 +664,28 @@ class Trainer:
     def register_hooks(self, hooks: Iterable[HookBase | None]) -> None:
         """Add hooks behind those there are; LoggerHook stays last. None in the list is left out."""
         hooks = checked_hooks(hooks)
+        self.hook_caller.check_new(hooks)
         trainer: HookTrainer = self  # mypy checks that hooks find what they are promised
         for hook in hooks:
             hook.trainer = weakref.proxy(trainer)
         self.hook_caller.add(hooks)
         self._feed.times = self.hook_caller.time_split or self._feed.times
+
+    def register(self, name: str, thing: Any) -> None:
+        """Keep an object's state in the checkpoints, and restore it when the run is resumed, before the first batch.
+
+        Attributes of the trainer that have a state (optimizers, schedules, scalers, modules, own objects) need no registration.
+
+        Args:
+            name: of the object in the state.
+            thing: with `state_dict()` and `load_state_dict(state)`. What `torch_frame.checkpoint.values` lists comes back as it
+                was, tensors on the CPU.
+
+        Raises:
+            TypeError: if it lacks one of the two.
+            SettingError: if the name is taken, or training has begun.
+        """
+        self._kept_attributes.register(name, thing)
 
     def check_main(self) -> bool:
         """This is the process that writes and prints (1.7's name)."""

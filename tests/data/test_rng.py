@@ -17,10 +17,12 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from torch_frame.data.rng import (
+    device_states,
     loader_generator_states,
     preserved_rng,
     rng_state,
     seed_all,
+    set_device_states,
     set_loader_generator_states,
     set_random_seed,
     set_rng_state,
@@ -302,3 +304,82 @@ def test_seeding_a_sample_gives_the_numbers_that_each_library_gives_for_the_seed
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed >> 1)
     assert drawn == (random.random(), random.gauss(0, 1), np.random.rand(), torch.rand(()).item())
+
+
+class Xpu:
+    """A module of several devices, as torch.cuda and torch.xpu are."""
+
+    def __init__(self, num: int, started: bool = True) -> None:
+        self.generators = [torch.Generator().manual_seed(seed) for seed in range(num)]
+        self.started = started
+
+    def is_initialized(self) -> bool:
+        return self.started
+
+    def device_count(self) -> int:
+        return len(self.generators)
+
+    def get_rng_state_all(self) -> list[torch.Tensor]:
+        return [generator.get_state() for generator in self.generators]
+
+    def set_rng_state(self, state: torch.Tensor, device: int) -> None:
+        self.generators[device].set_state(state)
+
+    def draw(self) -> list[float]:
+        return [torch.rand(1, generator=generator).item() for generator in self.generators]
+
+
+class Mps:
+    """A module of the one device, as torch.mps is."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(7)
+
+    def device_count(self) -> int:
+        return 1
+
+    def get_rng_state(self) -> torch.Tensor:
+        return self.generator.get_state()
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        self.generator.set_state(state)
+
+    def draw(self) -> list[float]:
+        return [torch.rand(1, generator=self.generator).item()]
+
+
+@pytest.mark.parametrize("make", [lambda: Xpu(1), lambda: Xpu(3), Mps])
+def test_generators_of_any_kind_of_device_make_the_round_trip(make: Any) -> None:
+    devices = make()
+    devices.draw()
+    states = device_states(devices)
+    expected = devices.draw()
+    devices.draw()
+    set_device_states(devices, states)
+    assert devices.draw() == expected
+
+
+def test_devices_that_are_not_started_are_left_alone() -> None:
+    devices = Xpu(2, started=False)
+    assert device_states(devices) == []
+    before = devices.get_rng_state_all()
+    set_device_states(devices, Xpu(2).get_rng_state_all()[::-1])
+    assert all(map(torch.equal, before, devices.get_rng_state_all()))
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without an accelerator")
+def test_a_state_of_another_kind_of_device_restores_what_fits_and_says_so() -> None:
+    state = rng_state() | {"xpu": [torch.zeros(16, dtype=torch.uint8)]}
+    expected = torch.rand(3)
+    with pytest.warns(UserWarning, match="1 XPU devices in use, but here there are 0"):
+        set_rng_state(state)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without an accelerator")
+@pytest.mark.parametrize("name", ["cuda", "xpu", "mps"])
+def test_torchs_modules_have_what_is_asked_of_them(name: str) -> None:
+    devices = torch.get_device_module(name)
+    assert callable(devices.device_count)
+    assert callable(devices.set_rng_state)
+    assert device_states(devices) == []

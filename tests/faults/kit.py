@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import os
 import random
@@ -21,6 +22,8 @@ import torch
 
 from tests.small_data import wait_until
 from tests.small_runs import environment
+from torch_frame import Trainer
+from torch_frame.checkpoint.format import VERSION
 
 SCRIPT = Path(__file__).with_name("training.py")
 TIMES = ("time", "data_time", "iter_time")
@@ -29,20 +32,26 @@ TIMES = ("time", "data_time", "iter_time")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How the script loads its data; "own" is a loader that the trainer leaves as it is."""
+    """How the script loads its data ("own": a loader that the trainer leaves as it is), and what it trains: see `training.py`."""
 
     loader: str = "plain"
     workers: int = 0
     context: str = "fork"
     eval_workers: int = 0
+    task: str = "one"
 
     @property
     def options(self) -> list[str]:
         workers = ["--workers", str(self.workers), "--eval-workers", str(self.eval_workers)]
-        return ["--loader", self.loader, *workers, "--context", self.context]
+        return ["--loader", self.loader, *workers, "--context", self.context, "--task", self.task]
+
+    @property
+    def uninterrupted(self) -> Config:
+        """The configuration whose uninterrupted run this one is compared with."""
+        return Config("infinite" if self.workers else "plain", self.workers, task=self.task)
 
     def __str__(self) -> str:
-        name = f"{self.loader}-{self.workers}"
+        name = f"{self.loader}-{self.workers}" + (f"-{self.task}" if self.task != "one" else "")
         name += f"-eval-{self.eval_workers}" if self.eval_workers else ""
         return name + (f"-{self.context}" if self.workers or self.eval_workers else "")
 
@@ -55,7 +64,13 @@ CONFIGS = [
     Config("infinite", 0),
     Config("infinite", 2, "fork"),
     Config("infinite", 2, "spawn"),
+    Config("plain", 0, task="two-optimizers"),
+    Config("plain", 2, "fork", task="hook-subclass"),
 ]
+if VERSION >= 3:  # the optimizer's tensors that the model does not have are saved from then on
+    CONFIGS.append(Config("plain", 0, task="loss-with-weights"))
+if "save_frozen" in inspect.signature(Trainer).parameters:
+    CONFIGS.append(Config("plain", 0, task="save-frozen"))
 
 
 # ---------------------------------------------------------------- a process
@@ -393,6 +408,30 @@ def _write_half_a_row(run: Path, saved: int) -> None:
     """What a death in the middle of a write leaves."""
     with open(run / "run" / "metrics.jsonl", "a") as file:
         file.write(f'{{"iter": {saved + 1}, "epoch": 0, "time": 17')
+
+
+# ---------------------------------------------------------------- uninterrupted
+
+
+class Uninterrupted:
+    """Uninterrupted runs, each made when it is first asked for.
+
+    Args:
+        folder: where they are.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._runs: dict[Config, Path] = {}
+
+    def __getitem__(self, config: Config) -> Path:
+        """The folder of the run that a configuration is compared with."""
+        config = config.uninterrupted
+        if config not in self._runs:
+            with Training(self._folder / str(config), *config.options) as run:
+                assert run.wait() == 0, run.tail()
+            self._runs[config] = run.folder
+        return self._runs[config]
 
 
 # ---------------------------------------------------------------- several at a time

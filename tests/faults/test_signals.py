@@ -18,6 +18,7 @@ from tests.faults.kit import (
     Ahead,
     Config,
     Training,
+    Uninterrupted,
     checkpoints,
     events,
     is_whole,
@@ -130,11 +131,11 @@ ALL = [
 
 @pytest.fixture(scope="module")
 def ended(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, reference: dict[int, Path]
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, reference: Uninterrupted
 ) -> Iterator[Ahead]:
     """What has become of each case: `Ended`, or of "fork" and "spawn" what `interrupt_twice` returns."""
     folder = tmp_path_factory.mktemp("ended")
-    order = [index for event in events(reference[2], "iter") for index in event["indices"]]
+    order = [index for event in events(reference[FORK], "iter") for index in event["indices"]]
     numbers = itertools.count()
 
     def work(case: Case | str) -> Any:
@@ -220,13 +221,13 @@ def test_no_process_and_no_temporary_file_is_left(case: Case, ended: Ahead) -> N
 
 @every_case
 def test_the_resumed_run_ends_with_the_bits_of_the_uninterrupted_one(
-    case: Case, ended: Ahead, reference: dict[int, Path]
+    case: Case, ended: Ahead, reference: Uninterrupted
 ) -> None:
     found: Ended = ended.result(case)
     if case.config.loader == "own":
         return  # whose order is of its own
-    assert result(found.folder) == result(reference[case.config.workers])
-    assert rows(found.folder) == rows(reference[case.config.workers])
+    assert result(found.folder) == result(reference[case.config])
+    assert rows(found.folder) == rows(reference[case.config])
 
 
 @every_case

@@ -9,6 +9,7 @@ training, `result.json` (sha256 of weights, EMA, optimizer and the rest).
 from __future__ import annotations
 
 import argparse
+import enum
 import hashlib
 import json
 import os
@@ -27,14 +28,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR
 from torch.utils.data import DataLoader, Dataset
 
 from torch_frame import CheckpointerHook, EvalHook, HookBase, InfiniteDataLoader, LoggerHook, Trainer
 
-SIZE, BATCH_SIZE, WINDOW, EPOCHS = 26, 4, 3, 3
+SIZE, BATCH_SIZE, WINDOW, EPOCHS = 26, 4, 3, 3  # windows of 3, 3 and 1 batches
 BATCHES = -(-SIZE // BATCH_SIZE)  # 7: six of 4 samples, one of 2
-WINDOWS = -(-BATCHES // WINDOW)  # 3: of 3, 3 and 1 batches
+TASKS = ("one", "two-optimizers", "hook-subclass", "loss-with-weights", "save-frozen")
 EVAL_BATCHES = 3
 
 
@@ -213,6 +214,66 @@ class Logger(LoggerHook):
         self.fault.reached("logged")
 
 
+class Level(enum.Enum):
+    LOW, HIGH = 1, 2
+
+
+class Softening(EvalHook):
+    """An EvalHook with attributes, of which one is what the training goes by."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.smoothing = 0.1
+        self.errors: list[float] = []
+        self.worst = np.zeros(2)
+        self.levels: set[Level] = set()
+        self.level = Level.LOW
+
+    def after_epoch(self) -> None:
+        super().after_epoch()
+        self.errors.append(self.metric_storage["eval_error"].latest)
+        self.worst = np.maximum(self.worst, self.errors[-1])
+        self.smoothing *= 0.5 + 0.1 * float(self.worst[0] > self.errors[-1])
+        self.level = Level.HIGH
+        self.levels.add(self.level)
+
+
+class TwoOptimizers(Trainer):
+    """The head's optimizer, its schedule and a momentum teacher are attributes. Each batch is an update."""
+
+    def __init__(self, model: Net, *args: Any, **settings: Any) -> None:
+        super().__init__(model, *args, **settings)
+        self.optimizer_of_head = AdamW(model.head.parameters(), lr=0.02)
+        self.schedules = [ExponentialLR(self.optimizer_of_head, 0.97)]
+        self.teacher = nn.Linear(72, 4)
+        self.ends_window = False
+
+    def train_one_iter(self, batch: Any) -> dict[str, Tensor]:
+        assert self.step_fn is not None
+        assert self.model_ema is not None
+        head: Any = self.model.head[-1]  # type: ignore[index]
+        loss = self.step_fn(self.model, batch)["loss"] + 0.01 * (head.weight - self.teacher.weight).square().sum()
+        self.ends_window = (
+            self.inner_iter + 1
+        ) % WINDOW == 0 or self.inner_iter + 1 == BATCHES  # as often as the others
+        for optimizer in (self.optimizer, self.optimizer_of_head):
+            optimizer.zero_grad()
+        loss.backward()
+        if self.ends_window:
+            self.call("before_update")
+        for optimizer in (self.optimizer, self.optimizer_of_head):
+            optimizer.step()
+        self.lr_scheduler.step()
+        self.lr_scheduler.step_scheduler()
+        self.schedules[0].step()
+        self.model_ema.update(self.model)
+        for old, new in zip(self.teacher.parameters(), head.parameters(), strict=True):
+            old.data = old.data * 0.9 + new.data * 0.1
+        if self.ends_window:
+            self.call("after_update")
+        return {"total_loss": loss.detach()}
+
+
 def make_loader(options: argparse.Namespace, dataset: Images) -> DataLoader[Any]:
     settings: dict[str, Any] = {"batch_size": BATCH_SIZE, "shuffle": True, "num_workers": options.workers}
     if options.workers:
@@ -223,16 +284,38 @@ def make_loader(options: argparse.Namespace, dataset: Images) -> DataLoader[Any]
 
 
 def make_trainer(options: argparse.Namespace, fault: Fault, events: Events) -> Trainer:
-    model = Net(fault)
-    optimizer = AdamW(model.parameters(), lr=0.01, weight_decay=0.05)
-    optimizer.register_step_post_hook(lambda *args: fault.reached("stepped"))  # before schedule and EMA
-    schedule = OneCycleLR(optimizer, 0.02, total_steps=EPOCHS * WINDOWS)
+    task = options.task
+    model, criterion = Net(fault), nn.Linear(4, 4)
+    groups: list[Any] = [{"params": list(model.parameters())}]
+    if task == "two-optimizers":
+        groups = [{"params": list(model.features.parameters())}]
+    elif task == "loss-with-weights":
+        groups.append({"params": list(criterion.parameters()), "weight_decay": 0.0})
+    elif task == "save-frozen":  # a base that is the same in each process, as one from a file is
+        with torch.no_grad():
+            for parameter in model.features[0].parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)) / 5)
+                parameter.requires_grad_(False)
+        groups = [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
+    optimizer = AdamW(groups, lr=0.01, weight_decay=0.05)
+    window = 1 if task == "two-optimizers" else WINDOW
+    schedule = OneCycleLR(optimizer, 0.02, total_steps=EPOCHS * -(-BATCHES // window))
+
+    def stepped(*args: Any) -> None:  # before schedule and EMA
+        if task != "two-optimizers" or trainer.ends_window:  # type: ignore[attr-defined]
+            fault.reached("stepped")
+
+    optimizer.register_step_post_hook(stepped)
 
     def step(model: nn.Module, batch: Any) -> dict[str, Tensor]:
         images, labels, indices = batch
         events.add("iter", iter=trainer.cur_iter, epoch=trainer.epoch, indices=indices.tolist())
         images = images + random.random() * 0.1 + float(np.random.randn()) * 0.01  # the training's own random numbers
-        return {"loss": F.cross_entropy(model(images), labels, label_smoothing=0.1)}
+        scores = model(images)
+        if task == "loss-with-weights":
+            scores = scores + criterion(scores)
+        smoothing = evaluation.smoothing if isinstance(evaluation, Softening) else 0.1
+        return {"loss": F.cross_entropy(scores, labels, label_smoothing=smoothing)}
 
     def evaluate(model: nn.Module, batch: Any) -> dict[str, Tensor]:
         images, labels = batch
@@ -248,7 +331,10 @@ def make_trainer(options: argparse.Namespace, fault: Fault, events: Events) -> T
         held_out = DataLoader(held_out, None, num_workers=options.eval_workers, multiprocessing_context=options.context)
     logger = Logger(period=2)
     logger.fault = fault
-    trainer = Trainer(
+    evaluation = (Softening if task == "hook-subclass" else EvalHook)(
+        held_out, evaluate, save_metric="error", max_first=False, max_to_keep=2
+    )
+    trainer = (TwoOptimizers if task == "two-optimizers" else Trainer)(
         model,
         optimizer,
         schedule,
@@ -259,7 +345,7 @@ def make_trainer(options: argparse.Namespace, fault: Fault, events: Events) -> T
         warmup_method="linear",
         warmup_iters=4,
         hooks=[
-            EvalHook(held_out, evaluate, save_metric="error", max_first=False, max_to_keep=2),
+            evaluation,
             CheckpointerHook(every_n_iters=2),
             Stages(fault, events),
             logger,
@@ -268,11 +354,13 @@ def make_trainer(options: argparse.Namespace, fault: Fault, events: Events) -> T
         ema_decay=0.9,
         step_fn=step,
         precision="bf16",
-        gradient_accumulation_steps=WINDOW,
+        gradient_accumulation_steps=window,
         lr_scheduler_interval="iter",
         resume="auto",
         take_over=options.loader != "own",
+        **({"save_frozen": False} if task == "save-frozen" else {}),
     )
+    trainer.criterion = criterion if task == "loss-with-weights" else None  # type: ignore[attr-defined]
     return trainer
 
 
@@ -311,6 +399,20 @@ def outcome(trainer: Trainer) -> dict[str, str]:
         "random numbers": [torch.get_rng_state(), random.getstate(), np.random.random(4).tolist()],
         "best": [hook.cur_best for hook in trainer.hooks if isinstance(hook, EvalHook)],
     }
+    if isinstance(trainer, TwoOptimizers):
+        parts["head"] = [trainer.optimizer_of_head.state_dict(), trainer.schedules[0].state_dict()]
+        parts["teacher"] = trainer.teacher.state_dict()
+    if trainer.criterion is not None:  # type: ignore[attr-defined]
+        parts["criterion"] = trainer.criterion.state_dict()  # type: ignore[attr-defined]
+    for hook in trainer.hooks:
+        if isinstance(hook, Softening):
+            parts["attributes"] = [
+                hook.smoothing,
+                hook.errors,
+                hook.worst.tolist(),
+                hook.level,
+                sorted(hook.levels, key=str),
+            ]
     return {name: sha256(part) for name, part in parts.items()}
 
 
@@ -319,6 +421,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--loader", choices=["plain", "persistent", "infinite", "own"], default="plain")
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--task", choices=TASKS, default="one")
     parser.add_argument("--context", choices=["fork", "spawn", "forkserver"], default="fork")
     parser.add_argument("--eval-workers", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0, help="of weights and random numbers where nothing is resumed")

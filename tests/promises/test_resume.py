@@ -212,13 +212,16 @@ def test_outside_the_main_thread_training_works_and_no_handler_is_installed(tmp_
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     seen: list[Any] = []
-    look = On(before_epoch=lambda trainer: seen.append({number: signal.getsignal(number) for number in before}))
-    trainer = run(tmp_path / "run", look)
+
+    def look(trainer: Any) -> None:
+        seen.append({number: signal.getsignal(number) for number in before})
+
+    trainer = run(tmp_path / "run", On(before_epoch=look))
     thread = threading.Thread(target=trainer.train)
     thread.start()
     thread.join(60)
     assert trainer.progress.epoch == 4
     assert seen == [before] * 4
-    run(tmp_path / "other", look).train()
+    run(tmp_path / "other", On(before_epoch=look)).train()
     assert seen[-1] != before
     assert {number: signal.getsignal(number) for number in before} == before

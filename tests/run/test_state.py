@@ -131,4 +131,5 @@ def test_every_part_of_a_trainer_is_saved_and_read_back(tmp_path: Path) -> None:
             "loader_seed",
             "data_length",
         ),
+        "attributes",
     }

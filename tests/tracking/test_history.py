@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import math
+import pickle
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -492,3 +495,48 @@ def test_any_sequence_of_calls_gives_what_plain_lists_give(operations: list[Any]
             total, rel=1e-9, abs=1e-6
         )  # a value taken back leaves rounding
         assert storage[name].global_avg == pytest.approx(global_mean, rel=1e-9, abs=1e-6)
+
+
+# ---------------------------------------------------------------- copies
+
+
+def _through_torch_save(value: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+WAYS: dict[str, Callable[[Any], Any]] = {
+    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "torch.save": _through_torch_save,
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_a_copy_has_the_values_and_follows_the_run_no_more(way: Callable[[Any], Any]) -> None:
+    storage = MetricStorage(3)
+    storage.declare("lr", smooth=False)
+    storage.on_read = lambda columns: None
+    for iter in range(5):
+        storage.record(iter, {"loss": torch.tensor(float(iter)), "lr": 0.1})
+    storage.update(iter=2, acc=0.5, smooth=False, window_size=7)
+    copied = way(storage)
+    assert type(copied) is MetricStorage
+    assert copied.state_dict() == storage.state_dict()
+    copied.record(5, {"loss": 9.0, "lr": 0.2})
+    copied.update(iter=3, acc=0.75, smooth=False)
+    assert (copied["loss"].latest, copied["acc"].latest) == (9.0, 0.75)
+    assert (storage["loss"].latest, storage["acc"].latest, storage["loss"].global_sum) == (4.0, 0.5, 10.0)
+    with pytest.raises(ValueError, match="already has a value"):
+        copied.update(iter=3, acc=0.75, smooth=False)
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_a_buffer_is_copied_by_itself(way: Callable[[Any], Any]) -> None:
+    storage = MetricStorage()
+    storage.record(0, {"loss": torch.tensor(2.0)})
+    buffer = way(storage["loss"])
+    assert (buffer.latest, buffer.avg) == (2.0, 2.0)

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import (
 
 from tests.small_hooks import Recorder
 from tests.small_runs import Net, make_batches, make_trainer
-from torch_frame import EvalHook
+from torch_frame import EvalHook, HookBase
 
 PER_EPOCH = {
     "step": lambda optimizer: StepLR(optimizer, 2, gamma=0.5),
@@ -115,3 +115,19 @@ def test_reduce_on_plateau_follows_the_evaluation(tmp_path: Path) -> None:
         hooks=[evaluation, rates],
     ).train()
     assert rates.values == [0.1, 0.1, 0.05, 0.025]
+
+
+def test_a_plateau_whose_metric_never_comes_is_told_after_the_last_epoch(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Late(HookBase):
+        """Might log something."""
+
+    model = Net()
+    optimizer = SGD(model.parameters(), lr=0.05)
+    trainer = make_trainer(
+        tmp_path, model, optimizer, ReduceLROnPlateau(optimizer), hooks=[Late()], lr_scheduler_metric="acc"
+    )
+    trainer.train()
+    assert trainer.progress.epoch == 2
+    assert caplog.text.count("lr_scheduler_metric is 'acc', but nothing has been logged under this name") == 1

@@ -118,6 +118,8 @@ def converted(old: Mapping[str, Any], ema: Mapping[str, Any] | None = None) -> C
             "lr_schedulers": {"lr_scheduler": _schedule(old["lr_scheduler"])},
             "settings": {},
             "grad_scaler": old.get("grad_scaler"),
+            "modes": None,
+            "attributes": None,
             "precision": "fp16" if "grad_scaler" in old else "fp32",
             "seed": None,
             "loader_seed": None,

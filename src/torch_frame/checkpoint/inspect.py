@@ -59,7 +59,7 @@ def _of_state(state: Mapping[str, Any]) -> dict[str, Any]:
         "seed": state["seed"],
         "data_length": None if state.get("data_length") is None else list(state["data_length"]),
         "classes": state["classes"],
-        "hooks": sorted(state["hooks"]),
+        "hooks": sorted(name for name in state["hooks"] if not name.startswith("#")),
         "environment": dict(environment),
         "left_out": list(state.get("frozen") or {}),
         "parts": _parts(state),

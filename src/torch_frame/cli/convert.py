@@ -14,6 +14,8 @@ _WITHOUT = {
     "ema": "with use_ema the average begins anew from the weights; --ema takes it from the best.pth of that epoch",
     "requires_grad": "which parameters are trained: as the new trainer has it",
     "classes": "whether optimizer and scheduler are the same classes is not checked",
+    "modes": "nothing is needed at an epoch's beginning",
+    "attributes": "optimizers and modules that are attributes of the trainer begin anew",
     "seed": "the new trainer's own",
     "loader_seed": "an InfiniteDataLoader's own",
     "data_length": "whether the data is as long as it was is not checked",

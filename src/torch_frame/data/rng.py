@@ -7,7 +7,7 @@ import operator
 import os
 import random
 import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -108,21 +108,41 @@ def rng_state() -> dict[str, Any]:
 
     Returns:
         "python": what `random.getstate()` gives. "numpy": the global generator's state dict, its arrays as tensors.
-        "torch": the CPU generator's bytes. "cuda": a list with each device's bytes, empty while CUDA is not started.
+        "torch": the CPU generator's bytes. "cuda": a list with each device's bytes, empty while CUDA is not started. On a machine
+        with another accelerator its own type ("xpu", "mps") as well, in the same way; those two were never run.
     """
     return {
         "python": random.getstate(),
         "numpy": _arrays_to_tensors(np.random.get_state(legacy=False)),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "cuda": device_states(torch.cuda),
+        **{name: device_states(module) for name, module in _other_accelerators().items()},
     }
+
+
+def device_states(devices: Any) -> list[Tensor]:
+    """The state of each device's generator; empty while the devices are not started.
+
+    Args:
+        devices: the module of a kind of devices, as `torch.get_device_module` gives it.
+    """
+    if not _num_in_use(devices):
+        return []
+    return list(devices.get_rng_state_all()) if hasattr(devices, "get_rng_state_all") else [devices.get_rng_state()]
+
+
+def set_device_states(devices: Any, states: Sequence[Tensor]) -> None:
+    """Restore what `device_states` gave, of the devices that are here."""
+    indexed = hasattr(devices, "get_rng_state_all")  # mps has one device, which has no index
+    for index, state in enumerate(states[: _num_in_use(devices)]):
+        devices.set_rng_state(state.cpu(), *((index,) if indexed else ()))
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
     """Puts all generators where they were when `rng_state()` gave `state`.
 
     Warns:
-        UserWarning: `state` has another number of CUDA devices than are in use here. Those that both have are restored.
+        UserWarning: `state` has another number of devices than are in use here. Those that both have are restored.
 
     >>> state = rng_state()
     >>> first = random.random(), np.random.rand(), torch.rand(1).item()
@@ -130,14 +150,16 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     >>> (random.random(), np.random.rand(), torch.rand(1).item()) == first
     True
     """
-    num_saved, num_here = len(state["cuda"]), _num_cuda_devices_in_use()
-    if num_saved != num_here:
-        warnings.warn(
-            f"The random state was saved with {num_saved} CUDA devices in use, but here there are {num_here}: "
-            f"{min(num_saved, num_here)} are restored, and random numbers drawn on others differ from the saved run's. "
-            "For an exact resume restore it with as many devices, after CUDA has been started.",
-            stacklevel=2,
-        )
+    here = _device_modules()
+    for name in dict.fromkeys([*here, *(key for key in state if key not in _ON_THE_CPU)]):
+        num_saved, num_here = len(state.get(name, ())), _num_in_use(here[name]) if name in here else 0
+        if num_saved != num_here:
+            warnings.warn(
+                f"The random state was saved with {num_saved} {name.upper()} devices in use, but here there are {num_here}: "
+                f"{min(num_saved, num_here)} are restored, and random numbers drawn on others differ from the saved run's. "
+                f"For an exact resume restore it with as many devices, after {name.upper()} has been started.",
+                stacklevel=2,
+            )
     _restore(state)
 
 
@@ -145,8 +167,8 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 def preserved_rng() -> Generator[None, None, None]:
     """Restores all generators afterwards, after an exception too, so that what is drawn inside leaves no trace.
 
-    Costs 0.1 ms on the CPU: meant for an evaluation, not for a step. Generators of CUDA devices are restored where CUDA
-    was started before.
+    Costs 0.1 ms on the CPU: meant for an evaluation, not for a step. Generators of devices are restored where these were
+    started before.
 
     >>> state = torch.get_rng_state()
     >>> with preserved_rng():
@@ -220,13 +242,29 @@ def _restore(state: Mapping[str, Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state(_tensors_to_arrays(state["numpy"]))
     torch.set_rng_state(state["torch"].cpu())  # .cpu(): loading with map_location="cuda" moves the bytes as well
-    for index, bytes_ in enumerate(state["cuda"][: _num_cuda_devices_in_use()]):
-        torch.cuda.set_rng_state(bytes_.cpu(), index)
+    for name, devices in _device_modules().items():
+        set_device_states(devices, state.get(name, ()))
 
 
-def _num_cuda_devices_in_use() -> int:
-    """0 while CUDA is not started: a state set then would be overwritten by a seed that is still queued."""
-    return torch.cuda.device_count() if torch.cuda.is_initialized() else 0
+_ON_THE_CPU = ("python", "numpy", "torch")
+
+
+def _device_modules() -> dict[str, Any]:
+    """Type of device -> its module: CUDA's, and that of this machine's accelerator if it is another one."""
+    return {"cuda": torch.cuda, **_other_accelerators()}
+
+
+def _other_accelerators() -> dict[str, Any]:
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or accelerator.type == "cuda":
+        return {}
+    return {accelerator.type: torch.get_device_module(accelerator.type)}
+
+
+def _num_in_use(devices: Any) -> int:
+    """0 while the devices are not started: a state set then would be overwritten by a seed that is still queued."""
+    started = devices.is_initialized() if hasattr(devices, "is_initialized") else True
+    return int(devices.device_count()) if started else 0
 
 
 def _arrays_to_tensors(state: Any) -> Any:

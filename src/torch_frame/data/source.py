@@ -99,6 +99,7 @@ class ReplaySource(StatelessSource):
     """
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[BatchAndPosition]:
+        self.before_order(epoch)
         sampler = getattr(self._loader, "sampler", None)
         if isinstance(sampler, DistributedSampler):
             sampler.set_epoch(epoch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 BatchAndPosition = tuple[Any, int]
@@ -17,12 +17,14 @@ class Source(Protocol):
         interruptible: a wait for a batch may be interrupted; what was fetched is fetched again.
         may_fetch_ahead: a batch may be fetched before the one before it is trained.
         seed: of the order, if it is ours.
+        before_order: called with the epoch before its first index is drawn.
     """
 
     is_ours: bool
     interruptible: bool
     may_fetch_ahead: bool
     seed: int
+    before_order: Callable[[int], None]
 
     @property
     def length(self) -> tuple[int, str] | None:
@@ -65,6 +67,7 @@ class StatelessSource:
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
+        self.before_order: Callable[[int], None] = _nothing
 
     @property
     def num_batches(self) -> int | None:
@@ -82,6 +85,10 @@ class StatelessSource:
 
     def load_state_dict(self, state_dict: dict[str, Any], start: int) -> None:
         """Nothing to take on."""
+
+
+def _nothing(epoch: int) -> None:
+    """Nobody wants to know."""
 
 
 def length_of(loader: Any) -> int | None:

@@ -54,6 +54,11 @@ class OrderedSource(StatelessSource):
         """The batches of an epoch, as the loader is now."""
         return plan_of(self._loader, self.seed, self._rank, self._world_size)
 
+    def plan_of_epoch(self, epoch: int) -> BatchPlan:
+        """The same, for an epoch whose indices are drawn from now on."""
+        self.before_order(epoch)
+        return self.plan
+
     @property
     def num_batches(self) -> int | None:
         return length_of(self.plan)
@@ -99,7 +104,7 @@ class OrderedSource(StatelessSource):
         """Workers are started, or those that live for the run are told of the epoch."""
         if not self._loader.persistent_workers:
             self.close()
-        self._places = self.plan.places(epoch, start)
+        self._places = self.plan_of_epoch(epoch).places(epoch, start)
         return self._start_stream(epoch)
 
     def _start_stream(self, epoch: int) -> Iterator[Fetched]:
@@ -258,7 +263,7 @@ class EndlessSource(OrderedSource):
             self.close()
         if self._stream is None or self._cursor is None:
             source = weakref.proxy(self)
-            self._cursor = _EndlessPlaces(lambda: source.plan, epoch, start, self._last_epoch)
+            self._cursor = _EndlessPlaces(lambda epoch: source.plan_of_epoch(epoch), epoch, start, self._last_epoch)
             self._places = iter(self._cursor)
             self._start_stream(epoch)
         assert self._stream is not None
@@ -269,7 +274,7 @@ class EndlessSource(OrderedSource):
 class _EndlessPlaces:
     """The places of one epoch after the other, or from a place that it is told to jump to."""
 
-    def __init__(self, plan: Callable[[], BatchPlan], epoch: int, start: int, last_epoch: int | None) -> None:
+    def __init__(self, plan: Callable[[int], BatchPlan], epoch: int, start: int, last_epoch: int | None) -> None:
         self.generation = 0
         self.exhausted = False
         self._plan = plan
@@ -286,7 +291,9 @@ class _EndlessPlaces:
             generation = self.generation
             epoch, start = self._target
             self._target = (epoch + 1, 0)
-            places = self._plan().places(epoch, start)  # as the loader is when its next epoch is begun to be fetched
+            places = self._plan(epoch).places(
+                epoch, start
+            )  # as the loader is when its next epoch is begun to be fetched
             place = next(places, None)
             if place is None:  # the stream ends with an epoch that has no batch
                 self.exhausted = True

@@ -138,6 +138,10 @@ class HookTrainer(Protocol):
         """This is the process that writes and prints."""
         ...
 
+    def register(self, name: str, thing: Any) -> None:
+        """Keep an object's state in the checkpoints; in `before_train` at the latest."""
+        ...
+
     # ------------------------------------------------------------ files and hooks
 
     @property
@@ -215,10 +219,16 @@ class HookBase:
         trainer: the trainer, from `register_hooks` on (a weak reference: hooks and trainer do not keep each other alive).
         time_split: of a hook that wants the run's time split; the trainer and the calls of all hooks then tell it.
         idle_stages: stages that this object does not need although its class has them; they are not called.
+        identified_by: names of attributes that a saved state has to agree in to be this hook's, such as `("prefix",)`. Among
+            several hooks of a class all plain attributes tell them apart, as they are when the hooks are registered.
     """
 
     idle_stages: frozenset[str] = frozenset()
     time_split: TimeSplit | None = None
+    identified_by: tuple[str, ...] = ()
+
+    _begun_run: object
+    """Of the run whose before_train the hook has been through."""
 
     trainer: HookTrainer = None  # type: ignore[assignment]  # set when the hook is registered
 
@@ -264,7 +274,11 @@ class HookBase:
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this hook, in plain types and tensors."""
+        """What a checkpoint keeps of this hook.
+
+        Plain types, tensors, and what `torch_frame.checkpoint.values` lists (arrays, dates, paths, sets, enums, generators of
+        random numbers, ...) reach `load_state_dict` as they were; anything else is refused before the first step.
+        """
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -317,3 +331,8 @@ class HookBase:
     def is_last_inner_iter(self) -> bool:
         """This batch is its epoch's last; never if the loader has no length."""
         return self.trainer.inner_iter + 1 == self.trainer.epoch_len
+
+
+def is_ours(kind: type) -> bool:
+    """A class of torch-frame's own, not a user's subclass."""
+    return kind.__module__.partition(".")[0] == "torch_frame"

@@ -7,12 +7,19 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch_frame.errors import SettingError
-from torch_frame.hooks.base import STAGES, HookBase
+from torch_frame.checkpoint.values import decode, encode
+from torch_frame.errors import CheckpointError, SettingError
+from torch_frame.hooks.base import STAGES, HookBase, is_ours
+from torch_frame.hooks.checkpoint import CheckpointerHook
+from torch_frame.hooks.identity import OwnHook, SavedHook, described, identity_of, pairs
 from torch_frame.tracking.step_times import TimeSplit
 
 _logger = logging.getLogger("torch_frame")
 _UNTIMED = ("on_exception", "close")
+
+
+IDENTITIES = "#identities"
+"""The key in the saved states under which the hooks' identities are; no class is called so."""
 
 
 class HookCaller:
@@ -28,7 +35,12 @@ class HookCaller:
         self.hooks: list[HookBase] = []
         self.stages: dict[str, list[Callable[..., None]]] = {stage: [] for stage in STAGES}
         self.time_split: TimeSplit | None = None
-        self._unclaimed: dict[str, Any] = {}
+        self._identities: dict[int, dict[str, Any]] = {}  # by id() of the hook, which `hooks` keeps alive
+        self._saved: list[SavedHook] = []
+        self._taken: set[str] = set()  # keys of saved states that a hook has taken
+        self._restored: set[int] = set()  # id() of the hooks that have taken one
+        self._told: list[tuple[int, str]] = []
+        self._run = object()  # marks the hooks that have been through a run's before_train
 
     def add(self, hooks: Iterable[HookBase]) -> None:
         """Register hooks; a state that was restored before they came is handed to them now."""
@@ -37,6 +49,9 @@ class HookCaller:
                 raise SettingError(
                     f"The same {hook.class_name} object is registered twice; each hook needs its own object."
                 )
+            self._identities[id(hook)] = identity_of(hook)
+            if isinstance(hook, CheckpointerHook):
+                hook._note_attributes()
             self.hooks.append(hook)
         self.hooks.sort(key=_turn)  # stable: the order is otherwise kept
         self.time_split = split = _the_one_split(self.hooks)
@@ -46,18 +61,78 @@ class HookCaller:
                 methods[:] = [call for _, call in calls]
             else:
                 methods[:] = split.around(calls)
-        if self._unclaimed:
-            self.load_state_dict(self._unclaimed)
+        self.load_state_dict(None)
+
+    def check_new(self, hooks: Iterable[HookBase]) -> None:
+        """Hooks that have been through `before_train` of another run are refused.
+
+        Raises:
+            SettingError: naming the hook.
+        """
+        for hook in hooks:
+            if vars(hook).get("_begun_run", self._run) is not self._run:
+                raise SettingError(
+                    f"This {hook.class_name} object belongs to a run that has begun: it holds that run's best values, files and "
+                    "counts. Make a new one for each Trainer."
+                )
 
     def state_dict(self) -> dict[str, Any]:
-        return {key: hook.state_dict() for key, hook in self._keyed().items()}
+        states: dict[str, Any] = {}
+        identities: dict[str, Any] = {}
+        for key, hook in self._keyed().items():
+            states[key] = encode(hook.state_dict(), f"the state of {key}")
+            identities[key] = encode(self._identities[id(hook)])
+        return {**states, IDENTITIES: identities} if states else {}
 
-    def load_state_dict(self, states: dict[str, Any]) -> None:
-        """Hand each hook its state; what no hook claims is kept for hooks registered later."""
-        keyed = self._keyed()
-        for key in keyed.keys() & states.keys():
-            keyed[key].load_state_dict(states[key])
-        self._unclaimed = {key: state for key, state in states.items() if key not in keyed}
+    def load_state_dict(self, states: dict[str, Any] | None) -> None:
+        """Hand each hook its state; what no hook takes is kept for hooks registered later, which come with None."""
+        if states is not None:
+            self._saved, self._taken, self._restored, self._told = _saved_hooks(states), set(), set(), []
+        own = [OwnHook(key, self._identities[id(hook)], hook) for key, hook in self._keyed().items()]
+        has_state = {one.key for one in own if id(one.hook) in self._restored}
+        for saved, one, certain in pairs(self._saved, own, self._taken, has_state):
+            self._taken.add(saved.key)
+            self._restored.add(id(one.hook))
+            if not certain:
+                text = f"{described(one)} continues with the state of {described(saved)}, the one that agrees most."
+                self._told.append((logging.WARNING, text))
+            one.hook.load_state_dict(_state_of(saved))
+
+    def begin(self) -> None:
+        """The run begins: its hooks belong to it, and what was found when it was resumed is told."""
+        for hook in self.hooks:
+            hook._begun_run = self._run
+        for level, text in self._told:
+            _logger.log(level, text)
+        self._told = []
+        self._tell_of_one_side()
+        for hook in self.hooks:
+            if isinstance(hook, CheckpointerHook):
+                hook._tell()
+
+    def _tell_of_one_side(self) -> None:
+        lost = [described(one) for one in self._saved if one.key not in self._taken]
+        if lost:  # they are not carried into the next checkpoint
+            _logger.warning("The checkpoint holds the state of hooks that are not registered: %s.", ", ".join(lost))
+        own = [(OwnHook(key, self._identities[id(hook)], hook)) for key, hook in self._keyed().items()]
+        new = [described(one) for one in own if id(one.hook) not in self._restored]
+        if new and self._saved:
+            _logger.info("The checkpoint holds no state of these hooks, which begin anew: %s.", ", ".join(new))
+
+    def check_states(self) -> None:
+        """Before the first step: the states of users' hooks can be saved.
+
+        Raises:
+            CheckpointError: with the place of what cannot.
+        """
+        for key, hook in self._keyed().items():
+            if not is_ours(type(hook)):
+                try:
+                    encode(hook.state_dict(), f"the state of {key}")
+                except CheckpointError:
+                    raise
+                except Exception:  # it needs a step to be complete; the first save asks again
+                    continue
 
     def keep(self) -> Callable[[], None]:
         """What puts the hooks' attributes back as they are now: a resume may fail after hooks were given their states."""
@@ -71,13 +146,6 @@ class HookCaller:
                 vars(hook).update(attributes)
 
         return put_back
-
-    def warn_of_unclaimed(self) -> None:
-        """Say which restored states no hook has taken; they are not carried into the next checkpoint."""
-        if self._unclaimed:
-            _logger.warning(
-                "The checkpoint holds the state of hooks that are not registered: %s.", ", ".join(self._unclaimed)
-            )
 
     def _keyed(self) -> dict[str, HookBase]:
         """Hooks that have a state, by class name; further ones of a class by `Name#1`, `Name#2`, ..."""
@@ -101,6 +169,21 @@ def _the_one_split(hooks: Iterable[HookBase]) -> TimeSplit | None:
         names = " and ".join(hook.class_name for hook in splitting)
         raise SettingError(f"{names} both split the run's time; only one hook can. Leave one of them out.")
     return splitting[0].time_split if splitting else None
+
+
+def _saved_hooks(states: dict[str, Any]) -> list[SavedHook]:
+    identities = states.get(IDENTITIES, {})
+    saved = [
+        SavedHook(key, decode(identities[key]) if key in identities else None, state) for key, state in states.items()
+    ]
+    return [one for one in saved if one.key != IDENTITIES]
+
+
+def _state_of(saved: SavedHook) -> Any:
+    try:
+        return decode(saved.state)
+    except CheckpointError as error:
+        raise CheckpointError(f"The state of {saved.key}: {error}") from None
 
 
 def _attributes(of: Any) -> dict[str, Any]:

@@ -11,12 +11,17 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from torch_frame.checkpoint.values import like
 from torch_frame.errors import SettingError
-from torch_frame.hooks.base import HookBase
+from torch_frame.hooks.attributes import Attributes
+from torch_frame.hooks.base import HookBase, is_ours
 from torch_frame.tracking.history import HistoryBuffer
 
 _logger = logging.getLogger("torch_frame")
 _LOWER_IS_BETTER = re.compile(r"(^|_)(loss|error|err|mae|mse|rmse|perplexity|ppl|wer|cer|nll)(_|$)", re.IGNORECASE)
+
+
+_OWN_KEYS = frozenset({"cur_best", "save_metric", "max_first", "recent_checkpoints", "attributes"})
 
 
 class CheckpointerHook(HookBase):
@@ -43,8 +48,26 @@ class CheckpointerHook(HookBase):
     When to save and what to keep are independent: several CheckpointerHooks with different settings work side by side, and a
     file that two of them ask for at once is written once.
 
-    Stores: the best value so far and the files it keeps.
+    Stores: the best value so far, of which metric and direction it is, and the files it keeps; of a subclass the attributes that
+    have changed since it was registered, if they are of a kind that `torch_frame.checkpoint.values` lists.
     """
+
+    _kept_otherwise = frozenset(
+        {
+            "trainer",
+            "cur_best",
+            "_recent_checkpoints",
+            "_next_save_s",
+            "idle_stages",
+            "_as_registered",
+            "_resume_notes",
+            "_begun_run",
+        }
+    )
+    """Attributes that are not looked at for a change."""
+
+    _as_registered: Attributes | None = None
+    _resume_notes: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -135,26 +158,38 @@ class CheckpointerHook(HookBase):
     def _is_new_best(self) -> bool:
         assert self.save_metric is not None
         value = self._metric_value(self.save_metric)
-        if not self.is_better(value):
+        if value is None or not self.is_better(value):
             return False
         self.cur_best = value
         _logger.info("%s is the best so far: %.6g", self.save_metric, value)
         return True
 
-    def _metric_value(self, name: str) -> float:
-        if name not in self.metric_storage:
-            prefix = getattr(self, "prefix", "")
-            if prefix and name.removeprefix(prefix) in self.metric_storage:
-                raise SettingError(
-                    f"save_metric is {name.removeprefix(prefix)!r}, which {self.class_name} looks for as {name!r}: it puts "
-                    f"its prefix before the name. Log it as {name!r}."
-                )
+    def _metric_value(self, name: str) -> float | None:
+        """The metric's value; None as long as nothing has been logged under its name: an evaluation every few epochs."""
+        if name in self.metric_storage:
+            return self.metric_storage[name].avg
+        prefix = getattr(self, "prefix", "")
+        if prefix and name.removeprefix(prefix) in self.metric_storage:
             raise SettingError(
-                f"save_metric is {name!r}, but nothing has been logged under this name; there are: "
-                f"{', '.join(sorted(self.metric_storage)) or 'none'}. "
-                f"If a hook logs it, register that hook before {self.class_name}."
+                f"save_metric is {name.removeprefix(prefix)!r}, which {self.class_name} looks for as {name!r}: it puts "
+                f"its prefix before the name. Log it as {name!r}."
             )
-        return self.metric_storage[name].avg
+        for hook in self.trainer.hooks:
+            full_name = getattr(hook, "prefix", "") + name
+            if full_name in self.metric_storage:
+                raise SettingError(
+                    f"save_metric is {name!r}, which {hook.class_name} logs as {full_name!r}. Pass that name."
+                )
+        if self.is_last_epoch():
+            _logger.warning(
+                "%s's save_metric is %r, but nothing has been logged under this name, so there is no best.pth; there are: %s. If "
+                "a hook logs it, register that hook before %s.",
+                self.class_name,
+                name,
+                ", ".join(sorted(self.metric_storage)) or "none",
+                self.class_name,
+            )
+        return None
 
     def _owns_best(self) -> bool:
         if self.save_metric is not None:
@@ -173,11 +208,54 @@ class CheckpointerHook(HookBase):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"cur_best": self.cur_best, "recent_checkpoints": list(self._recent_checkpoints)}
+        state = {
+            "cur_best": self.cur_best,
+            "save_metric": self.save_metric,
+            "max_first": self.max_first,
+            "recent_checkpoints": list(self._recent_checkpoints),
+        }
+        changed = {} if self._as_registered is None else self._as_registered.changed(self)
+        return {**state, "attributes": changed} if changed else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.cur_best = float(state_dict["cur_best"])
+        older = {name: value for name, value in state_dict.items() if name in vars(self) and name not in _OWN_KEYS}
+        attributes = state_dict.get("attributes", {} if is_ours(type(self)) or "save_metric" in state_dict else older)
+        for name, value in attributes.items():  # a state of 1.7 has them beside the rest
+            setattr(self, name, like(value, getattr(self, name, None)))
         self._recent_checkpoints = [Path(name).name for name in state_dict["recent_checkpoints"]]
+        now = self.save_metric, self.max_first
+        was = state_dict.get("save_metric", now[0]), state_dict.get("max_first", now[1])  # older states do not say
+        best = float(state_dict["cur_best"])
+        if was == now and best != (math.inf if self.max_first else -math.inf):
+            self.cur_best = best
+        elif was != now and now[0] is not None:
+            self._resume_notes = (
+                f"{self.class_name}: the best value begins anew, for it belongs to a metric and its direction: it was of "
+                f"{_in_words(*was)}, now it is of {_in_words(*now)}.",
+            )
+
+    def _note_attributes(self) -> None:
+        """Called when the hook is registered: what a subclass keeps in attributes is compared with this moment."""
+        if not is_ours(type(self)):
+            self._as_registered = Attributes(self, self._kept_otherwise)
+
+    def _tell(self) -> None:
+        """Called when the run begins, with a log: what was found when the state was loaded, and what is not saved."""
+        for text in self._resume_notes:
+            _logger.warning(text)
+        self._resume_notes = ()
+        unseen = [] if self._as_registered is None else self._as_registered.opaque(self)
+        if unseen:
+            _logger.info(
+                "Not in the checkpoints, because they hold more than plain values: %s of %s. If they change, save them in its "
+                "state_dict().",
+                ", ".join(unseen),
+                self.class_name,
+            )
+
+
+def _in_words(metric: str | None, max_first: bool) -> str:
+    return "no metric" if metric is None else f"{metric!r} ({'higher' if max_first else 'lower'} is better)"
 
 
 def _check_interval(name: str, value: Any, kind: Any, unit: str, save_last: bool) -> None:

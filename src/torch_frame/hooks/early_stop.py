@@ -24,8 +24,11 @@ class EarlyStoppingHook(HookBase):
         max_first: higher is better; False: lower is better.
         min_delta: what an improvement has to be larger than.
 
-    Stores: the best value, and for how many epochs it has stood.
+    Stores: the best value, and for how many epochs it has stood. They belong to the metric and its direction: resumed with
+    another one, the hook begins anew.
     """
+
+    identified_by = ("metric", "max_first")
 
     def __init__(self, metric: str, patience: int = 10, max_first: bool = True, min_delta: float = 0.0) -> None:
         if not isinstance(patience, int) or patience < 1:
@@ -52,12 +55,14 @@ class EarlyStoppingHook(HookBase):
 
     def after_epoch(self) -> None:
         if self.metric not in self.metric_storage:
-            if not self.is_last_epoch():  # an evaluation every few epochs
-                return
-            raise SettingError(
-                f"EarlyStoppingHook follows {self.metric!r}, but nothing has been logged under this name; there are: "
-                f"{', '.join(sorted(self.metric_storage)) or 'none'}. Register it behind the hook that logs it."
-            )
+            if self.is_last_epoch():  # before it an evaluation every few epochs may be still to come
+                _logger.warning(
+                    "EarlyStoppingHook follows %r, but nothing has been logged under this name; there are: %s. Register it "
+                    "behind the hook that logs it.",
+                    self.metric,
+                    ", ".join(sorted(self.metric_storage)) or "none",
+                )
+            return
         logged_at = self.metric_storage.latest_iters()[self.metric]
         if logged_at == self._seen_at:  # not evaluated in this epoch
             return

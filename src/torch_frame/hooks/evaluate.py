@@ -46,6 +46,8 @@ class EvaluationHook(CheckpointerHook):
     Stores: what CheckpointerHook stores.
     """
 
+    _kept_otherwise = CheckpointerHook._kept_otherwise | {"_score_names", "results"}
+
     def __init__(
         self,
         period: int,
@@ -140,6 +142,8 @@ class EvalHook(EvaluationHook):
 
     Stores: what CheckpointerHook stores.
     """
+
+    identified_by = ("prefix",)
 
     def __init__(
         self,

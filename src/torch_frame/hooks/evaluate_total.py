@@ -57,6 +57,8 @@ class EvalTotalHook(EvaluationHook):
     ... )
     """
 
+    identified_by = ("_prefixes",)
+
     def __init__(
         self,
         dataloader: Iterable[Any] | Mapping[str, Iterable[Any]],
@@ -73,6 +75,7 @@ class EvalTotalHook(EvaluationHook):
     ) -> None:
         self.prefix = f"{prefix}_"
         self.dataloaders = dict(dataloader) if isinstance(dataloader, Mapping) else {prefix: dataloader}
+        self._prefixes = ", ".join(self.dataloaders)
         for loader in self.dataloaders.values():
             check_dataloader(loader)
         self._metrics = _with_names(eval_metric, has_inputs=inputs is not None)

@@ -14,6 +14,7 @@ from torch_frame.data.source import Source, length_of, source_of
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.progress import Progress
 from torch_frame.run import checks, parts
+from torch_frame.run.samplers import Samplers
 from torch_frame.run.state import Part
 from torch_frame.stopping import StopSignals
 from torch_frame.tracking.step_times import StepTimes
@@ -53,6 +54,7 @@ class Feed:
         self._device = device
         self._take_over = take_over
         self._prefetch = prefetch
+        self._samplers: Samplers | None = None
         self.times = StepTimes()
         self.set(loader, seed, 0)
 
@@ -60,7 +62,10 @@ class Feed:
         """Iterate this loader from now on; `last_epoch` is the index of the run's last one."""
         self.loader = loader
         self._seed = seed
+        if self._samplers is None or not self._samplers.is_of(loader):
+            self._samplers = Samplers(loader)
         self.source: Source = source_of(loader, seed, self._strategy, take_over=self._take_over, last_epoch=last_epoch)
+        self.source.before_order = self._samplers.epoch_begins
 
     def use(self, loader: Iterable[Any], last_epoch: int) -> None:
         """At an epoch's begin: iterate this loader, which may be another one than before."""
@@ -111,7 +116,8 @@ class Feed:
 
     def parts(self, progress: Progress) -> dict[str, Part]:
         """What is restored before the first batch, where the data stands."""
+        assert self._samplers is not None
         return {
-            "data": parts.DataPart(self.source, self.loader, self._first_loader, progress),
+            "data": parts.DataPart(self.source, self._samplers, self.loader, self._first_loader, progress),
             "loader_generators": parts.LoaderGeneratorsPart(self.loader),
         }

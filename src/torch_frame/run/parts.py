@@ -25,6 +25,7 @@ from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import CheckpointError
 from torch_frame.progress import Progress
 from torch_frame.run.optimizers import some
+from torch_frame.run.samplers import Samplers
 from torch_frame.run.script_settings import Settings
 from torch_frame.run.state import CheckedPart, Line, Part, UndoablePart
 from torch_frame.run.trained import FrozenParameters
@@ -295,20 +296,24 @@ class DataPart:
 
     Args:
         source: what is iterated.
+        samplers: of the loader.
         loader: the loader that it iterates.
         first_loader: the one that the trainer was made with. Another one was set by a script or a hook, so a run that is resumed
             inside an epoch over it has to set it too.
     """
 
-    def __init__(self, source: Source, loader: Any, first_loader: Any, progress: Progress) -> None:
+    def __init__(self, source: Source, samplers: Samplers, loader: Any, first_loader: Any, progress: Progress) -> None:
         self._source = source
+        self._samplers = samplers
         self._loader = loader
         self._is_first = loader is first_loader
         self._progress = progress
 
     def state_dict(self) -> dict[str, Any]:
+        samplers = self._samplers.state_dict(self._progress)
         return {
             **self._source.state_dict(self._progress.position),
+            **({"samplers": samplers} if samplers else {}),
             **({} if self._is_first else {"loader_was_set": True}),
         }
 
@@ -320,6 +325,7 @@ class DataPart:
                 "The run is resumed inside an epoch over a loader that was set during the run (trainer.data_loader = ...), but "
                 "this trainer still has the one that it was made with. Set it again in before_train, or make the trainer with it."
             )
+        self._samplers.load_state_dict(state.get("samplers", {}))
         if state:
             self._source.load_state_dict(state, self._progress.position)
         if not self._source.is_ours:

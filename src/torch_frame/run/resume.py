@@ -25,6 +25,8 @@ from torch_frame.run.trained import FrozenParameters
 from torch_frame.training.ema import EMA
 
 _logger = logging.getLogger("torch_frame")
+_NEWER_PARTS = {"attributes": None, "modes": None, "settings": None}
+"""What the first states of version 2 do not have."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def read(path: str) -> State:
             f"{path} has format {state['version']}, and this torch-frame {__version__} reads formats {OLDEST} to {VERSION}. "
             f"It was written by torch-frame {state.get('torch_frame')}: resume it with that version."
         )
-    return {"settings": None, **upgraded(state)}
+    return {**_NEWER_PARTS, **upgraded(state)}
 
 
 def newest(folder: str) -> Found | None:

@@ -82,9 +82,9 @@ def capture(parts: Mapping[str, Part], replaced: State | None = None) -> dict[st
 def capture_copy(parts: Mapping[str, Part]) -> dict[str, Any] | None:
     """Some parts as they are now, sharing no memory with the run; None if one of them cannot be saved."""
     state: dict[str, Any] = {}
-    for name, part in parts.items():
-        state[name] = part.state_dict()
     try:
+        for name, part in parts.items():
+            state[name] = part.state_dict()
         copied: dict[str, Any] = plain(state, copy_tensors=True)
     except CheckpointError:
         return None

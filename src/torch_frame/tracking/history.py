@@ -78,6 +78,11 @@ class HistoryBuffer:
         self._read()
         return self._sum
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: the values, without the storage that they come from."""
+        self._read()
+        return {**vars(self), "_read_pending": None}
+
     def __float__(self) -> float:
         return self.avg
 
@@ -276,10 +281,23 @@ class MetricStorage(dict[str, HistoryBuffer]):
             self[name]._count, self[name]._sum = saved["count"], saved["sum"]
         self.allow_repeats()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and pickles: the values as they are now; a copy does not follow the run."""
+        return _storage_of, (self._default_win_size, dict(self._declared), self.state_dict())
+
     def allow_repeats(self) -> None:
         """From now on a value for a name's latest moment takes that one's place, once: a run goes through it again."""
         self.flush()
         self._restored = set(self)
+
+
+def _storage_of(default_win_size: int, declared: dict[str, bool], state: dict[str, Any]) -> MetricStorage:
+    storage = MetricStorage(default_win_size)
+    for name, smooth in declared.items():
+        storage.declare(name, smooth=smooth)
+    storage.load_state_dict(state)
+    storage._restored = set()
+    return storage
 
 
 class _Column(NamedTuple):

@@ -1,0 +1,321 @@
+"""What a script has put on its trainer: optimizers, schedules, scalers, modules, and what it has registered.
+
+An attribute of the trainer (of a subclass or set from outside; also in lists, tuples and dicts of up to 256 elements) is in the
+state if its class has `state_dict` and `load_state_dict`, unless it is the trainer's own or a part of its model. A module that no
+optimizer trains (a teacher, a perceptual network) is written only if its weights have changed since the run began, which their
+digest tells at each save; else that digest, so that other weights at a resume are told. What is only on one side at a resume is
+told, and begins anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from torch_frame.checkpoint.digest import tensor_digest
+from torch_frame.checkpoint.values import MARK, decode, encode
+from torch_frame.errors import CheckpointError, SettingError
+from torch_frame.run.optimizers import OptimizerPart
+
+_logger = logging.getLogger("torch_frame")
+UNCHANGED = "unchanged_module"
+"""The kind of a value that stands for a module whose weights are not written."""
+
+
+class Attributes:
+    """The part of the state that holds them, by name: `opt_d`, `heads[0]`, `optimizers['g']`, or as registered.
+
+    Args:
+        trainer: whose attributes they are.
+        own: names of the trainer's own.
+    """
+
+    def __init__(self, trainer: Any, own: Collection[str]) -> None:
+        self._trainer = weakref.ref(trainer)
+        self._own = frozenset(own)
+        self._registered: dict[str, Any] = {}
+        self._saved: Mapping[str, Any] | None = None  # of the run that is resumed
+        self._restored: set[str] = set()
+        self._digests: dict[str, list[int] | None] = {}  # of modules that no optimizer trains, when the run began
+        self._changed: set[str] = set()
+        self._left_out: set[str] = set()
+        self._begun = False
+
+    def register(self, name: str, thing: Any) -> None:
+        """See `Trainer.register`."""
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"register's name is {name!r}; it has to be a text that is not empty.")
+        missing = [method for method in ("state_dict", "load_state_dict") if not callable(getattr(thing, method, None))]
+        if missing or isinstance(thing, type):
+            what = f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
+            raise TypeError(
+                f"register({name!r}, ...) got {what}{f' without {missing[0]}()' if missing else ''}; it has to be an object with "
+                "state_dict() and load_state_dict()."
+            )
+        if self._begun:
+            raise SettingError(
+                f"register({name!r}, ...) came after training had begun. Call it before, or in before_train."
+            )
+        if name in self._registered:
+            raise SettingError(f"register({name!r}, ...): this name is taken. Each object needs its own.")
+        self._registered[name] = thing
+        if self._saved is not None:
+            self.load_state_dict(self._saved, again=True)
+
+    # ------------------------------------------------------------ what there is
+
+    def _found(self) -> dict[str, Any]:
+        """Name -> object, in the order of restoring: a schedule is behind its optimizer, which is behind the modules."""
+        trainer = self._trainer()
+        assert trainer is not None
+        known = {id(thing) for thing in self._registered.values()} | _ids_of_own(trainer)
+        found = dict(self._registered)
+        for attribute, value in list(vars(trainer).items()):
+            for name, thing in _things(attribute, value) if attribute not in self._own else ():
+                thing = _bare(thing)
+                if id(thing) in known or not _has_state(thing):
+                    continue
+                if name in self._registered:
+                    raise SettingError(
+                        f"register({name!r}, ...) and the attribute trainer.{name} are two objects with one name. Rename one."
+                    )
+                known.add(id(thing))
+                found[name] = thing
+        return dict(sorted(found.items(), key=lambda pair: _rank(pair[1])))
+
+    def _part_of(self, name: str, thing: Any) -> Any:
+        """The object, or what stands for it in a state."""
+        trainer = self._trainer()
+        assert trainer is not None
+        return OptimizerPart(thing, trainer.model, trainer.strategy, name) if isinstance(thing, Optimizer) else thing
+
+    def _untrained(self, found: Mapping[str, Any]) -> dict[str, nn.Module]:
+        """The modules that no optimizer trains, without those that are registered."""
+        trainer = self._trainer()
+        assert trainer is not None
+        optimizers = [trainer.optimizer, *(thing for thing in found.values() if isinstance(thing, Optimizer))]
+        trained = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        return {
+            name: thing
+            for name, thing in found.items()
+            if isinstance(thing, nn.Module)
+            and name not in self._registered
+            and not any(id(parameter) in trained for parameter in thing.parameters())
+        }
+
+    # ------------------------------------------------------------ the state
+
+    def state_dict(self) -> dict[str, Any]:
+        found = self._found()
+        unchanged = self._unchanged(self._untrained(found))
+        states: dict[str, Any] = {}
+        for name, thing in found.items():
+            if name in unchanged:
+                states[name] = {MARK: UNCHANGED, "digest": unchanged[name]}
+                continue
+            state = self._part_of(name, thing).state_dict()
+            if isinstance(thing, Optimizer):  # plain already
+                states[name] = state
+                continue
+            try:
+                states[name] = encode(state, f"the state of {_called(name, self._registered)}")
+            except CheckpointError as error:
+                if name in self._registered:
+                    raise
+                self._leave_out(name, error)
+        return states
+
+    def _unchanged(self, modules: Mapping[str, nn.Module]) -> dict[str, list[int]]:
+        unchanged: dict[str, list[int]] = {}
+        for name, module in modules.items():
+            if name in self._digests and name not in self._changed:
+                digest = _digest(module)
+                if digest is not None and digest == self._digests[name]:
+                    unchanged[name] = digest
+                else:
+                    self._changed.add(name)
+        return unchanged
+
+    def _leave_out(self, name: str, error: CheckpointError) -> None:
+        if name not in self._left_out:
+            self._left_out.add(name)
+            _logger.warning("trainer.%s is not in the checkpoint: %s", name, error)
+
+    def differences(self, saved: Mapping[str, Any] | None, unknown: Collection[str]) -> list[str]:
+        """Why saved states of what is there already cannot be restored."""
+        problems: list[str] = []
+        for name, thing in self._found().items():
+            state = (saved or {}).get(name)
+            if state is not None and not _is_unchanged(state):
+                problems += [
+                    f"{_called(name, self._registered)}: {line}" for line in self._differences(name, thing, state)
+                ]
+        return problems
+
+    def _differences(self, name: str, thing: Any, state: Any) -> list[str]:
+        try:
+            if isinstance(thing, Optimizer):
+                return list(self._part_of(name, thing).differences(state, ()))
+            if isinstance(thing, nn.Module):
+                return _module_differences(thing, state)
+            decode(state)
+        except CheckpointError as error:
+            return [str(error)]
+        except (KeyError, TypeError, AttributeError):
+            return ["the checkpoint holds the state of something else under this name"]
+        return []
+
+    def load_state_dict(self, states: Mapping[str, Any] | None, *, again: bool = False) -> None:
+        """Restore what is there; the rest waits for attributes that are made later, before the first batch at the latest.
+
+        Args:
+            states: None if the checkpoint is older than this part.
+            again: what has been restored stays as it is.
+        """
+        self._saved = states or {}
+        if not again:
+            self._restored = set()
+        for name, thing in self._found().items():
+            if name not in self._saved or name in self._restored:
+                continue
+            self._restored.add(name)
+            state = self._saved[name]
+            if not _is_unchanged(state):
+                self._part_of(name, thing).load_state_dict(state if isinstance(thing, Optimizer) else decode(state))
+                self._changed.add(name)  # from now on its weights are those of the run
+
+    # ------------------------------------------------------------ the run begins
+
+    def begin(self) -> None:
+        """After before_train: restore what has been made since, tell what is on one side only, take the digests.
+
+        Raises:
+            CheckpointError: if the state of an object that was registered cannot be saved.
+        """
+        if self._saved is not None:
+            self.load_state_dict(self._saved, again=True)
+        found = self._found()
+        untrained = self._untrained(found)
+        digests = {name: _digest(module) for name, module in untrained.items() if name not in self._digests}
+        self._digests |= digests
+        if self._saved is not None:
+            self._tell(found, untrained, self._saved)
+            self._saved = None
+        self._begun = True
+        for name, thing in found.items():
+            if not isinstance(thing, nn.Module | Optimizer):
+                self._check(name, thing)
+
+    def _check(self, name: str, thing: Any) -> None:
+        try:
+            encode(thing.state_dict(), f"the state of {_called(name, self._registered)}")
+        except CheckpointError as error:
+            if name in self._registered:
+                raise
+            self._leave_out(name, error)
+        except Exception:  # it needs a step to be complete; the first save asks again
+            return
+
+    def _tell(self, found: Mapping[str, Any], untrained: Collection[str], saved: Mapping[str, Any]) -> None:
+        lost = [name for name in saved if name not in found]
+        if lost:
+            _logger.warning(
+                "The checkpoint holds the state of %s, which this trainer has neither as attributes nor registered: it is lost.",
+                ", ".join(lost),
+            )
+        new = [_called(name, self._registered) for name in found if name not in saved and name not in untrained]
+        if new:
+            _logger.warning("The checkpoint holds no state of %s: begun anew.", ", ".join(new))
+        for name, state in saved.items():
+            if _is_unchanged(state) and name in untrained and state["digest"] != self._digests[name]:
+                _logger.warning(
+                    "trainer.%s has other weights than in the run that is resumed, which did not change them and so did not save "
+                    "them. The script's count.",
+                    name,
+                )
+
+
+def _ids_of_own(trainer: Any) -> set[int]:
+    """What is saved in other ways: id() of the model and its modules, EMA's, the optimizer, ..."""
+    ema, schedule = trainer.model_ema, trainer.lr_scheduler
+    modules = [*trainer.model.modules(), *(() if ema is None else ema.model.modules())]
+    things = [
+        *modules,
+        ema,
+        trainer.optimizer,
+        schedule,
+        getattr(schedule, "scheduler", None),
+        trainer.precision.scaler,
+    ]
+    return {id(thing) for thing in [*things, *trainer.hooks, trainer.data_loader, trainer.metric_storage]}
+
+
+_MOST = 256  # elements of a container that is looked into: a list of all losses is none of optimizers
+_DEEPEST = 4
+
+
+def _things(name: str, value: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """What an attribute holds: itself, or what is in a list, tuple or dict."""
+    if not isinstance(value, dict | list | tuple):
+        yield name, value
+    elif len(value) <= _MOST and depth < _DEEPEST:
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _things(f"{name}[{key!r}]", item, depth + 1)
+
+
+def _bare(thing: Any) -> Any:
+    """A module without the wrappers of torch.compile, DDP and DataParallel, whose names are the same with and without."""
+    while isinstance(thing, nn.Module):
+        wraps = isinstance(thing, nn.parallel.DistributedDataParallel | nn.DataParallel)
+        inner = thing._modules.get("module" if wraps else "_orig_mod")
+        if inner is None:
+            break
+        thing = inner
+    return thing
+
+
+def _has_state(thing: Any) -> bool:
+    kind = type(thing)  # asked of the class: an object may invent attributes
+    has_methods = callable(getattr(kind, "state_dict", None)) and callable(getattr(kind, "load_state_dict", None))
+    return has_methods and not isinstance(thing, (type, DataLoader, *weakref.ProxyTypes))
+
+
+def _rank(thing: Any) -> int:
+    return 0 if isinstance(thing, nn.Module) else 1 if isinstance(thing, Optimizer) else 2
+
+
+def _called(name: str, registered: Collection[str]) -> str:
+    return repr(name) if name in registered else f"trainer.{name}"
+
+
+def _is_unchanged(state: Any) -> bool:
+    return isinstance(state, dict) and state.get(MARK) == UNCHANGED
+
+
+def _digest(module: nn.Module) -> list[int] | None:
+    """A number for each tensor of a module's state; None if it holds more than tensors."""
+    values = list(module.state_dict().values())
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    return tensor_digest(tensors) if len(tensors) == len(values) else None
+
+
+def _module_differences(module: nn.Module, saved: Mapping[str, Any]) -> list[str]:
+    """Names and shapes that differ; a module that saves or loads in a way of its own is not judged."""
+    if (
+        type(module).state_dict is not nn.Module.state_dict
+        or type(module).load_state_dict is not nn.Module.load_state_dict
+    ):
+        return []
+    own = module.state_dict()
+    problems = [f"{name} is in one of the two only" for name in sorted(own.keys() ^ saved.keys())]
+    for name in own.keys() & saved.keys():
+        was, now = getattr(saved[name], "shape", None), getattr(own[name], "shape", None)
+        if was != now:
+            problems.append(f"{name} was {list(was or ())}, now it is {list(now or ())}")
+    return problems
