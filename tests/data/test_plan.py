@@ -86,7 +86,7 @@ def test_in_an_endless_stream_the_last_batch_of_an_epoch_and_no_other_says_so(
     places = [[place[rank] for place in batches] for rank in range(world_size)]
     for rank in range(world_size):
         plan = SampleBatches(Sequential(size), batch_size, drop_last, rank, world_size, short)
-        stream = list(_EndlessPlaces(lambda plan=plan: plan, 0, 0, last_epoch=1)) if batches else []
+        stream = list(_EndlessPlaces(lambda epoch, plan=plan: plan, 0, 0, last_epoch=1)) if batches else []
         assert [place.is_last for place in stream] == ([False] * (len(batches) - 1) + [True]) * 2 * bool(batches)
         assert [place._replace(is_last=False) for place in stream[: len(batches)]] == places[rank]
 
