@@ -318,7 +318,7 @@ def _(script: Script) -> None:
     script.loader = DataLoader(Numbers(script), 2, sampler=SamplerWithLen(script, indices, 8))
 
 
-@case("reweighted between epochs", told="has drawn other indices")
+@case("reweighted between epochs")
 def _(script: Script) -> None:
     sampler = WeightedRandomSampler(torch.eye(11)[0].double(), 6)
     script.loader = DataLoader(Numbers(script), 2, sampler=sampler)
@@ -329,7 +329,7 @@ def _(script: Script) -> None:
     script.after_epoch = reweight
 
 
-@case("reweighted under persistent workers", told="has drawn other indices")
+@case("reweighted under persistent workers")
 def _(script: Script) -> None:
     sampler = WeightedRandomSampler(torch.eye(11)[0].double(), 6)
     script.loader = DataLoader(Numbers(script), 2, sampler=sampler, num_workers=1, persistent_workers=True)
