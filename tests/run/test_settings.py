@@ -331,11 +331,14 @@ def test_a_cycled_momentum_and_the_beta_beside_it(choice: Any, tmp_path: Path) -
 
     saved, changed = script(0.999, 0.95), script(0.9, 0.8)
     betas: list[Any] = []
-    note = On(before_iter=lambda trainer: betas.append(trainer.optimizer.param_groups[0]["betas"]))
-    (changed if choice == "script" else saved).but(hooks=[note]).whole(tmp_path / "whole")
+
+    def note() -> On:
+        return On(before_iter=lambda trainer: betas.append(trainer.optimizer.param_groups[0]["betas"]))
+
+    (changed if choice == "script" else saved).but(hooks=[note()]).whole(tmp_path / "whole")
     whole, betas[:] = list(betas), []
     saved.stopped(tmp_path / "parts")
-    changed.resumed(tmp_path / "parts", note, resume_settings=choice)
+    changed.resumed(tmp_path / "parts", note(), resume_settings=choice)
     assert betas == whole[STOP:]
 
 
@@ -538,12 +541,12 @@ def test_the_settings_in_force_are_saved_so_the_next_resume_speaks_of_them(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     Script(sgd(lr=0.1)).stopped(tmp_path, 4)
-    other = Script(sgd(lr=0.02), settings={"hooks": [CheckpointerHook()]})
-    other.trainer(tmp_path, resume="auto", max_epochs=2).train()
+    other = Script(sgd(lr=0.02))
+    other.trainer(tmp_path, CheckpointerHook(), resume="auto", max_epochs=2).train()
     assert len(warned(caplog)) == 1
-    other.trainer(tmp_path, resume="auto", max_epochs=3, resume_settings="script").train()
+    other.trainer(tmp_path, CheckpointerHook(), resume="auto", max_epochs=3, resume_settings="script").train()
     assert len(warned(caplog)) == 2
-    assert other.resumed(tmp_path).rates == [[0.02]] * BATCHES
+    assert other.resumed(tmp_path, CheckpointerHook()).rates == [[0.02]] * BATCHES
     assert len(warned(caplog)) == 2, "the script's settings are in force by now"
 
 
