@@ -321,6 +321,22 @@ def test_a_state_that_is_complete_after_the_first_step_only_is_saved(tmp_path: P
     assert torch.load(f"{trainer.ckpt_dir}/latest.pth")["hooks"]["Ready"]["seen"] == 4
 
 
+class ReadyLater(CountingHook):
+    """Its state is complete after the first epoch only."""
+
+    def after_epoch(self) -> None:
+        super().after_epoch()
+        self.seen = self.trainer.epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "seen": self.seen}
+
+
+def test_a_state_that_is_complete_after_the_first_epoch_only_is_saved(tmp_path: Path) -> None:
+    trainer = train(tmp_path, [ReadyLater()], 1)
+    assert torch.load(f"{trainer.ckpt_dir}/latest.pth")["hooks"]["ReadyLater"] == {"count": 1, "seen": 0}
+
+
 def test_a_value_of_a_class_that_is_gone_is_refused_and_nothing_has_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,13 +80,13 @@ def capture(parts: Mapping[str, Part], replaced: State | None = None) -> dict[st
 
 
 def capture_copy(parts: Mapping[str, Part]) -> dict[str, Any] | None:
-    """Some parts as they are now, sharing no memory with the run; None if one of them cannot be saved."""
+    """Some parts as they are now, sharing no memory with the run; None if one of them cannot be saved (yet)."""
     state: dict[str, Any] = {}
     try:
         for name, part in parts.items():
             state[name] = part.state_dict()
         copied: dict[str, Any] = plain(state, copy_tensors=True)
-    except CheckpointError:
+    except Exception:  # a hook's state may be complete only when its first after_epoch has run; a save tells what fails
         return None
     return copied
 
