@@ -226,6 +226,10 @@ def local_enum() -> Any:
     return Local.ONE
 
 
+class Named(Tensor):
+    """A tensor of a user's class."""
+
+
 itself: list[Any] = []
 itself.append(itself)
 REFUSED = {
@@ -238,6 +242,12 @@ REFUSED = {
     "masked array": (np.ma.masked_array([1, 2], [True, False]), "MaskedArray"),
     "dict of another class": (type("Settings", (dict,), {})(), "Settings"),
     "memory": (memoryview(b"a"), "memoryview"),
+    "tensor of a user's class": (torch.zeros(2).as_subclass(Named), "values.Named"),
+    "parameter of a user's class": (nn.Parameter(torch.zeros(2).as_subclass(Named)), "values.Named"),
+    "tensor without values": (torch.empty(2, device="meta"), "the device meta"),
+    "parameter of a lazy layer": (nn.UninitializedParameter(), "a lazy layer"),
+    "buffer of a lazy layer": (nn.UninitializedBuffer(), "a lazy layer"),
+    "tensor of mkldnn": (torch.zeros(2).to_mkldnn(), "the layout torch._mkldnn"),
 }
 
 
@@ -245,6 +255,20 @@ REFUSED = {
 def test_what_cannot_be_saved_is_refused_with_its_place(value: Any, says: str) -> None:
     with pytest.raises(CheckpointError, match=rf"hook\['a'\]\[1\].*{says}|hook.*{says}"):
         encode({"a": [0, value]}, "hook")
+
+
+@pytest.mark.parametrize("value", [value for value, _ in REFUSED.values() if isinstance(value, Tensor)])
+def test_what_cannot_be_saved_has_no_fingerprint(value: Tensor) -> None:
+    with pytest.raises(CheckpointError):
+        fingerprint([value])
+
+
+def test_a_jagged_tensor_is_saved_and_has_a_fingerprint() -> None:
+    def made(first: float) -> Tensor:
+        return torch.nested.nested_tensor([torch.tensor([first]), torch.zeros(3)], layout=torch.jagged)
+
+    assert encode({"rows": made(1.0)})["rows"].values().tolist() == [1, 0, 0, 0]
+    assert fingerprint(made(1.0)) == fingerprint(made(1.0)) != fingerprint(made(2.0))
 
 
 def test_a_class_that_is_not_there_is_told_and_nothing_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,6 +235,27 @@ def test_a_module_with_more_than_tensors_is_written(tmp_path: Path) -> None:
     assert trainer.extra.count == 2
 
 
+def test_a_lazy_layer_is_written_once_it_has_values(tmp_path: Path) -> None:
+    expected = None
+    for epochs in (1, 2):
+        trainer = build(tmp_path / "run", epochs)
+        trainer.lazy = nn.LazyLinear(3)
+        trainer.register_hooks([On(after_iter=lambda trainer: trainer.lazy(torch.zeros(1, 2)))])
+        trainer.train()
+        expected = expected or copied(trainer.lazy.state_dict())
+    assert differences(expected, dict(trainer.lazy.state_dict())) == []
+
+
+@pytest.mark.parametrize("make", [lambda: nn.LazyLinear(3), lambda: nn.Linear(2, 3, device="meta")])
+def test_a_module_without_values_is_left_out_with_a_line(
+    make: Callable[[], nn.Module], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = build(tmp_path / "run", 2)
+    trainer.empty = make()
+    trainer.train()
+    assert warnings_of(caplog).count("trainer.empty is not in the checkpoint") == 1
+
+
 # ---------------------------------------------------------------- what is the trainer's own is not stored twice
 
 

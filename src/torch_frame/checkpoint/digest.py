@@ -44,6 +44,9 @@ class _Builtins(pickle.Pickler):
 
 
 def _fingerprint_of_plain(value: Any) -> int:
+    if isinstance(value, Tensor) and value.layout is torch.jagged:
+        parts = [value.values(), value.offsets()]  # type: ignore[attr-defined]
+        return hash((value.dtype, *tensor_digest(parts)))
     if isinstance(value, Tensor):
         return hash((value.shape, value.dtype, *tensor_digest([value])))
     if isinstance(value, dict):

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from torch_frame.errors import CheckpointError
 
@@ -43,6 +44,12 @@ _FACTORIES: dict[str, Callable[[], Any]] = {
     kind.__name__: kind
     for kind in (list, dict, set, frozenset, tuple, int, float, str, bool, bytes, complex, deque, Counter, OrderedDict)
 }
+_LAYOUTS = frozenset(
+    {
+        *(torch.strided, torch.jagged, torch.sparse_coo),
+        *(torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc),
+    }
+)
 _BIT_GENERATORS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")
 
 
@@ -102,7 +109,7 @@ def _encoded(value: Any, place: str) -> Any:
     if encoder is not None:
         return encoder(value, place)
     if isinstance(value, Tensor):
-        return value
+        return _of_tensor(value, place)
     if isinstance(value, enum.Enum):
         return _of_enum(value, place)
     if isinstance(value, np.generic):
@@ -117,6 +124,26 @@ def _encoded(value: Any, place: str) -> Any:
         f"{place} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot hold: loading it would have to run code. "
         "Turn it into numbers, strings, lists, dicts, arrays or tensors in state_dict(), and back in load_state_dict()."
     )
+
+
+def _of_tensor(value: Tensor, place: str) -> Tensor:
+    kind = type(value)
+    if is_lazy(value):
+        what = "a tensor of a lazy layer that has not been called, so it has no values yet"
+    elif value.device.type == "meta":
+        what = "a tensor on the device meta, which has no values"
+    elif value.layout not in _LAYOUTS or (value.is_nested and value.layout is torch.strided):
+        name = "of the kind nested (with strides)" if value.is_nested else f"of the layout {value.layout}"
+        what = f"a tensor {name}, which a checkpoint cannot hold"
+    elif kind is Tensor or value.layout is torch.jagged or kind in torch.serialization.get_safe_globals():
+        return value
+    else:
+        what = f"a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot hold: loading it would have to run code"
+    raise CheckpointError(f"{place} is {what}. Turn it into an ordinary tensor in state_dict(), or leave it out.")
+
+
+def _of_parameter(value: nn.Parameter, place: str) -> Any:
+    return _marked("Parameter", tensor=_of_tensor(value.detach(), place), grad=value.requires_grad)
 
 
 def _marked(kind: str, **fields: Any) -> dict[str, Any]:
@@ -280,7 +307,7 @@ _ENCODERS: dict[type, Callable[[Any, str], Any]] = {
     deque: lambda value, place: _marked("deque", items=_items(value, place), maxlen=value.maxlen),
     defaultdict: _of_defaultdict,
     Counter: functools.partial(_of_other_dict, "Counter"),
-    nn.Parameter: lambda value, place: _marked("Parameter", tensor=value.detach(), grad=value.requires_grad),
+    nn.Parameter: _of_parameter,
     np.ndarray: _of_array,
     bytes: functools.partial(_of_bytes, "bytes"),
     bytearray: functools.partial(_of_bytes, "bytearray"),
