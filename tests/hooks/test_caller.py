@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
+import functools
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,9 +16,10 @@ import pytest
 import torch
 
 from tests.small_hooks import On
-from tests.small_runs import CountingHook, make_batches, make_trainer, raised_by
+from tests.small_runs import CountingHook, Net, environment, make_batches, make_trainer, raised_by, run_python
 from torch_frame import CheckpointerHook, CheckpointError, EvalHook, EvalTotalHook, HookBase, LoggerHook, SettingError
 from torch_frame.hooks.early_stop import EarlyStoppingHook
+from torch_frame.hooks.identity import identity_of
 from torch_frame.metrics.metric import Metric
 
 
@@ -37,6 +40,7 @@ class Keeper(HookBase):
 
 class Stage(enum.Enum):
     WARM = 1
+    COLD = 2
 
 
 def scores(value: float) -> Callable[[Any, Any], dict[str, list[float]]]:
@@ -98,6 +102,58 @@ def test_states_that_nobody_takes_and_hooks_without_one_are_told(
 def test_hooks_that_are_paired_by_what_agrees_most_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     resumed(tmp_path, [Keeper(1, "a"), Keeper(2, "b")], [Keeper(None, "c"), Keeper(None, "d")])
     assert "Keeper(name='c') continues with the state of Keeper(name='a')" in warnings_of(caplog)
+
+
+class Of(CountingHook):
+    """Is made with a thing, in a dict and in a slot."""
+
+    __slots__ = ("slot",)
+
+    def __init__(self, thing: Any) -> None:
+        super().__init__()
+        self.slot = self.thing = thing
+        self.best = math.nan
+
+    def after_epoch(self) -> None:
+        if self.trainer.epoch == 0:
+            self.count = self.trainer.hooks.index(self)
+
+
+def one() -> None: ...
+
+
+def two() -> None: ...
+
+
+THINGS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+    "lists": (lambda: ["a", "b"], lambda: ["b", "a"]),
+    "tuples of numbers": (lambda: (1, 2.5), lambda: (1, 2)),
+    "sets": (lambda: {"a", "b"}, lambda: {"a", "c"}),
+    "dicts": (lambda: {"layers": ["a"]}, lambda: {"layers": ["b"]}),
+    "paths": (lambda: Path("a"), lambda: Path("b")),
+    "enums": (lambda: Stage.WARM, lambda: Stage.COLD),
+    "functions": (lambda: one, lambda: two),
+    "functions with a setting": (lambda: functools.partial(one, 1), lambda: functools.partial(one, 2)),
+    "classes": (lambda: int, lambda: float),
+    "objects": (lambda: torch.nn.L1Loss(), lambda: torch.nn.MSELoss()),
+    "objects in a list": (lambda: [torch.nn.L1Loss()], lambda: [torch.nn.MSELoss()]),
+}
+
+
+@pytest.mark.parametrize(("a", "b"), THINGS.values(), ids=THINGS)
+def test_what_hooks_are_made_with_tells_them_apart(
+    a: Callable[[], Any], b: Callable[[], Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    after = [Of(b()), Of(a())]
+    resumed(tmp_path, [Of(a()), Of(b())], after)
+    assert [hook.count for hook in after] == [1, 0]
+    assert warnings_of(caplog) == ""  # what is NaN is equal too
+
+
+def test_identities_are_the_same_in_each_process(tmp_path: Path) -> None:
+    code = "from tests.hooks.test_caller import Of, identity_of; print(identity_of(Of({'a', 'b', ('c', None)})))"
+    printed = {run_python(code, tmp_path, env=environment(PYTHONHASHSEED=seed)).stdout for seed in ("1", "2")}
+    assert printed == {f"{identity_of(Of({'a', 'b', ('c', None)}))}\n"}
 
 
 def test_hooks_that_nothing_tells_apart_go_by_their_order(tmp_path: Path) -> None:
@@ -390,6 +446,33 @@ def test_attributes_that_have_changed_resume(make: Any, tmp_path: Path) -> None:
     assert hook.epochs == [0, 1]
     assert hook.names == {0: Stage.WARM, 1: Stage.WARM}
     assert hook.array.tolist() == [2, 2]
+
+
+class Slotted(CheckpointerHook):
+    __slots__ = ("__own", "count")
+
+    def __init__(self) -> None:
+        super().__init__(save_last=False)
+        self.count = self.__own = 0
+
+    def after_epoch(self) -> None:
+        self.count += 1
+        self.__own += 2
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        return self.count, self.__own
+
+
+def test_attributes_in_slots_resume_and_are_put_back(tmp_path: Path) -> None:
+    hook = Slotted()
+    resumed(tmp_path, [Slotted()], [hook])
+    assert hook.counts == (2, 4)
+    hook = Slotted()
+    trainer = make_trainer(tmp_path / "run", Net(norm=True), hooks=[hook, CheckpointerHook()], create_new_dir=None)
+    with pytest.raises(CheckpointError):
+        trainer.load_checkpoint("latest.pth")
+    assert hook.counts == (0, 0)
 
 
 def test_attributes_resume_twice(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch.utils.data import DataLoader, Dataset
 
 from torch_frame.checkpoint.digest import fingerprint
+from torch_frame.checkpoint.slots import attributes_of
 from torch_frame.checkpoint.values import encode
 from torch_frame.errors import CheckpointError
 from torch_frame.hooks.base import HookBase
@@ -41,7 +42,7 @@ class Attributes:
         self._seen = {name: _seen(value) for name, value in self._of(hook).items()}
 
     def _of(self, hook: HookBase) -> dict[str, Any]:
-        return {name: value for name, value in vars(hook).items() if name not in self._kept_otherwise}
+        return {name: value for name, value in attributes_of(hook).items() if name not in self._kept_otherwise}
 
     def changed(self, hook: HookBase) -> dict[str, Any]:
         """Names and values of those that have changed and can be saved; of others is told, once each."""

@@ -220,7 +220,8 @@ class HookBase:
         time_split: of a hook that wants the run's time split; the trainer and the calls of all hooks then tell it.
         idle_stages: stages that this object does not need although its class has them; they are not called.
         identified_by: names of attributes that a saved state has to agree in to be this hook's, such as `("prefix",)`. Among
-            several hooks of a class all plain attributes tell them apart, as they are when the hooks are registered.
+            several hooks of a class all attributes tell them apart, as they are when the hooks are registered: numbers, texts,
+            flags, containers of these, functions by their names, other objects by their classes.
     """
 
     idle_stages: frozenset[str] = frozenset()

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from torch_frame.checkpoint.slots import attributes_of
 from torch_frame.checkpoint.values import decode, encode
 from torch_frame.errors import CheckpointError, SettingError
 from torch_frame.hooks.base import STAGES, HookBase, is_ours
@@ -142,8 +143,10 @@ class HookCaller:
         def put_back() -> None:
             vars(self).update(own)
             for hook, attributes in kept:
-                vars(hook).clear()
-                vars(hook).update(attributes)
+                for name in attributes_of(hook).keys() - attributes.keys():
+                    delattr(hook, name)
+                for name, value in attributes.items():
+                    object.__setattr__(hook, name, value)
 
         return put_back
 
@@ -188,7 +191,8 @@ def _state_of(saved: SavedHook) -> Any:
 
 def _attributes(of: Any) -> dict[str, Any]:
     """An object's attributes; lists, dicts and sets as copies, for they may be changed in place."""
-    return {name: copy.copy(value) if type(value) in (list, dict, set) else value for name, value in vars(of).items()}
+    found = attributes_of(of)
+    return {name: copy.copy(value) if type(value) in (list, dict, set) else value for name, value in found.items()}
 
 
 def _overrides(hook: HookBase, stage: str) -> bool:

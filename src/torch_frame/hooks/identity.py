@@ -1,18 +1,31 @@
 """Which saved state belongs to which hook: by class and by what the hook was registered with, never by its place.
 
-A hook's identity is its plain attributes (numbers, texts, flags) as they were when it was registered. A state goes to the hook of
-its class with the same identity. What is left then is paired by what agrees most, if the class has as many hooks as there were:
-a setting has been changed in the script. Attributes that `HookBase.identified_by` names have to agree in any case.
+A hook's identity is its attributes as they were when it was registered: numbers, texts and flags themselves, of containers a
+digest of what is in them, of functions and classes the name, of other objects the name of their class. A state goes to the hook
+of its class with the same identity, else to one with the same numbers, texts and flags. What is left then is paired by what
+agrees most, if the class has as many hooks as there were: a setting has been changed in the script. Attributes that
+`HookBase.identified_by` names have to agree in any case.
 """
 
 from __future__ import annotations
 
+import enum
+import functools
+import hashlib
+import math
+import pathlib
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from torch_frame.checkpoint.slots import attributes_of
 from torch_frame.hooks.base import HookBase
 
 _SCALARS = (bool, int, float, str, type(None))
+_FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, type)
+_OF_THE_RUN = frozenset({"trainer", "_begun_run", "_as_registered", "_resume_notes", "time_split"})
+_LONGEST = 10_000
+"""Elements of a container that is looked into."""
 
 
 class SavedHook(NamedTuple):
@@ -44,8 +57,34 @@ class Pair(NamedTuple):
 
 
 def identity_of(hook: HookBase) -> dict[str, Any]:
-    """The hook's plain attributes as they are now."""
-    return {name: value for name, value in vars(hook).items() if type(value) in _SCALARS}
+    """Name -> scalar, or the digest of another value, of the hook's attributes as they are now."""
+    attributes = {name: value for name, value in attributes_of(hook).items() if name not in _OF_THE_RUN}
+    return {name: value if _is_scalar(value) else _digest(value) for name, value in attributes.items()}
+
+
+def _is_scalar(value: Any) -> bool:
+    return type(value) in _SCALARS and not (isinstance(value, float) and math.isnan(value))  # which equals nothing
+
+
+def _digest(value: Any) -> tuple[str]:
+    return (hashlib.blake2b(repr(_outline(value)).encode(errors="replace"), digest_size=8).hexdigest(),)
+
+
+def _outline(value: Any, depth: int = 0) -> Any:
+    """Texts that tell a value from others, the same in each process; of an object no more than its class."""
+    kind = type(value)
+    if kind in _SCALARS:
+        return repr(value)
+    if isinstance(value, enum.Enum | pathlib.PurePath):
+        return str(value)
+    if kind in _FUNCTIONS:
+        return value.__qualname__
+    if depth < 4 and kind is functools.partial:
+        return [_outline(part, depth + 1) for part in (value.func, value.args, value.keywords)]
+    if depth < 4 and kind in (list, tuple, dict, set, frozenset) and len(value) <= _LONGEST:
+        items = [_outline(item, depth + 1) for item in (value.items() if kind is dict else value)]
+        return [kind.__name__, sorted(items, key=repr) if kind in (set, frozenset) else items]
+    return kind.__qualname__
 
 
 def pairs(saved: Sequence[SavedHook], own: Sequence[OwnHook], taken: set[str], has_state: set[str]) -> list[Pair]:
@@ -75,14 +114,13 @@ def described(one: SavedHook | OwnHook) -> str:
 
 def _of_one_class(saved: list[SavedHook], own: list[OwnHook], *, as_many: bool) -> list[Pair]:
     found: list[Pair] = []
-    for state in list(saved):
-        old = state.identity is None
-        same = (one for one in own if (one.key == state.key if old else one.identity == state.identity))
-        hook = next(same, None)
-        if hook is not None:
-            found.append(Pair(state, hook, certain=True))
-            saved.remove(state)
-            own.remove(hook)
+    for is_same in (_agree_in_all, _agree_in_scalars):
+        for state in list(saved):
+            hook = next((one for one in own if is_same(state, one)), None)
+            if hook is not None:
+                found.append(Pair(state, hook, certain=True))
+                saved.remove(state)
+                own.remove(hook)
     certain = len(saved) == len(own) == 1
     possible = [(state, hook) for state in saved for hook in own if _may_take(state, hook, as_many, saved, own)]
     possible.sort(key=lambda pair: -_num_equal(*pair))  # stable: else in their order
@@ -92,6 +130,19 @@ def _of_one_class(saved: list[SavedHook], own: list[OwnHook], *, as_many: bool) 
             saved.remove(state)
             own.remove(hook)
     return found
+
+
+def _agree_in_all(state: SavedHook, hook: OwnHook) -> bool:
+    return hook.key == state.key if state.identity is None else hook.identity == state.identity
+
+
+def _agree_in_scalars(state: SavedHook, hook: OwnHook) -> bool:
+    """Containers may hold what the hook has done; older checkpoints have scalars only."""
+    return state.identity is not None and _scalars(hook.identity) == _scalars(state.identity)
+
+
+def _scalars(identity: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in identity.items() if type(value) in _SCALARS}
 
 
 def _may_take(
