@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import pathlib
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,59 @@ class Batches:
         return SIZE // 3
 
 
+class Slots:
+    """Keeps what changes in slots."""
+
+    __slots__ = ("level", "weights")
+
+    def __init__(self) -> None:
+        self.level = 0
+        self.weights = torch.zeros(SIZE)
+
+    def __iter__(self) -> Iterator[int]:
+        self.level += 1
+        for i in range(SIZE):
+            index = (i * (1 + 2 * self.level) + int(self.weights[0])) % SIZE
+            self.weights[index] += 1
+            yield index
+
+    def __len__(self) -> int:
+        return SIZE
+
+
+class Drawing:
+    """Draws from generators of its own, under names of its own."""
+
+    def __init__(self, inner: Any = ()) -> None:
+        self.inner = inner
+        self.torch_draws = torch.Generator().manual_seed(0)
+        self.numpy_draws = np.random.default_rng(0)
+        self.python_draws = random.Random(0)
+
+    def __iter__(self) -> Iterator[int]:
+        for index in torch.randperm(SIZE, generator=self.torch_draws).tolist():
+            yield (index + self.numpy_draws.integers(SIZE) + self.python_draws.randrange(SIZE) + sum(self.inner)) % SIZE
+
+    def __len__(self) -> int:
+        return SIZE
+
+
+class Concatenated(Sampler[int]):
+    """Half of what each of two samplers draws, and both draw from one generator."""
+
+    def __init__(self, parts: list[Any]) -> None:
+        self.parts = parts
+        self.draws = random.Random(0)
+        self.parts[0].draws = self.draws
+
+    def __iter__(self) -> Iterator[int]:
+        for pair in zip(*self.parts, strict=True):
+            yield (pair[self.draws.randrange(2)] + self.parts[0].draws.randrange(SIZE)) % SIZE
+
+    def __len__(self) -> int:
+        return SIZE
+
+
 def weighted() -> WeightedRandomSampler:
     return WeightedRandomSampler(torch.ones(SIZE), SIZE)
 
@@ -95,6 +149,10 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "a state of its own": {"batch_size": 3, "sampler": WithState},
     "reweighted": {"batch_size": 3, "sampler": weighted},
     "a batch sampler": {"batch_sampler": Batches},
+    "slots": {"batch_size": 3, "sampler": Slots},
+    "own generators": {"batch_size": 3, "sampler": Drawing},
+    "some in a list": {"batch_size": 3, "sampler": lambda: Concatenated([Growing(), Growing(2)])},
+    "one inside another": {"batch_size": 3, "sampler": lambda: Drawing(Growing())},
     "a subclass of torch's": {"batch_sampler": lambda: type("Own", (BatchSampler,), {})(Growing(), 3, False)},
 }
 

@@ -94,8 +94,24 @@ def decode(value: Any) -> Any:
 
 
 def like(value: Any, other: Any) -> Any:
-    """A value that was read, and so is on the CPU, on the device of the one that it replaces if both are tensors."""
-    return value.to(other.device) if isinstance(value, Tensor) and isinstance(other, Tensor) else value
+    """What takes the place of `other`: a value that was read, and so is on the CPU, on its device if both are tensors.
+
+    A generator of random numbers stays the object that it is, for others may draw from it too.
+    """
+    if isinstance(value, Tensor) and isinstance(other, Tensor):
+        return value.to(other.device)
+    if type(value) is not type(other):
+        return value
+    if isinstance(value, torch.Generator) and value.device == other.device:
+        other.set_state(value.get_state())
+        return other
+    if isinstance(value, random.Random):
+        other.setstate(value.getstate())
+        return other
+    if isinstance(value, np.random.RandomState):
+        other.set_state(value.get_state(legacy=False))
+        return other
+    return value
 
 
 # ---------------------------------------------------------------- to plain types

@@ -202,7 +202,7 @@ def loader_generator_states(loader: object) -> dict[str, Tensor]:
     >>> list(loader_generator_states(loader))
     ['generator']
     """
-    return {place: generator.get_state() for place, generator in _loader_generators(loader).items()}
+    return {place: generator.get_state() for place, generator in loader_generators(loader).items()}
 
 
 def set_loader_generator_states(loader: object, states: Mapping[str, Tensor]) -> None:
@@ -211,7 +211,7 @@ def set_loader_generator_states(loader: object, states: Mapping[str, Tensor]) ->
     Warns:
         UserWarning: `loader` carries its generators in other places than `states` names. Those in both are restored.
     """
-    generators = _loader_generators(loader)
+    generators = loader_generators(loader)
     for place in generators.keys() & states.keys():
         generators[place].set_state(states[place].cpu())
     if generators.keys() != states.keys():
@@ -279,8 +279,8 @@ def _tensors_to_arrays(state: Any) -> Any:
     return state.cpu().numpy() if isinstance(state, Tensor) else state
 
 
-def _loader_generators(loader: object) -> dict[str, torch.Generator]:
-    """The generators by place; the loader's own first, so that a shared one gets that name."""
+def loader_generators(loader: object) -> dict[str, torch.Generator]:
+    """A loader's generators by place; the loader's own first, so that a shared one gets that name."""
     if not isinstance(loader, DataLoader):
         return {}
     found: dict[str, torch.Generator] = {}

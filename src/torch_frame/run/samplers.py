@@ -7,18 +7,21 @@ import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, RandomSampler, Sampler, SequentialSampler
 
 from torch_frame.checkpoint.digest import fingerprint
+from torch_frame.checkpoint.format import plain
+from torch_frame.checkpoint.slots import attributes_of
 from torch_frame.checkpoint.values import decode, encode, like
+from torch_frame.data.rng import loader_generators
 from torch_frame.errors import CheckpointError
 from torch_frame.progress import Progress
 
 _logger = logging.getLogger("torch_frame")
 _WITHOUT_STATE = (SequentialSampler, RandomSampler, BatchSampler)
 """torch's own; a subclass of them is a user's."""
+_MOST = 256  # samplers in a list
 
 
 class Samplers:
@@ -43,7 +46,8 @@ class Samplers:
     def epoch_begins(self, epoch: int) -> None:
         """Called before the first index of an epoch is drawn, which may be while the epoch before it is trained."""
         if self._first:
-            self._at_begin = dict([*self._at_begin.items(), (epoch, self._now())][-3:])
+            now = plain(self._now(), copy_tensors=True)  # a sampler may change them in place
+            self._at_begin = dict([*self._at_begin.items(), (epoch, now)][-3:])
 
     def _now(self) -> dict[str, Any]:
         states = {}
@@ -79,9 +83,10 @@ class Samplers:
 
     def _attributes(self, sampler: Any) -> Iterator[tuple[str, Any]]:
         """Those that may be saved; not the dataset, which would be looked through for each epoch."""
-        dataset = getattr(self._loader(), "dataset", None)
-        for name, value in vars(sampler).items():
-            if value is not dataset and not isinstance(value, torch.Generator | nn.Module):
+        loader = self._loader()
+        elsewhere = [getattr(loader, "dataset", None), *loader_generators(loader).values()]
+        for name, value in attributes_of(sampler).items():
+            if not isinstance(value, nn.Module) and all(value is not other for other in elsewhere):
                 yield name, value
 
     def _fingerprints(self, sampler: Any) -> dict[str, int]:
@@ -112,9 +117,18 @@ def _samplers_of(loader: Any) -> Iterator[tuple[str, Any]]:
         if sampler is None or id(sampler) in seen or isinstance(sampler, list | tuple | range):
             continue
         seen.add(id(sampler))
-        waiting += [(f"{place}.{name}", getattr(sampler, name, None)) for name in ("sampler", "batch_sampler")]
-        if type(sampler) not in _WITHOUT_STATE and hasattr(sampler, "__dict__"):
+        waiting += [(f"{place}.{name}", inner) for name, inner in _inside(sampler)]
+        if type(sampler) not in _WITHOUT_STATE:
             yield place, sampler
+
+
+def _inside(sampler: Any) -> Iterator[tuple[str, Any]]:
+    """The samplers that a sampler holds, in lists too."""
+    for name, value in attributes_of(sampler).items():
+        if name in ("sampler", "batch_sampler") or isinstance(value, Sampler):
+            yield name, value
+        elif isinstance(value, list | tuple) and 0 < len(value) <= _MOST and isinstance(value[0], Sampler):
+            yield from ((f"{name}[{i}]", one) for i, one in enumerate(value) if isinstance(one, Sampler))
 
 
 def _has_own_state(sampler: Any) -> bool:
