@@ -259,7 +259,7 @@ class Trainer:
                     self.progress.begin_epoch()
                     if not self.progress.epoch_trained:
                         self.train_one_epoch()
-                    with self._saver.rolled_back_if_stopped(self._parts_of_hooks()):
+                    with self._saver.rolled_back_if_stopped(self._parts_of_hooks(), self._beside_hooks):
                         self.call("after_epoch")
                         self._step_plateau()
                         self._save_if_stopping()
@@ -480,7 +480,7 @@ class Trainer:
 
     def _on_end(self) -> None:
         self.resumed_iter = None  # another train() continues where this one ended
-        self._saver.rollback = None
+        self._saver.drop_rollback()
         self._feed.source.close()
 
     # ---------------------------------------------------------------- saves
@@ -508,11 +508,12 @@ class Trainer:
     def check_stop(self) -> None:
         """For hooks that work for long in `after_epoch`, between two pieces: end here if a signal asks for it.
 
-        The run is saved as it was before `after_epoch`, and goes through it again when it is resumed. Several ranks end together,
-        at the next safe point.
+        The run is saved as it was before `after_epoch`, and goes through it again when it is resumed. If a hook has changed
+        weights, an optimizer, a schedule or an attribute of the trainer in this `after_epoch`, its other hooks run first. Several
+        ranks end together, at the next safe point.
         """
         is_single = self.strategy.world_size == 1
-        if is_single and self.stop_signals.received is not None and self._saver.rollback is not None:
+        if is_single and self.stop_signals.received is not None and self._saver.can_roll_back():
             raise StopRequested
 
     def _save(self, requests: Sequence[SaveRequest], *, by_override: bool = True) -> None:
@@ -623,6 +624,12 @@ class Trainer:
             "hooks": self.hook_caller,
             "rng": parts.RandomPart(self.strategy),
         }
+
+    def _beside_hooks(self) -> Iterator[Any]:
+        """What else is in a state, and may be changed by a hook."""
+        yield from (self.model_or_module, self.optimizer, self.lr_scheduler, self._feed.generator_states())
+        yield from () if self.model_ema is None else (self.model_ema.model, self.model_ema.updates)
+        yield from self._kept_attributes.things()
 
     def load_checkpoint(
         self, path: str | os.PathLike[str] | None = None, checkpoint: Mapping[str, Any] | None = None

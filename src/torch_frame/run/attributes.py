@@ -90,6 +90,10 @@ class Attributes:
                 found[name] = thing
         return dict(sorted(found.items(), key=lambda pair: _rank(pair[1])))
 
+    def things(self) -> list[Any]:
+        """All objects whose state is kept."""
+        return list(self._found().values())
+
     def _part_of(self, name: str, thing: Any) -> Any:
         """The object, or what stands for it in a state."""
         trainer = self._trainer()

@@ -10,6 +10,7 @@ import torch
 
 from torch_frame.data.move import move_to_device
 from torch_frame.data.prefetch import has_streams, prefetch_to_device
+from torch_frame.data.rng import loader_generator_states
 from torch_frame.data.source import Source, length_of, source_of
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.progress import Progress
@@ -102,6 +103,10 @@ class Feed:
         finally:  # after a fetch that failed, too: later waits must not be interrupted
             signals.may_interrupt = False
             times.end_asking()
+
+    def generator_states(self) -> dict[str, Any]:
+        """Of the generators that the user gave the loader."""
+        return loader_generator_states(self.loader)
 
     def log_seed(self) -> None:
         """Say that the loader's order is ours, if it is."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,10 @@ from torch_frame.checkpoint.snapshot import HostBuffers
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import CheckpointError
 from torch_frame.run.state import Part, State, capture_copy
+from torch_frame.run.watch import Watch
 from torch_frame.training.finite import check_weights
+
+_logger = logging.getLogger("torch_frame")
 
 
 class SaveRequest(NamedTuple):
@@ -133,6 +137,7 @@ class Saver:
     def __init__(self, strategy: Strategy) -> None:
         self.pending = False
         self.rollback: State | None = None
+        self._watch: Watch | None = None
         self._strategy = strategy
         self._requests = SaveRequests()
         proxy = weakref.proxy(self)  # no circle: the buffers are freed with the trainer
@@ -176,18 +181,40 @@ class Saver:
             copied = job.copied_into(self._buffers)
             self._background.start(lambda: copied.write(self._background.is_cancelled))
 
-    def rolled_back_if_stopped(self, parts: Mapping[str, Part]) -> AbstractContextManager[None]:
+    def rolled_back_if_stopped(
+        self, parts: Mapping[str, Part], others: Callable[[], Iterable[Any]]
+    ) -> AbstractContextManager[None]:
         """If a signal ends `after_epoch`, which is inside, the run is saved with these parts as they were before.
 
-        A hook whose state cannot be saved has no way back: a signal then waits for the end of `after_epoch`.
+        A hook whose state cannot be saved has no way back: a signal then waits for the end of `after_epoch`. So it does if a hook
+        has changed something that is not copied.
+
+        Args:
+            others: gives all else that is saved, today's at each call.
         """
         self.rollback = capture_copy(parts)
+        self._watch = Watch(others)
         return self._rollback_dropped()
+
+    def can_roll_back(self) -> bool:
+        """`after_epoch` can be ended here, and gone through again when the run is resumed."""
+        if self.rollback is None or self._watch is None:
+            return False
+        if self._watch.sees_change():
+            self.rollback = None
+            _logger.info(
+                "The run ends when all hooks of this after_epoch have run, because one has changed what cannot be undone."
+            )
+        return self.rollback is not None
 
     @contextlib.contextmanager
     def _rollback_dropped(self) -> Iterator[None]:
         yield
-        self.rollback = None
+        self.drop_rollback()
+
+    def drop_rollback(self) -> None:
+        """`after_epoch` is over."""
+        self.rollback = self._watch = None
 
     def request_last_state(self) -> None:
         """Ask for the whole state before the run ends by a signal."""
