@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 import re
+import types
 import weakref
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -85,13 +89,13 @@ class Gan(Trainer):
         return {"total_loss": g_loss, "d_loss": d_loss}
 
 
-def build(folder: Path, epochs: int = EPOCHS, seed: int = 0, **settings: Any) -> Gan:
+def build(folder: Path, epochs: int = EPOCHS, seed: int = 0, kind: type[Gan] = Gan, **settings: Any) -> Gan:
     """A trainer; its frozen net is that of a file, all else is of `seed`."""
     torch.manual_seed(seed)
     model = nn.ModuleDict({"g": nn.Linear(2, 2), "d": nn.Linear(2, 1)})
     data = list(torch.randn(BATCHES, 4, 2, generator=torch.Generator().manual_seed(2)))
     settings = {"hooks": [CheckpointerHook(every_n_iters=1)], "create_new_dir": None, "resume": "auto", **settings}
-    trainer = Gan(model, Adam(model["g"].parameters(), lr=0.01), None, data, epochs, folder, **settings)
+    trainer = kind(model, Adam(model["g"].parameters(), lr=0.01), None, data, epochs, folder, **settings)
     with torch.no_grad():
         for parameter in trainer.frozen[0].parameters():
             parameter.fill_(0.5)
@@ -435,6 +439,72 @@ def test_an_attributes_state_that_cannot_be_saved_is_left_out_with_a_line(
     trainer.train()
     assert warnings_of(caplog).count("trainer.odd is not in the checkpoint") == 1
     assert "odd" not in saved(trainer)
+
+
+# ---------------------------------------------------------------- what has no state
+
+
+class Counting(Gan):
+    """Keeps plain values, some of which change."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.count, self.center, self.rows = 0, torch.zeros(2), [torch.zeros(2)]
+        self.recent: deque[int] = deque(maxlen=2)
+        self.draws = np.random.default_rng(0)
+        self.same_number, self.same_rows, self.same_names = 1, torch.zeros(2), {"a": [1]}
+
+    def train_one_iter(self, batch: Any) -> dict[str, Any]:
+        self.count += 1
+        self.recent.append(self.count)
+        self.draws.random()
+        self.center.add_(1)
+        self.rows[0].add_(1)
+        self.last_batch = batch
+        return super().train_one_iter(batch)
+
+
+def test_plain_values_that_have_changed_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    build(tmp_path / "run", 3, kind=Counting).train()
+    names = ", ".join(f"trainer.{name}" for name in ("count", "center", "rows", "recent", "draws", "last_batch"))
+    text = f"Not in the checkpoints, although changed since the run began: {names}. If"
+    assert warnings_of(caplog).count(text) == warnings_of(caplog).count("Not in the checkpoints") == 1
+
+
+@dataclasses.dataclass
+class Record:
+    opt: Any
+
+
+HOLDERS: dict[str, Callable[[Any], Any]] = {
+    "a namespace": lambda opt: types.SimpleNamespace(opt=opt),
+    "a dataclass": Record,
+    "a deque": lambda opt: deque([opt]),
+    "a mapping": lambda opt: types.MappingProxyType({"opt": opt}),
+    "all of them": lambda opt: {"a": [types.SimpleNamespace(b=Record(opt))]},
+}
+
+
+@pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
+def test_optimizers_are_found_in(hold: Callable[[Any], Any], tmp_path: Path) -> None:
+    class Holding(Gan):
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            super().__init__(*args, **settings)
+            self.held = hold(Adam(self.teacher.parameters()))
+
+    trainer = build(tmp_path / "run", 1, kind=Holding)
+    trainer.train()
+    (name,) = [name for name in saved(trainer) if name.startswith("held")]
+    assert "param_groups" in str(saved(trainer)[name])
+
+
+def test_an_optimizer_in_an_object_without_a_state_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = build(tmp_path / "run", 1)
+    trainer.agent = Inventing()
+    vars(trainer.agent).update(opt=Adam([nn.Parameter(torch.zeros(1))]), known=trainer.opt_d, model=trainer.model)
+    trainer.train()
+    text = "Not in the checkpoints: trainer.agent.opt, because Inventing has no state_dict() and load_state_dict()."
+    assert warnings_of(caplog).count(text) == 1
 
 
 # ---------------------------------------------------------------- and nothing else

@@ -1,16 +1,20 @@
 """What a script has put on its trainer: optimizers, schedules, scalers, modules, and what it has registered.
 
-An attribute of the trainer (of a subclass or set from outside; also in lists, tuples and dicts of up to 256 elements) is in the
-state if its class has `state_dict` and `load_state_dict`, unless it is the trainer's own or a part of its model. A module that no
-optimizer trains (a teacher, a perceptual network) is written only if its weights have changed since the run began, which their
-digest tells at each save; else that digest, so that other weights at a resume are told. What is only on one side at a resume is
-told, and begins anew.
+An attribute of the trainer (of a subclass or set from outside; also in lists, tuples, deques and dicts of up to 256 elements,
+in namespaces and dataclasses) is in the state if its class has `state_dict` and `load_state_dict`, unless it is the trainer's
+own or a part of its model. Others (numbers, tensors, arrays) are not; those that have changed are told at a save. A module that
+no optimizer trains (a teacher, a perceptual network) is written only if its weights have changed since the run began, which
+their digest tells at each save; else that digest, so that other weights at a resume are told. What is only on one side at a
+resume is told, and begins anew.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import types
 import weakref
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -23,6 +27,7 @@ from torch_frame.checkpoint.digest import tensor_digest
 from torch_frame.checkpoint.values import MARK, decode, encode
 from torch_frame.errors import CheckpointError, SettingError
 from torch_frame.run.optimizers import OptimizerPart
+from torch_frame.run.watch import glance, has_changed
 
 _logger = logging.getLogger("torch_frame")
 UNCHANGED = "unchanged_module"
@@ -47,6 +52,8 @@ class Attributes:
         self._changed: set[str] = set()
         self._left_out: set[str] = set()
         self._begun = False
+        self._glances: dict[str, Any] = {}  # of attributes without a state, when the run began
+        self._told: set[str] = set()
 
     def register(self, name: str, thing: Any) -> None:
         """See `Trainer.register`."""
@@ -118,6 +125,7 @@ class Attributes:
 
     def state_dict(self) -> dict[str, Any]:
         found = self._found()
+        self._tell_of_changed()
         unchanged = self._unchanged(self._untrained(found))
         states: dict[str, Any] = {}
         for name, thing in found.items():
@@ -213,9 +221,50 @@ class Attributes:
             self._tell(found, untrained, self._saved)
             self._saved = None
         self._begun = True
+        self._tell_of_hidden(found)
+        self._glances = {name: glance(value) for name, value in self._others().items()}
         for name, thing in found.items():
             if not isinstance(thing, nn.Module | Optimizer):
                 self._check(name, thing)
+
+    def _others(self) -> dict[str, Any]:
+        """The attributes that are neither the trainer's own nor objects with a state."""
+        trainer = self._trainer()
+        assert trainer is not None
+        registered = {id(thing) for thing in self._registered.values()}
+        return {
+            name: value
+            for name, value in vars(trainer).items()
+            if name not in self._own and not _has_state(value) and id(value) not in registered
+        }
+
+    def _tell_of_changed(self) -> None:
+        if not self._begun:
+            return
+        others = {name: value for name, value in self._others().items() if name not in self._told}
+        changed = [name for name, value in others.items() if has_changed(self._glances.get(name), glance(value))]
+        self._told |= set(changed)
+        if changed:
+            _logger.warning(
+                "Not in the checkpoints, although changed since the run began: %s. If the training depends on them, make them "
+                "buffers of the model, or parts of an object with state_dict() and load_state_dict().",
+                ", ".join(f"trainer.{name}" for name in changed),
+            )
+
+    def _tell_of_hidden(self, found: Mapping[str, Any]) -> None:
+        trainer = self._trainer()
+        assert trainer is not None
+        known = {id(thing) for thing in found.values()} | _ids_of_own(trainer)
+        for attribute, value in self._others().items():
+            for name, thing in _things(attribute, value):
+                hidden = [f"trainer.{name}.{key}" for key in _optimizers_in(thing, known)]
+                if hidden:
+                    _logger.warning(
+                        "Not in the checkpoints: %s, because %s has no state_dict() and load_state_dict(). Give it these, or "
+                        "make such optimizers attributes of the trainer.",
+                        ", ".join(hidden),
+                        type(thing).__name__,
+                    )
 
     def _check(self, name: str, thing: Any) -> None:
         try:
@@ -266,12 +315,30 @@ _DEEPEST = 4
 
 
 def _things(name: str, value: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """What an attribute holds: itself, or what is in a list, tuple or dict."""
-    if not isinstance(value, dict | list | tuple):
+    """What an attribute holds: itself, or what is in a list, tuple, deque, dict, namespace or dataclass."""
+    if isinstance(value, dict | types.MappingProxyType):
+        inside = {f"{name}[{key!r}]": item for key, item in value.items()} if len(value) <= _MOST else {}
+    elif isinstance(value, list | tuple | deque):
+        inside = {f"{name}[{i}]": item for i, item in enumerate(value)} if len(value) <= _MOST else {}
+    elif type(value) is types.SimpleNamespace or _is_record(value):
+        inside = {f"{name}.{key}": item for key, item in vars(value).items()}
+    else:
         yield name, value
-    elif len(value) <= _MOST and depth < _DEEPEST:
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _things(f"{name}[{key!r}]", item, depth + 1)
+        return
+    for place, item in inside.items() if depth < _DEEPEST else ():
+        yield from _things(place, item, depth + 1)
+
+
+def _optimizers_in(thing: Any, known: Collection[int]) -> list[str]:
+    """Names of an object's attributes that are optimizers."""
+    if isinstance(thing, (type, *weakref.ProxyTypes)) or not hasattr(thing, "__dict__"):
+        return []
+    return [name for name, part in vars(thing).items() if isinstance(part, Optimizer) and id(part) not in known]
+
+
+def _is_record(value: Any) -> bool:
+    is_dataclass = dataclasses.is_dataclass(type(value)) and hasattr(value, "__dict__")
+    return is_dataclass and not _has_state(value)
 
 
 def _bare(thing: Any) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -14,6 +16,9 @@ from torch_frame.checkpoint.digest import fingerprint
 from torch_frame.errors import CheckpointError
 
 _NUM_SAMPLES = 64
+_LONG = 256  # elements
+_DEEP = 4
+_LARGE = 2**24  # bytes
 
 
 class Watch:
@@ -35,6 +40,31 @@ class Watch:
     def sees_change(self) -> bool:
         """Things stand in another way than when the watch began."""
         return not _same(self._marks, _marks(self._collect()))
+
+
+def glance(value: Any, depth: int = 0) -> Any:
+    """What tells whether a plain value has changed, to be compared by `has_changed`; None for other objects.
+
+    Numbers, texts, tensors, arrays, generators of random numbers, and containers of these; of long containers their length.
+    """
+    if isinstance(value, Tensor):
+        return _mark_of_tensor(value, True)
+    if isinstance(value, dict | list | tuple | set | deque):
+        if len(value) > _LONG or depth == _DEEP:
+            return len(value)
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return [(repr(key), glance(item, depth + 1)) for key, item in pairs]
+    if isinstance(value, np.ndarray) and value.nbytes > _LARGE:
+        return value.shape
+    try:
+        return fingerprint(value)
+    except CheckpointError:
+        return None
+
+
+def has_changed(was: Any, now: Any) -> bool:
+    """Of two glances."""
+    return not _same(was, now)
 
 
 class _TensorMark(NamedTuple):
