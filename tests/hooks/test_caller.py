@@ -150,6 +150,29 @@ def test_what_hooks_are_made_with_tells_them_apart(
     assert warnings_of(caplog) == ""  # what is NaN is equal too
 
 
+class Outer:
+    class Of(Of):
+        """Another class of the same name."""
+
+
+def test_classes_of_one_name_are_told_apart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    after = [Outer.Of(1), Of(1)]
+    resumed(tmp_path, [Of(1), Outer.Of(1)], after)
+    assert [hook.count for hook in after] == [1, 0]
+    assert warnings_of(caplog) == ""
+
+
+def test_hooks_of_a_script_that_was_moved_are_told_apart_by_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(tmp_path, [Of(["a"]), Of(["b"])], 1)
+    monkeypatch.setattr(Of, "__module__", "moved")
+    after = [Of(["b"]), Of(["a"])]
+    train(tmp_path, after, 2)
+    assert [hook.count for hook in after] == [1, 0]
+    assert warnings_of(caplog) == ""
+
+
 def test_identities_are_the_same_in_each_process(tmp_path: Path) -> None:
     code = "from tests.hooks.test_caller import Of, identity_of; print(identity_of(Of({'a', 'b', ('c', None)})))"
     printed = {run_python(code, tmp_path, env=environment(PYTHONHASHSEED=seed)).stdout for seed in ("1", "2")}

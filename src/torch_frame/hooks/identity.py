@@ -58,8 +58,14 @@ class Pair(NamedTuple):
 
 def identity_of(hook: HookBase) -> dict[str, Any]:
     """Name -> scalar, or the digest of another value, of the hook's attributes as they are now."""
-    attributes = {name: value for name, value in attributes_of(hook).items() if name not in _OF_THE_RUN}
-    return {name: value if _is_scalar(value) else _digest(value) for name, value in attributes.items()}
+    kind = type(hook)
+    identity: dict[str, Any] = {
+        "#class": _digest(f"{kind.__module__}.{kind.__qualname__}")
+    }  # two may have the bare name
+    for name, value in attributes_of(hook).items():
+        if name not in _OF_THE_RUN:
+            identity[name] = value if _is_scalar(value) else _digest(value)
+    return identity
 
 
 def _is_scalar(value: Any) -> bool:
@@ -116,7 +122,8 @@ def _of_one_class(saved: list[SavedHook], own: list[OwnHook], *, as_many: bool) 
     found: list[Pair] = []
     for is_same in (_agree_in_all, _agree_in_scalars):
         for state in list(saved):
-            hook = next((one for one in own if is_same(state, one)), None)
+            same = [one for one in own if is_same(state, one)]
+            hook = max(same, key=lambda one: _num_equal(state, one), default=None)  # the first of several
             if hook is not None:
                 found.append(Pair(state, hook, certain=True))
                 saved.remove(state)
