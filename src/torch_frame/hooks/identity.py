@@ -24,8 +24,8 @@ from torch_frame.hooks.base import HookBase
 _SCALARS = (bool, int, float, str, type(None))
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, type)
 _OF_THE_RUN = frozenset({"trainer", "_begun_run", "_as_registered", "_resume_notes", "time_split"})
-_LONGEST = 10_000
-"""Elements of a container that is looked into."""
+_LONGEST = (1000, 64, 64)
+"""Elements of a container that is looked into, by its depth in others; of a longer or deeper one only the length counts."""
 
 
 class SavedHook(NamedTuple):
@@ -85,9 +85,11 @@ def _outline(value: Any, depth: int = 0) -> Any:
         return str(value)
     if kind in _FUNCTIONS:
         return value.__qualname__
-    if depth < 4 and kind is functools.partial:
+    if depth < len(_LONGEST) and kind is functools.partial:
         return [_outline(part, depth + 1) for part in (value.func, value.args, value.keywords)]
-    if depth < 4 and kind in (list, tuple, dict, set, frozenset) and len(value) <= _LONGEST:
+    if kind in (list, tuple, dict, set, frozenset):
+        if depth == len(_LONGEST) or len(value) > _LONGEST[depth]:
+            return [kind.__name__, len(value)]
         items = [_outline(item, depth + 1) for item in (value.items() if kind is dict else value)]
         return [kind.__name__, sorted(items, key=repr) if kind in (set, frozenset) else items]
     return kind.__qualname__
