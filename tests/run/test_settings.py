@@ -342,6 +342,40 @@ def test_a_cycled_momentum_and_the_beta_beside_it(choice: Any, tmp_path: Path) -
     assert betas == whole[STOP:]
 
 
+@pytest.mark.parametrize("optimizer", [SGD, AdamW])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda o: OneCycleLR(o, 0.1, 16, cycle_momentum=False),
+        lambda o: OneCycleLR(o, 0.1, 16, three_phase=True),  # has moved the momentum back to where it began
+        lambda o: ExponentialLR(o, 0.9),
+        lambda o: None,
+    ],
+    ids=["uncycled", "three_phase", "another class", "none"],
+)
+def test_what_the_saved_schedule_has_moved_is_the_scripts_too(optimizer: Any, changed: Any, tmp_path: Path) -> None:
+    def script(make: MakeScheduler) -> Script:
+        settings: dict[str, Any] = {"momentum": 0.9} if optimizer is SGD else {}
+        return Script(
+            lambda model: optimizer(model.parameters(), lr=0.1, **settings), make, {"lr_scheduler_interval": "iter"}
+        )
+
+    groups: list[dict[str, Any]] = []
+
+    def note() -> On:
+        return On(before_iter=lambda trainer: groups.append(without_params(trainer.optimizer.param_groups[0])))
+
+    script(changed).but(hooks=[note()]).whole(tmp_path / "whole")
+    whole, groups[:] = list(groups), []
+    script(lambda o: OneCycleLR(o, 0.1, 16)).stopped(tmp_path / "parts")
+    script(changed).resumed(tmp_path / "parts", note(), resume_settings="script")
+    assert groups == whole[STOP:]
+
+
+def without_params(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}
+
+
 @pytest.mark.parametrize("choice", [None, "checkpoint", "script"])
 def test_groups_that_a_hook_adds_keep_what_they_have(
     choice: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -99,10 +99,19 @@ def write_groups(plan: Plan, settings: Settings) -> None:
         names = {one.name for one in plan.differing if one.kind == "group" and one.group == index}
         if plan.target is not None:
             names |= {name for name in values if name in BY_SCHEDULE or values[name] != begin.get(name)}
+            names |= _left_by_saved_schedule(group, values)
         for name in names - {"lr"}:
             set_in_group(group, name, values[name])
         if names & {"fused", "capturable"}:
             _move_step_counts(group, settings.schedule.optimizer)
+
+
+def _left_by_saved_schedule(group: dict[str, Any], values: Mapping[str, Any]) -> set[str]:
+    """Settings that the saved schedule has moved, which the script's may leave alone; entries of the saved one only are removed."""
+    cycled = {"momentum", "betas"} & values.keys() if "max_momentum" in group else set()
+    for name in BY_SCHEDULE - values.keys():
+        group.pop(name, None)
+    return cycled
 
 
 def _move_step_counts(group: Mapping[str, Any], optimizer: Optimizer) -> None:
