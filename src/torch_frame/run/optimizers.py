@@ -247,8 +247,9 @@ class OptimizerPart:
     # ---------------------------------------------------------------- does it fit?
 
     def _sets_differ(self, saved: Mapping[str, Any], names: Names) -> list[str]:
-        was, now = [names.of(name) for group in by_name.groups_of(saved) for name in group], list(names)
-        gone, new = [name for name in was if name not in set(now)], [name for name in now if name not in set(was)]
+        was = dict.fromkeys(names.of(name) for group in by_name.groups_of(saved) for name in group)
+        now = dict.fromkeys(names)
+        gone, new = [name for name in was if name not in now], [name for name in now if name not in was]
         hint = "; a hook that unfreezes layers adds them in load_state_dict or before_train"
         lines = [f"the {self._label} had {some(gone)}, now it has not{hint}"] if gone else []
         lines += [f"the {self._label} has {some(new)}, which it had not"] if new else []

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_frame.run.setting_differences import BY_SCHEDULE, Difference, as_set, saved_group
+from torch_frame.run.setting_differences import BY_SCHEDULE, Difference, SavedGroups, as_set
 from torch_frame.training.replay import Snapshot, set_in_group
 from torch_frame.training.schedule_settings import settings_of
 from torch_frame.training.schedules import LRWarmupScheduler
@@ -81,8 +81,9 @@ class Settings:
 def rates_of_plateau(plan: Plan, settings: Settings, same_class: bool) -> list[float]:
     """The script's rates, reduced as often as the saved ones were."""
     rates = []
+    saved = SavedGroups(plan.saved["groups"])
     for index, (group, rate) in enumerate(zip(settings.script["groups"], plan.counts["regular_lrs"], strict=False)):
-        was = saved_group(group, index, plan.saved["groups"]).get("lr")
+        was = saved.of(group, index).get("lr")
         if not same_class or not was:
             rates.append(group["lr"])
         else:
@@ -93,10 +94,14 @@ def rates_of_plateau(plan: Plan, settings: Settings, same_class: bool) -> list[f
 def write_groups(plan: Plan, settings: Settings) -> None:
     """Give the groups the settings that differ, and those that their schedule makes and moves."""
     source = settings.begin if plan.target is None else plan.target
+    differing: dict[int, set[str]] = {}
+    for one in plan.differing:
+        if one.kind == "group" and one.group is not None:
+            differing.setdefault(one.group, set()).add(one.name)
     for index, (group, begin, values) in enumerate(
         zip(settings.schedule.optimizer.param_groups, settings.begin.groups, source.groups, strict=False)
     ):
-        names = {one.name for one in plan.differing if one.kind == "group" and one.group == index}
+        names = differing.get(index, set())
         if plan.target is not None:
             names |= {name for name in values if name in BY_SCHEDULE or values[name] != begin.get(name)}
             names |= _left_by_saved_schedule(group, values)
@@ -107,7 +112,7 @@ def write_groups(plan: Plan, settings: Settings) -> None:
 
 
 def _left_by_saved_schedule(group: dict[str, Any], values: Mapping[str, Any]) -> set[str]:
-    """Settings that the saved schedule has moved, which the script's may leave alone; entries of the saved one only are removed."""
+    """Settings that the saved schedule has moved and the script's may not; entries that only the saved one makes are removed."""
     cycled = {"momentum", "betas"} & values.keys() if "max_momentum" in group else set()
     for name in BY_SCHEDULE - values.keys():
         group.pop(name, None)

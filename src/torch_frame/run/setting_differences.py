@@ -67,8 +67,9 @@ def derived(
 
 def differing(saved: Record, script: Record) -> Iterator[Difference]:
     """All that two records disagree on; what only one of them has is left out."""
+    groups = SavedGroups(saved["groups"])
     for index, group in enumerate(script["groups"]):
-        other = saved_group(group, index, saved["groups"])
+        other = groups.of(group, index)
         for name, value in group.items():
             if name != "params" and name in other and not _same(other[name], value):
                 yield Difference("group", name, other[name], value, index)
@@ -80,13 +81,22 @@ def differing(saved: Record, script: Record) -> Iterator[Difference]:
             yield Difference("warmup", name, old, new)
 
 
-def saved_group(group: Mapping[str, Any], index: int, saved: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The saved group that held this one's first named parameter; without names the one at its place."""
-    name = next((name for name in group["params"] if isinstance(name, str)), None)
-    for other in saved:
-        if name is not None and name in other["params"]:
-            return other
-    return saved[index] if index < len(saved) else {}
+class SavedGroups:
+    """The groups of a saved record, to be found by the names of their parameters."""
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        self._groups = groups
+        self._of: dict[str, Mapping[str, Any]] = {}
+        for group in groups:
+            for name in group["params"]:
+                self._of.setdefault(name, group)
+
+    def of(self, group: Mapping[str, Any], index: int) -> Mapping[str, Any]:
+        """The saved group that held this one's first named parameter; without names the one at its place."""
+        name = next((name for name in group["params"] if isinstance(name, str)), None)
+        if name is not None and name in self._of:
+            return self._of[name]
+        return self._groups[index] if index < len(self._groups) else {}
 
 
 def _differing_schedules(saved: Record | None, script: Record | None, place: str = "") -> Iterator[Difference]:
