@@ -250,6 +250,7 @@ class Trainer:
             self._begin()
             self.call("before_train")
             self.hook_caller.check_states()
+            checks.check_can_be_saved(self.optimizer, parts.SchedulePart(self.lr_scheduler, self._settings))
             self._kept_attributes.begin()
             self._use_the_loader()
             self._resumption.restore_last(self._parts)  # random numbers

@@ -93,6 +93,16 @@ def decode(value: Any) -> Any:
     return value
 
 
+def encode_most(value: Any) -> Any:
+    """`value` with all that can be encoded; the rest is left as it is, for `plain` to turn into what it can, or refuse."""
+    try:
+        return encode(value)
+    except CheckpointError:
+        if type(value) is dict:
+            return {key: encode_most(item) for key, item in value.items()}
+        return [encode_most(item) for item in value] if type(value) is list else value
+
+
 def like(value: Any, other: Any) -> Any:
     """What takes the place of `other`: a value that was read, and so is on the CPU, on its device if both are tensors.
 

@@ -16,10 +16,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from torch_frame.checkpoint.format import plain
+from torch_frame.checkpoint.values import encode_most
 from torch_frame.data.source import length_of
 from torch_frame.distributed.strategy import SingleProcess, Strategy
 from torch_frame.errors import SettingError
 from torch_frame.run.saving import SaveRequest
+from torch_frame.run.state import Part
 
 
 def check_arguments(model: Any, optimizer: Any, lr_scheduler: Any, data_loader: Any) -> None:
@@ -123,6 +126,18 @@ def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
             "None of the model's trainable parameters is in the optimizer. Was the optimizer made from another model, "
             "or before the model was copied or replaced? Make it from this model: Adam(model.parameters(), ...)."
         )
+
+
+def check_can_be_saved(optimizer: Optimizer, lr_scheduler: Part) -> None:
+    """Before the first step: the settings of the optimizer's groups and the schedule can be saved.
+
+    Raises:
+        CheckpointError: with the place of what cannot.
+    """
+    for index, group in enumerate(optimizer.param_groups):
+        settings = {name: value for name, value in group.items() if name not in ("params", "param_names")}
+        plain(encode_most(settings), f"the settings of the optimizer's group {index}")
+    plain(lr_scheduler.state_dict(), "the state of the lr_scheduler")
 
 
 def check_scheduler(lr_scheduler: Any, interval: str, metric: str | None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import deque
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -15,8 +17,8 @@ def castable(value: Any) -> Any:
         return value
     if isinstance(value, dict):
         return {key: castable(item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(castable(item) for item in value)
+    if isinstance(value, list | tuple | deque):
+        return [castable(item) for item in value]
     return None
 
 
@@ -30,10 +32,22 @@ def exact(saved: Any, loaded: Any) -> Any:
             return loaded
         return saved.to(loaded.device) if saved.shape == loaded.shape else loaded.to(saved.dtype)
     if isinstance(saved, Mapping) and isinstance(loaded, dict):
-        return type(loaded)((key, exact(saved[key], item) if key in saved else item) for key, item in loaded.items())
-    if type(saved) in (list, tuple) and type(loaded) is type(saved) and len(saved) == len(loaded):
-        return type(saved)(exact(*pair) for pair in zip(saved, loaded, strict=True))
+        return _like(saved, {key: exact(saved[key], item) if key in saved else item for key, item in loaded.items()})
+    if isinstance(saved, list | tuple | deque) and isinstance(loaded, list) and len(saved) == len(loaded):
+        return _like(saved, [exact(*pair) for pair in zip(saved, loaded, strict=True)])
     return saved
+
+
+def _like(saved: Any, items: Any) -> Any:
+    """Items in a container of the kind that was saved: a defaultdict with its factory, a deque with its length, a named tuple."""
+    if type(saved) in (list, dict):
+        return items
+    if isinstance(saved, tuple):
+        return saved._make(items) if hasattr(saved, "_make") else tuple(items)
+    made = copy.copy(saved)
+    made.clear()
+    (made.extend if isinstance(made, deque | list) else made.update)(items)
+    return made
 
 
 class SameGroups:

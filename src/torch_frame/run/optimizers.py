@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 
+from torch_frame.checkpoint.values import decode, encode_most
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.run import by_name
 from torch_frame.run.by_name import Names
@@ -117,14 +118,15 @@ class OptimizerPart:
             if by_name.has_torchs_layout(state, groups):
                 inner[place] = by_name.by_name(state, groups)
         if by_name.has_torchs_layout(own, names.groups):
-            made = by_name.by_name(own, names.groups)
+            made: dict[str, Any] = by_name.by_name(own, names.groups)
         else:
             made = {
                 "param_groups": by_name.named_groups(_without_params(self._optimizer), names.groups),
                 "state": {},
                 "own": own,
             }
-        more = {"values": dict(names.outside), "inner": inner, "on_host": keys_on_host(self._optimizer)}
+        made = encode_most({**made, "inner": inner})
+        more = {"values": dict(names.outside), "inner": made.pop("inner"), "on_host": keys_on_host(self._optimizer)}
         return {**made, **{key: value for key, value in more.items() if value}}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -136,6 +138,7 @@ class OptimizerPart:
         self._load(saved)
 
     def _load(self, saved: Mapping[str, Any]) -> None:
+        saved = decode(saved)
         if "own" in saved:
             self._strategy.load_optimizer_state(self._model, self._optimizer, saved["own"])
             for place, optimizer in self._inner():

@@ -13,6 +13,7 @@ from torch import nn
 from torch_frame.checkpoint.format import plain
 from torch_frame.checkpoint.misfits import misfits, own_names
 from torch_frame.checkpoint.names import bare_names
+from torch_frame.checkpoint.values import decode, encode_most
 from torch_frame.data.rng import (
     loader_generator_states,
     rng_state,
@@ -150,11 +151,12 @@ class SchedulePart:
         self._settings = settings
 
     def state_dict(self) -> dict[str, Any]:
-        return self._lr_scheduler.state_dict()
+        state: dict[str, Any] = encode_most(self._lr_scheduler.state_dict())
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if not self._settings.builds_anew:
-            self._lr_scheduler.load_state_dict(state)
+            self._lr_scheduler.load_state_dict(decode(state))
 
     def keep(self) -> Callable[[], None]:
         return functools.partial(self._lr_scheduler.load_state_dict, self._lr_scheduler.state_dict())

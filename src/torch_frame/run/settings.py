@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from torch_frame.checkpoint.values import decode
 from torch_frame.run.script_settings import (
     Plan,
     Settings,
@@ -233,12 +234,12 @@ def _concerns_schedule(one: Difference, cycled: Set[str]) -> bool:
 
 
 def _schedule_in(state: State) -> State:
-    schedule: State = state["lr_schedulers"]["lr_scheduler"]
+    schedule: State = decode(state["lr_schedulers"]["lr_scheduler"])
     return schedule
 
 
 def _groups_in(state: State) -> list[dict[str, Any]]:
-    groups: list[dict[str, Any]] = state["optimizers"]["optimizer"]["param_groups"]
+    groups: list[dict[str, Any]] = decode(state["optimizers"]["optimizer"]["param_groups"])
     return groups
 
 

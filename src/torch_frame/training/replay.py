@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from torch_frame.training.schedule_state import load_state, state_of
 from torch_frame.training.schedules import LRWarmupScheduler
 
 _KEPT_BY_PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
@@ -36,7 +37,7 @@ class Snapshot:
         ]
         for group, rate in zip(groups, rates or (), strict=False):
             group["lr"] = rate
-        return cls(None if schedule.scheduler is None else _copied(schedule.scheduler.state_dict()), groups)
+        return cls(None if schedule.scheduler is None else _copied(state_of(schedule.scheduler)), groups)
 
     def write(self, schedule: LRWarmupScheduler) -> None:
         """Put them back into the same objects."""
@@ -48,7 +49,7 @@ class Snapshot:
     def write_scheduler(self, schedule: LRWarmupScheduler) -> None:
         """Put the scheduler back only."""
         if schedule.scheduler is not None and self.scheduler is not None:
-            schedule.scheduler.load_state_dict(_copied(self.scheduler))
+            load_state(schedule.scheduler, self.scheduler)
 
 
 def set_in_group(group: dict[str, Any], name: str, value: Any) -> None:

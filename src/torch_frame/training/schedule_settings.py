@@ -15,6 +15,8 @@ import numpy as np
 from torch import Tensor
 from torch.optim.lr_scheduler import CyclicLR, MultiplicativeLR
 
+from torch_frame.training.schedule_state import is_inside, schedulers_inside, state_of
+
 Record = Mapping[str, Any]
 
 LENGTHS = frozenset({"T_max", "total_steps", "total_iters"})
@@ -47,14 +49,13 @@ def settings_of(scheduler: Any) -> dict[str, Any] | None:
     """
     if scheduler is None:
         return None
-    inner = getattr(scheduler, "_schedulers", ())
     return {
-        **settings_in(scheduler.state_dict(), type(scheduler).__qualname__),
+        **settings_in(state_of(scheduler), type(scheduler).__qualname__),
         "functions": [
             {"is_stateful": _is_stateful(function), "values": _values_of(function)}
             for function in functions_of(scheduler)
         ],
-        "schedulers": [settings_of(one) for one in inner if hasattr(one, "state_dict")],
+        "schedulers": [settings_of(one) for one in schedulers_inside(scheduler) if hasattr(one, "state_dict")],
     }
 
 
@@ -65,7 +66,7 @@ def settings_in(state: Mapping[str, Any], name: str | None) -> dict[str, Any]:
         state: of a scheduler.
         name: of its class, if it is known.
     """
-    settings = {key.lstrip("_"): simple(value) for key, value in state.items() if key not in _POSITION}
+    settings = {key.lstrip("_"): simple(value) for key, value in state.items() if not _is_position(key, value)}
     phases = settings.pop("schedule_phases", None)
     if phases:  # OneCycleLR keeps what it derives from these two
         settings["pct_start"] = round((phases[0]["end_step"] + 1) / state["total_steps"], 12)
@@ -79,6 +80,10 @@ def settings_in(state: Mapping[str, Any], name: str | None) -> dict[str, Any]:
         "functions": [],
         "schedulers": [settings_in(one, None) for one in inner if isinstance(one, Mapping)],
     }
+
+
+def _is_position(key: str, value: Any) -> bool:
+    return key in _POSITION or is_inside(value)
 
 
 def functions_of(scheduler: Any) -> list[Callable[[int], float]]:
@@ -105,8 +110,8 @@ def length_of(record: Record) -> int | None:
 
 
 def position_in(state: Mapping[str, Any] | None) -> int | None:
-    """Steps that a scheduler has made, by its `state_dict`; None if that does not say."""
-    if not state:
+    """Steps that a scheduler has made, by its `state_dict`; None if that does not say: one inside it may count on from there."""
+    if not state or any(map(is_inside, state.values())):
         return None
     position = state.get("last_epoch")
     if isinstance(position, int):

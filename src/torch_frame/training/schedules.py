@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, Protocol
@@ -12,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from torch_frame.errors import SettingError
+from torch_frame.training.schedule_state import load_state, state_of
 
 WarmupMethod = Literal["constant", "linear", "exp"]
 Interval = Literal["epoch", "iter"]
@@ -167,7 +167,7 @@ class LRWarmupScheduler:
             "metric_at": self._metric_at,
             "regular_lrs": self.regular_lrs if self._scaled else self._read(),
             "warmup": [self.warmup_method, self.warmup_iters, self.warmup_factor],
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "scheduler": None if self.scheduler is None else state_of(self.scheduler),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -180,7 +180,7 @@ class LRWarmupScheduler:
             had, has = ("no scheduler", "one") if self.scheduler is not None else ("a scheduler", "none")
             raise SettingError(f"The saved run had {had}, this one has {has}. Build the trainer as it was built then.")
         if self.scheduler is not None:
-            self.scheduler.load_state_dict(copy.deepcopy(state_dict["scheduler"]))  # CyclicLR takes entries out of it
+            load_state(self.scheduler, state_dict["scheduler"])
         self.warmup_method, self.warmup_iters, self.warmup_factor = state_dict["warmup"]
         self.continue_at(state_dict, state_dict["regular_lrs"])
 
