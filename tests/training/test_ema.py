@@ -301,3 +301,15 @@ def test_a_shared_parameter_is_left_alone_until_it_is_unshared() -> None:
         model[0].weight += 1
     ema.update(model)
     assert torch.allclose(ema.model.get_parameter("0.weight"), before + 0.5, atol=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_parameters_that_cannot_be_averaged_are_copied(dtype: torch.dtype) -> None:
+    """Quantised weights are parameters of integers."""
+    model = Net()
+    model.codes = nn.Parameter(torch.zeros(4).to(dtype), requires_grad=False)
+    ema = EMA(model, 0.5, 10**6)
+    with torch.no_grad():
+        model.codes.copy_(torch.ones(4).to(dtype))
+    ema.update(model)
+    assert torch.equal(ema.model.codes.float(), torch.ones(4))

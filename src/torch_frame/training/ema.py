@@ -56,6 +56,8 @@ class EMA:
         self.updates += 1
         if self._averages:
             torch._foreach_lerp_(self._averages, self._weights, 1.0 - self.decay(self.updates))
+        for own, weight in self._not_averaged:
+            own.copy_(weight)
         if self._copies:
             self._copy_buffers([owner[name] for owner, name in self._buffers])
 
@@ -86,8 +88,10 @@ class EMA:
                 "Change the model before the Trainer is made."
             )
         own = {name: average for name, average in averages.items() if average is not weights[name]}  # not shared
-        self._averages: list[Tensor] = list(own.values())
-        self._weights: list[Tensor] = [weights[name] for name in own]
+        averaged = [name for name, average in own.items() if _can_be_averaged(average)]
+        self._averages: list[Tensor] = [own[name] for name in averaged]
+        self._weights: list[Tensor] = [weights[name] for name in averaged]
+        self._not_averaged = [(own[name], weights[name]) for name in own if not _can_be_averaged(own[name])]
         self._copies, self._buffers = list(copies.values()), [buffers[name] for name in copies]
         self._source = model
 
@@ -133,6 +137,11 @@ class EMA:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.updates = int(state_dict["updates"])
         self.model.load_state_dict(state_dict["model"])
+
+
+def _can_be_averaged(tensor: Tensor) -> bool:
+    """Not integers (quantised weights) and numbers of 8 bits, which torch does not compute with: they are copied."""
+    return (tensor.is_floating_point() or tensor.is_complex()) and tensor.element_size() > 1
 
 
 def _bare(model: nn.Module) -> nn.Module:
