@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.optim import Optimizer
+import torch
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
-from tests.small_runs import raised_by
+from tests.small_hooks import On
+from tests.small_runs import make_trainer, raised_by
 from tests.small_scripts import STOP, Script, sgd, warned
-from torch_frame import CheckpointError
+from torch_frame import CheckpointError, Trainer
+from torch_frame.checkpoint.values import encode
+from torch_frame.training.schedule_state import state_of
 
 
 class ThenAnother(LRScheduler):
@@ -103,3 +107,25 @@ def test_what_no_checkpoint_can_hold_is_refused_before_the_first_step(tmp_path: 
     error = raised_by(trainer.train, CheckpointError)
     assert "['thing'] is a builtins.object" in str(error)
     assert trainer.cur_iter == 0
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_scheduler_that_is_an_attribute_is_kept_as_well(name: str, tmp_path: Path) -> None:
+    def make() -> tuple[Trainer, Any]:
+        trainer = make_trainer(tmp_path, create_new_dir=None)
+        trainer.second = SCHEDULERS[name](SGD([torch.ones(1, requires_grad=True)], lr=0.1))  # type: ignore[attr-defined]
+        return trainer, trainer.second  # type: ignore[attr-defined]
+
+    trainer, scheduler = make()
+    trainer.register_hooks([On(after_iter=lambda _: (scheduler.optimizer.step(), scheduler.step()))])
+    trainer.train()
+    trainer.save_checkpoint("latest.pth", save_single_model=False)
+    resumed, again = make()
+    resumed.load_checkpoint("latest.pth")
+    resumed.train()
+    assert plain_of(again) == plain_of(scheduler)
+
+
+def plain_of(scheduler: Any) -> dict[str, Any]:
+    made: dict[str, Any] = encode(state_of(scheduler))
+    return made

@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from torch_frame.checkpoint.digest import tensor_digest
@@ -28,6 +29,7 @@ from torch_frame.checkpoint.values import MARK, decode, encode
 from torch_frame.errors import CheckpointError, SettingError
 from torch_frame.run.optimizers import OptimizerPart
 from torch_frame.run.watch import glance, has_changed
+from torch_frame.training.schedule_state import load_state, state_of
 
 _logger = logging.getLogger("torch_frame")
 UNCHANGED = "unchanged_module"
@@ -105,7 +107,9 @@ class Attributes:
         """The object, or what stands for it in a state."""
         trainer = self._trainer()
         assert trainer is not None
-        return OptimizerPart(thing, trainer.model, trainer.strategy, name) if isinstance(thing, Optimizer) else thing
+        if isinstance(thing, Optimizer):
+            return OptimizerPart(thing, trainer.model, trainer.strategy, name)
+        return _Schedule(thing) if isinstance(thing, LRScheduler) else thing
 
     def _untrained(self, found: Mapping[str, Any]) -> dict[str, nn.Module]:
         """The modules that no optimizer trains, without those that are registered."""
@@ -268,7 +272,7 @@ class Attributes:
 
     def _check(self, name: str, thing: Any) -> None:
         try:
-            encode(thing.state_dict(), f"the state of {_called(name, self._registered)}")
+            encode(self._part_of(name, thing).state_dict(), f"the state of {_called(name, self._registered)}")
         except CheckpointError as error:
             if name in self._registered:
                 raise
@@ -293,6 +297,19 @@ class Attributes:
                     "them. The script's count.",
                     name,
                 )
+
+
+class _Schedule:
+    """A scheduler without what is the script's, its functions say."""
+
+    def __init__(self, scheduler: LRScheduler) -> None:
+        self._scheduler = scheduler
+
+    def state_dict(self) -> dict[str, Any]:
+        return state_of(self._scheduler)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        load_state(self._scheduler, state)
 
 
 def _ids_of_own(trainer: Any) -> set[int]:
