@@ -5,6 +5,8 @@ Read `train`, `train_one_epoch` and `train_one_iter` first: they are a batch's w
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +18,7 @@ from torch.optim import Optimizer
 
 from torch_frame.checkpoint.weights import WeightsReport
 from torch_frame.data.move import resolve_device
+from torch_frame.data.rng import preserved_rng
 from torch_frame.data.source import length_of
 from torch_frame.data.workers import keep_parents_garbage
 from torch_frame.distributed.comm import is_main
@@ -31,6 +34,7 @@ from torch_frame.run.attributes import Attributes
 from torch_frame.run.feed import Feed
 from torch_frame.run.modes import Modes, train_unless_set
 from torch_frame.run.optimizers import OptimizersPart
+from torch_frame.run.ranks import Ranks
 from torch_frame.run.resume import Found, Resumption, newest
 from torch_frame.run.saving import Saver, SaveRequest, job_of, save_one_by_one
 from torch_frame.run.script_settings import Choice, Settings
@@ -42,6 +46,7 @@ from torch_frame.stopping import StopRequested, StopSignals
 from torch_frame.tracking.bar import ProgressBar
 from torch_frame.tracking.console import logger, open_run_log
 from torch_frame.tracking.history import MetricStorage
+from torch_frame.training.buffers import BufferSnapshot
 from torch_frame.training.ema import EMA
 from torch_frame.training.finite import Columns, first_nonfinite, nonfinite_message, trained_tensors
 from torch_frame.training.losses import describe, read_losses, recordable
@@ -51,6 +56,9 @@ from torch_frame.training.update import OnNonFinite, Update, check_weight
 from torch_frame.types import Device, Number, StepFn, Values
 
 __all__ = ["MetricStorage", "Trainer", "logger"]
+
+_SILENT = 5
+"""The console's level on ranks that print nothing: rank 0 says it."""
 
 CreateNewDir = Literal["time_s", "time_m", "time_h", "time_d", "count"]
 
@@ -94,8 +102,9 @@ class Trainer:
             they do not depend on workers and any place is reached directly; False: leave it as torch has it.
         compile: compile the model in place (`nn.Module.compile`), which keeps the names of its weights; a dict is passed to
             torch.compile. EMA's copy, which is only evaluated, is not compiled.
-        strategy: how the training is spread over processes and devices (`torch_frame.distributed.strategy.Strategy`); None: one
-            process.
+        strategy: how the training is spread over processes and devices: "ddp", or an object such as
+            `torch_frame.distributed.ddp.DDP(...)`; None: "ddp" if a process group of several processes is there, or torchrun has
+            started the script, else one process. Several processes call the same methods of the trainer, in the same order.
         resume_settings: which settings count if those of the script's optimizer and scheduler are others than the checkpoint's:
             "checkpoint", "script", or None: the checkpoint's, but a schedule of another length is an error (docs/resume.md).
         prefetch: False: a batch is fetched when it is trained, on CUDA too, for data that depends on the weights (rollouts,
@@ -147,7 +156,7 @@ class Trainer:
         take_over: bool = True,
         resume: str | os.PathLike[str] | None = None,
         compile: bool | Mapping[str, Any] = False,
-        strategy: Strategy | None = None,
+        strategy: Strategy | Literal["ddp"] | None = None,
         resume_settings: Choice | None = None,
         prefetch: bool = True,
         save_frozen: bool = True,
@@ -163,8 +172,9 @@ class Trainer:
         checks.check_scheduler(lr_scheduler, lr_scheduler_interval, lr_scheduler_metric)
         checks.check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
         checks.check_choice("resume_settings", resume_settings, (None, "checkpoint", "script"))
+        self.strategy = checks.checked_strategy(strategy)  # before the device: "cuda" is this rank's own GPU then
+        self._ranks = Ranks(self.strategy)
         self.device = checks.device_of(model) if device is None else resolve_device(device)
-        self.strategy = checks.checked_strategy(strategy)
         self.model = self.strategy.prepare(model if device is None else model.to(self.device))
         self.optimizer = optimizer
         self.data_loader = data_loader
@@ -213,7 +223,6 @@ class Trainer:
         keep_parents_garbage(self)
         self.progress = Progress()
         self._module_modes = Modes(self.model_or_module, self.progress)
-        self.should_stop = False
         self.start_epoch = 0
         self.metric_storage = MetricStorage()
         self.metric_storage.declare("lr", smooth=False)
@@ -226,6 +235,7 @@ class Trainer:
         self._saver = Saver(self.strategy)
         self.stop_signals = StopSignals(on_first=self._saver.wake)
         self._names_checked = False
+        self._in_train = False
         self.pbar = ProgressBar(disable=True)  # overrides of train_one_iter written for 1.7 put their values there
 
         self.hook_caller = HookCaller()
@@ -248,25 +258,30 @@ class Trainer:
         """
         with self._session(console_log_level, file_log_level):  # restore, check, log; report and close whatever happens
             self._begin()
-            self.call("before_train")
+            with self._ranks.alone():
+                self.call("before_train")
             self.hook_caller.check_states()
             checks.check_can_be_saved(self.optimizer, parts.SchedulePart(self.lr_scheduler, self._settings))
             self._kept_attributes.begin()
             self._use_the_loader()
             self._resumption.restore_last(self._parts)  # random numbers
             with session.ended_by_signals(self._save_last):
-                while self.progress.epoch < self.max_epochs and not self.strategy.agree(self.should_stop):
+                while self.progress.epoch < self.max_epochs and not self._ranks.agree_on_stop():
                     self.safe_point()  # a signal may have come before the first step
                     self.progress.begin_epoch()
                     if not self.progress.epoch_trained:
                         self.train_one_epoch()
                     with self._saver.rolled_back_if_stopped(self._parts_of_hooks(), self._beside_hooks):
-                        self.call("after_epoch")
+                        self._agree_after_epoch()
+                        with self._ranks.alone():
+                            self.call("after_epoch")
                         self._step_plateau()
                         self._save_if_stopping()
                     self.progress.end_epoch()
                     self.safe_point()
-            self.call("after_train")
+            with self._ranks.alone():
+                self.call("after_train")
+            self._leave_together()
 
     def evaluate(self) -> dict[str, float]:
         """Run the evaluations of the registered hooks now; nothing is logged or saved, training is undisturbed.
@@ -283,7 +298,9 @@ class Trainer:
         """The batches' way: loader -> device -> losses -> update."""
         self.model.train()
         if self.progress.inner_iter == 0:
-            self.call("before_epoch")
+            with self._ranks.alone():
+                self.call("before_epoch")
+            self._ranks.meet_if_alone()
             train_unless_set(self.model)
         else:
             self._module_modes.restore()
@@ -346,7 +363,27 @@ class Trainer:
     def batches(self) -> Iterator[tuple[Any, int]]:
         """The epoch's batches, on the device, and the position behind each; of a resumed epoch those that are left."""
         self._use_the_loader()  # a script or a hook may have set another one
-        return self._feed.batches(self.progress, self.stop_signals, self.updater)
+        batches = self._feed.batches(self.progress, self.stop_signals, self.updater)
+        plain = type(self).train_one_iter is Trainer.train_one_iter
+        return self._warmed_up(batches) if plain and self.resumed_iter == self.progress.iter > 0 else batches
+
+    def _warmed_up(self, batches: Iterator[tuple[Any, int]]) -> Iterator[tuple[Any, int]]:
+        """The same batches; with the first one a new wrapper of the model is brought to where the run had it."""
+        first = next(batches, None)
+        if first is None:
+            return batches
+        self.strategy.warm_up(functools.partial(self._step_without_trace, first[0]))
+        return itertools.chain([first], batches)
+
+    def _step_without_trace(self, batch: Any) -> None:
+        """A forward and backward pass after which everything is as before."""
+        buffers = BufferSnapshot(self.model_or_module)
+        buffers.take()
+        with preserved_rng(), self.strategy.autocast(self.precision.autocast()):
+            output = self.model(batch) if self.step_fn is None else self.step_fn(self.model, batch)
+            self.strategy.backward(read_losses(output)[0])
+        buffers.put_back()
+        self.model.zero_grad()
 
     def record(self, values: Values) -> None:
         """Keep a step's values, and its times, unread."""
@@ -413,9 +450,21 @@ class Trainer:
 
     def _save_if_stopping(self) -> None:
         """A run that ends early leaves a `latest.pth`, even if the hook that writes it ran before the decision."""
-        self.should_stop = self.strategy.agree(self.should_stop)
-        if self.should_stop and any(hook.saves_last_state for hook in self.hook_caller.hooks):
+        if self._ranks.agree_on_stop() and any(hook.saves_last_state for hook in self.hook_caller.hooks):
             self.save_at_safe_point("latest.pth", save_single_model=False)
+
+    def _agree_after_epoch(self) -> None:
+        """Hooks on several ranks come to the same decisions: they see rank 0's values, and whether the run ends."""
+        if self.strategy.world_size > 1:
+            self._ranks.agree_on_stop()
+            self._ranks.share_values(self.metric_storage.state_dict, self.metric_storage.load_state_dict)
+
+    def _leave_together(self) -> None:
+        """When `train` returns on one rank, hooks are done and files complete on all."""
+        if self.strategy.world_size > 1:
+            self.safe_point()
+            self._saver.wait()
+            self._ranks.meet()
 
     def _use_the_loader(self) -> None:
         self._feed.use(self.data_loader, self.max_epochs - 1)
@@ -429,16 +478,19 @@ class Trainer:
     def _session(self, console_log_level: int, file_log_level: int) -> AbstractContextManager[None]:
         asked = self._resumption.asked
         if asked == "auto":
-            self._resume_from(newest(self.ckpt_dir))
+            self._resume_from(self._ranks.find(lambda: newest(self.ckpt_dir)))
         elif asked is not None:
             self.load_checkpoint(asked)
         self._check()
         self._work_dir.claim(self.strategy)
         self._feed.set(self.data_loader, self.seed, self.max_epochs - 1)  # the seed may be a checkpoint's by now
-        log = open_run_log(self.log_file if self.check_main() else None, console_log_level, file_log_level)
+        path, console_level = (self.log_file, console_log_level) if self.check_main() else (None, _SILENT)
+        log = open_run_log(path, console_level, file_log_level)
         return session.Session(log, self.stop_signals, self._saver, self.stages, self._on_error, self._on_end)
 
     def _check(self) -> None:
+        self._ranks.check_hooks(self.registered_hook_names)
+        self._ranks.check_lengths(self.epoch_len)
         checks.check_device(self.model, self.device)
         epochs_left = self.max_epochs - self.progress.epoch
         checks.check_loader(self.data_loader, epochs_left, self.epoch_len, prefetch=self.prefetch)
@@ -454,6 +506,7 @@ class Trainer:
             hook.check()
 
     def _begin(self) -> None:
+        self._in_train = True
         self._saver.remove_unfinished_files(self.ckpt_dir)
         self.start_epoch = self.progress.epoch
         self.should_stop = False
@@ -477,9 +530,12 @@ class Trainer:
     def _on_error(self, error: BaseException) -> str:
         """Where the run was, in words."""
         checks.note_on_device(error, self.device)
+        checks.note_on_ddp(error)
+        self._ranks.report(error)
         return f"epoch {self.epoch}, iteration {self.cur_iter}"
 
     def _on_end(self) -> None:
+        self._in_train = False
         self.resumed_iter = None  # another train() continues where this one ended
         self._saver.drop_rollback()
         self._feed.source.close()
@@ -567,11 +623,22 @@ class Trainer:
             NonFiniteError: if the weights hold NaN or infinite values.
         """
         self._work_dir.claim(self.strategy)
+        if not save_single_model and not self._ranks.hooks_on_all and self._in_train:
+            self._save_with_the_others(file_name)
+            return
         with self._feed.times.saving():
             self._save([SaveRequest(file_name, save_single_model, [])], by_override=False)
             self._saver.wait()
         if print_info:
             logger.info("Saved %s", os.path.join(self.ckpt_dir, file_name))
+
+    def _save_with_the_others(self, file_name: str) -> None:
+        """A hook that only rank 0 has saves a whole state, to which all ranks contribute."""
+        logger.warning(
+            "%s is saved at the next safe point: a whole state needs all ranks, and only rank 0 has the hook that saves it.",
+            file_name,
+        )
+        self.save_at_safe_point(file_name, save_single_model=False)
 
     def wait_for_saves(self) -> None:
         """Return when the files of the save under way are complete: before they are copied, say. `train` ends so itself.
@@ -653,7 +720,7 @@ class Trainer:
             return self._resumption.load_weights(checkpoint, self.model_or_module, self.model_ema, self._frozen)
         if path is None or checkpoint is not None:
             raise SettingError("load_checkpoint takes a path (a full state), or checkpoint= (weights): one of the two.")
-        self._resume_from(Found.at(self._work_dir.find(path)))
+        self._resume_from(self._ranks.find(lambda: Found.at(self._work_dir.find(path))))
         return None
 
     def _resume_from(self, found: Found | None) -> None:
@@ -694,6 +761,20 @@ class Trainer:
             SettingError: if the name is taken, or training has begun.
         """
         self._kept_attributes.register(name, thing)
+
+    @property
+    def should_stop(self) -> bool:
+        """The run ends after the epoch under way; on several ranks, once all know it."""
+        return self._ranks.stops
+
+    @should_stop.setter
+    def should_stop(self, wanted: bool) -> None:
+        self._ranks.set_stop(bool(wanted))
+
+    @property
+    def hook_strategy(self) -> Strategy:
+        """What hooks do together: the run's strategy, or one process if only rank 0 has hooks."""
+        return self._ranks.of_hooks
 
     def check_main(self) -> bool:
         """This is the process that writes and prints (1.7's name)."""

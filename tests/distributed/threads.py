@@ -40,7 +40,13 @@ class Meeting:
 
 
 class ThreadStrategy(SingleProcess):
-    """One of several ranks. Gradients are exchanged once a window, in `reduce_gradients`."""
+    """One of several ranks. Gradients are exchanged once a window, in `reduce_gradients`.
+
+    Args:
+        own_shards: the data of each rank is its part already.
+    """
+
+    own_shards = True
 
     def __init__(self, rank: int, meeting: Meeting) -> None:
         self.rank = rank
@@ -64,6 +70,10 @@ class ThreadStrategy(SingleProcess):
 
     def gather(self, value: T) -> list[T]:
         return self._gather("gather", value)
+
+    def collect(self, value: T) -> list[T]:
+        values = self._gather("collect", value)
+        return values if self.rank == 0 else []
 
     def broadcast(self, value: T) -> T:
         return self._gather("broadcast", value)[0]

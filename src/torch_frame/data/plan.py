@@ -97,33 +97,44 @@ class SampleBatches:
             if self._world_size == 1:
                 yield BatchPlace(epoch, start, stop, batch, hashes)
             else:
-                own = self._own_part(len(batch))
+                own = part_of(len(batch), self._rank, self._world_size)
                 yield BatchPlace(epoch, start + own.start, stop, batch[own.start : own.stop], hashes)
             start = stop
 
-    def _own_part(self, size: int) -> range:
-        even, more = divmod(size, self._world_size)
-        if even == 0 and self._rank >= more:  # fewer samples than ranks
-            return range(self._rank % more, self._rank % more + 1)
-        begin = self._rank * even + min(self._rank, more)
-        return range(begin, begin + even + (self._rank < more))
+
+def part_of(size: int, rank: int, world_size: int) -> range:
+    """A rank's part of `size` samples, split as evenly as it goes; of fewer than there are ranks one, some of them twice.
+
+    >>> [list(part_of(5, rank, 3)) for rank in range(3)], [list(part_of(2, rank, 3)) for rank in range(3)]
+    ([[0, 1], [2, 3], [4]], [[0], [1], [0]])
+    """
+    even, more = divmod(size, world_size)
+    if even == 0 and rank >= more:
+        return range(rank % more, rank % more + 1)
+    begin = rank * even + min(rank, more)
+    return range(begin, begin + even + (rank < more))
 
 
 class GivenBatches:
     """The batches of a user's own batch sampler, or the single indices of a loader with batch_size=None.
+
+    Ranks are dealt one batch each. Where fewer are left than there are ranks, their indices are split as evenly as it goes; what
+    cannot be split is wrapped around.
 
     Args:
         order: of batches (lists of indices) or of single indices.
         single: an element counts as one sample whatever it is; else it is a batch of as many as it has indices.
     """
 
-    def __init__(self, order: Order, *, single: bool) -> None:
+    def __init__(self, order: Order, *, single: bool, rank: int = 0, world_size: int = 1) -> None:
         self._order = order
         self.kind = type(order).__name__
         self._single = single
+        self._rank = rank
+        self._world_size = world_size
 
     def __len__(self) -> int:
-        return len(self._order)
+        return -(-len(self._order) // self._world_size)
 
     @property
     def num_samples(self) -> int:
@@ -131,24 +142,60 @@ class GivenBatches:
 
     def places(self, epoch: int, start: int) -> Iterator[BatchPlace]:
         position = first = start if self._single else 0  # a batch sampler's positions are known by drawing its batches
+        dealt: list[Any] = []
+        begin, before = start, 0
         for (element,), hashes in self._order.chunks(epoch, first, 1):
-            stop = position + (1 if self._single else len(element))
             if position >= start:
-                yield BatchPlace(epoch, position, stop, element, hashes)
-            position = stop
+                begin, before = (begin, before) if dealt else (position, hashes[0])
+                dealt.append(element)
+            position += self._size_of(element)
+            if len(dealt) == self._world_size:
+                yield self._own_place(epoch, begin, position, dealt, (before, hashes[1]))
+                dealt = []
+            after = hashes[1]
+        if dealt:
+            yield self._own_place(epoch, begin, position, dealt, (before, after))
+
+    def _size_of(self, element: Any) -> int:
+        return 1 if self._single else len(element)
+
+    def _own_place(self, epoch: int, begin: int, stop: int, dealt: list[Any], hashes: Hashes) -> BatchPlace:
+        """This rank's part of one batch for each rank, of the positions from `begin` to `stop`."""
+        if len(dealt) < self._world_size and all(isinstance(element, list | tuple) for element in dealt):
+            indices = [index for element in dealt for index in element]
+            part = part_of(len(indices), self._rank, self._world_size)
+            return BatchPlace(
+                epoch, begin + (0 if self._single else part.start), stop, indices[part.start : part.stop], hashes
+            )
+        own = self._rank % len(dealt)
+        first = begin + sum(map(self._size_of, dealt[:own]))
+        return BatchPlace(epoch, first, stop, dealt[own], hashes)
 
 
 def plan_of(loader: DataLoader[Any], seed: int, rank: int = 0, world_size: int = 1) -> BatchPlan:
     """The batches that a loader describes as it is now, in an order of ours if its own is random."""
-    if loader.batch_sampler is None:
-        return GivenBatches(order_of(loader.sampler, seed), single=True)
-    if type(loader.batch_sampler) is not BatchSampler:
-        return GivenBatches(FromSampler(loader.batch_sampler, seed), single=False)
-    sampler = loader.batch_sampler.sampler
-    if isinstance(sampler, DistributedSampler):  # it has split the data itself
+    if splits_by_itself(loader):
         rank, world_size = 0, 1
+    if loader.batch_sampler is None:
+        return GivenBatches(order_of(loader.sampler, seed), single=True, rank=rank, world_size=world_size)
+    if type(loader.batch_sampler) is not BatchSampler:
+        order = FromSampler(loader.batch_sampler, seed)
+        return GivenBatches(order, single=False, rank=rank, world_size=world_size)
+    sampler = loader.batch_sampler.sampler
     sizes = loader.batch_sampler.batch_size, loader.batch_sampler.drop_last
     return SampleBatches(order_of(sampler, seed), *sizes, rank=rank, world_size=world_size)
+
+
+def splits_by_itself(loader: Any) -> bool:
+    """A sampler of the loader gives each rank a part: torch's DistributedSampler, or one that knows its rank as that does."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    samplers = [getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
+    return any(isinstance(sampler, DistributedSampler) or _knows_its_rank(sampler) for sampler in samplers)
+
+
+def _knows_its_rank(sampler: Any) -> bool:
+    names = {name.lstrip("_") for name in getattr(sampler, "__dict__", ())}
+    return "rank" in names and not names.isdisjoint(("num_replicas", "world_size", "replicas"))
 
 
 def order_of(sampler: Any, seed: int) -> Order:

@@ -14,11 +14,13 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from torch_frame.data.infinite import InfiniteDataLoader
 from torch_frame.data.loading import StreamCollating, Streaming
 from torch_frame.data.order import hash_ints
+from torch_frame.data.plan import splits_by_itself
 from torch_frame.data.source_base import BatchAndPosition, Source, StatelessSource, length_of
 from torch_frame.data.source_ordered import EndlessSource, OrderedSource
 from torch_frame.data.starting import signals_held_back
 from torch_frame.data.workers import Ending, no_second_warning, worker_settings
 from torch_frame.distributed.strategy import Strategy
+from torch_frame.errors import SettingError
 
 __all__ = ["Source", "length_of", "source_of"]
 
@@ -48,20 +50,42 @@ def source_of(
         last_epoch: nothing is fetched beyond it.
     """
     seed = operator.index(seed)
-    rank, world_size = (0, 1) if strategy is None else (strategy.rank, strategy.world_size)
+    is_split = strategy is None or strategy.world_size == 1 or strategy.own_shards
+    rank, world_size = (0, 1) if is_split or strategy is None else (strategy.rank, strategy.world_size)
     if isinstance(loader, InfiniteDataLoader):
         own_seed = seed if loader.seed is None else loader.seed
         return EndlessSource(loader, own_seed, last_epoch=last_epoch, rank=rank, world_size=world_size)
+    takes_over = take_over and can_take_over(loader) and not _keeps_a_state(loader)
+    if world_size > 1 and not splits_by_itself(loader):
+        _check_can_be_split(loader, takes_over, world_size)
     if _keeps_a_state(loader):
         return StatefulSource(loader)
     if isinstance(loader, Sequence):
         return SequenceSource(loader)
-    if take_over and can_take_over(loader):
+    if takes_over:
         assert isinstance(loader, DataLoader)
         if isinstance(loader.dataset, IterableDataset):
             return StreamSource(loader, seed)
         return OrderedSource(loader, seed, rank=rank, world_size=world_size)
     return ReplaySource(loader)
+
+
+def _check_can_be_split(loader: Any, takes_over: bool, world_size: int) -> None:
+    """Each rank gets a part of its own, and not all of the data.
+
+    Raises:
+        SettingError: for a loader that cannot be split.
+    """
+    is_stream = isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset)
+    if takes_over and not is_stream:
+        return
+    what = "a DataLoader of an IterableDataset" if is_stream else f"a {type(loader).__name__}"
+    what = "a DataLoader with take_over=False" if isinstance(loader, DataLoader) and not is_stream else what
+    raise SettingError(
+        f"data_loader is {what}, of which each of the {world_size} ranks would train on all. Pass a plain DataLoader of a "
+        "map-style dataset, whose samples are split over the ranks, or one with a DistributedSampler; if it gives each rank a "
+        "part of its own already, say so: strategy=DDP(own_shards=True)."
+    )
 
 
 def can_take_over(loader: Iterable[Any]) -> bool:

@@ -7,7 +7,7 @@ spread over them. `SingleProcess` answers for one process; every answer there is
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -31,6 +31,7 @@ class Strategy(Protocol):
     Attributes:
         rank: index of this process; rank 0 writes files and prints.
         world_size: number of processes that train together.
+        own_shards: the script's data loader gives each rank a part of its own already.
     """
 
     @property
@@ -38,6 +39,9 @@ class Strategy(Protocol):
 
     @property
     def world_size(self) -> int: ...
+
+    @property
+    def own_shards(self) -> bool: ...
 
     # ---------------------------------------------------------------- the model and its step
 
@@ -69,6 +73,10 @@ class Strategy(Protocol):
         """Clip the gradient of `parameters` to a 2-norm of `max_norm`; returns its norm before that, one element."""
         ...
 
+    def warm_up(self, step: Callable[[], None]) -> None:
+        """On a resumed run's first batch: call `step`, a forward and backward pass that leaves nothing, if bits depend on it."""
+        ...
+
     def step(self, optimizer: Optimizer, scaler: torch.amp.GradScaler | None = None) -> None:
         """One step of an optimizer, through the scaler if there is one (which may leave it out)."""
         ...
@@ -87,8 +95,26 @@ class Strategy(Protocol):
         """The ranks' values (plain types and tensors), in the order of the ranks, on all of them."""
         ...
 
+    def collect(self, value: T) -> list[T]:
+        """The ranks' values on rank 0, in the order of the ranks; [] on the others."""
+        ...
+
     def broadcast(self, value: T) -> T:
         """Rank 0's value (plain types and tensors), on all ranks."""
+        ...
+
+    # ---------------------------------------------------------------- told to ranks that wait
+
+    def alone(self) -> AbstractContextManager[None]:
+        """On rank 0: the others wait for it, however long what is inside takes."""
+        ...
+
+    def tell_failure(self, what: str) -> None:
+        """This rank ends by an error: the others need not wait for it."""
+        ...
+
+    def failure(self) -> str | None:
+        """What the first rank that failed has told, or None."""
         ...
 
     # ---------------------------------------------------------------- states
@@ -120,6 +146,7 @@ class SingleProcess:
 
     rank: int = 0
     world_size: int = 1
+    own_shards: bool = False
 
     def prepare(self, model: nn.Module) -> nn.Module:
         return model
@@ -143,6 +170,9 @@ class SingleProcess:
     def clip_grad_norm(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
         return nn.utils.clip_grad_norm_(parameters, max_norm)
 
+    def warm_up(self, step: Callable[[], None]) -> None:
+        """One process adds up in one order."""
+
     def step(self, optimizer: Optimizer, scaler: torch.amp.GradScaler | None = None) -> None:
         if scaler is None:
             optimizer.step()
@@ -158,8 +188,20 @@ class SingleProcess:
     def gather(self, value: T) -> list[T]:
         return [value]
 
+    def collect(self, value: T) -> list[T]:
+        return [value]
+
     def broadcast(self, value: T) -> T:
         return value
+
+    def alone(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def tell_failure(self, what: str) -> None:
+        """Nobody waits."""
+
+    def failure(self) -> str | None:
+        return None
 
     def model_state(self, model: nn.Module) -> dict[str, Any]:
         return self.unwrap(model).state_dict()

@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch_frame.checkpoint.format import plain
 from torch_frame.checkpoint.values import encode_most
 from torch_frame.data.source import length_of
+from torch_frame.distributed.ddp import DDP
+from torch_frame.distributed.launch import num_processes
 from torch_frame.distributed.strategy import SingleProcess, Strategy
 from torch_frame.errors import SettingError
 from torch_frame.run.saving import SaveRequest
@@ -243,6 +245,15 @@ def note_on_device(error: BaseException, device: torch.device) -> None:
         )
 
 
+def note_on_ddp(error: BaseException) -> None:
+    """Add to torch's error about parameters without a gradient what to write here."""
+    if isinstance(error, RuntimeError) and "finished reduction in the prior iteration" in str(error):
+        error.add_note(
+            "torch-frame: some parameters took no part in a step, or were frozen after the trainer was made. Pass "
+            "strategy=DDP(find_unused_parameters=True) (from torch_frame.distributed.ddp), or wrap the model so."
+        )
+
+
 def check_loader(loader: Iterable[Any], epochs_left: int, epoch_len: int | None, *, prefetch: bool = True) -> None:
     """The loader has batches for each epoch that is left, and fetches none ahead if `prefetch` is off."""
     num_workers = getattr(loader, "num_workers", 0)
@@ -284,13 +295,18 @@ def check_device(model: nn.Module, device: torch.device) -> None:
 
 
 def checked_strategy(strategy: Any) -> Strategy:
-    """The strategy that was given; None: one process."""
+    """The strategy that was given; None: DDP if several processes were started together, else one process."""
     if strategy is None:
-        return SingleProcess()
+        strategy = "ddp" if num_processes() > 1 else SingleProcess()
+    if isinstance(strategy, str) and strategy == "ddp":
+        try:
+            return DDP()
+        except ValueError as error:
+            raise SettingError(f"strategy='ddp': {error}") from None
     if isinstance(strategy, type) or not isinstance(strategy, Strategy):
         raise TypeError(
-            f"strategy is {_described(strategy)}; it has to be None or an object with the methods of "
-            "torch_frame.distributed.strategy.Strategy."
+            f"strategy is {_described(strategy)}; it has to be None, 'ddp', or an object such as "
+            "torch_frame.distributed.ddp.DDP(...)."
         )
     return strategy
 

@@ -1,0 +1,232 @@
+"""Several processes, each with the whole model: torch's DistributedDataParallel."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from torch_frame.distributed.channel import Channel
+from torch_frame.distributed.launch import join_group
+from torch_frame.distributed.strategy import SingleProcess, Summable
+
+T = TypeVar("T")
+
+CommHook = str | Callable[[Any, Any], Any] | tuple[Any, Callable[[Any, Any], Any]]
+
+
+class DDP(SingleProcess):
+    """Each rank trains the whole model on its part of the data; gradients are averaged in backward.
+
+    The model is wrapped in DistributedDataParallel, or was wrapped by the script already. Make it on all ranks, with a process
+    group or under torchrun.
+
+    Args:
+        find_unused_parameters: some parameters take no part in some steps.
+        gradient_as_bucket_view: gradients share memory with the buckets that are exchanged: less memory.
+        static_graph: every step has the same graph.
+        bucket_cap_mb: size of a bucket, MiB; None: torch's.
+        comm_hook: how gradients are exchanged: "fp16" or "bf16" (compressed), a hook of torch's, or a pair (state, hook).
+        sync_batchnorm: batch norm over the batch of all ranks; needs GPUs.
+        own_shards: the data loader gives each rank a part of its own already; it is used as it is.
+        timeout_s: how long a rank waits for the others at a flag, a save or an evaluation; None: as the process group.
+
+    Raises:
+        ValueError: with neither a process group nor torchrun's environment.
+    """
+
+    def __init__(
+        self,
+        *,
+        find_unused_parameters: bool = False,
+        gradient_as_bucket_view: bool = False,
+        static_graph: bool = False,
+        bucket_cap_mb: float | None = None,
+        comm_hook: CommHook | None = None,
+        sync_batchnorm: bool = False,
+        own_shards: bool = False,
+        timeout_s: float | None = None,
+    ) -> None:
+        join_group()
+        self.own_shards = own_shards
+        self._settings: dict[str, Any] = {
+            "find_unused_parameters": find_unused_parameters,
+            "gradient_as_bucket_view": gradient_as_bucket_view,
+            "static_graph": static_graph,
+        }
+        if bucket_cap_mb is not None:
+            self._settings["bucket_cap_mb"] = bucket_cap_mb
+        self._comm_hook = _comm_hook(comm_hook)
+        self._sync_batchnorm = sync_batchnorm
+        self._channel = Channel(timeout_s)
+        self.rank, self.world_size = self._channel.rank, self._channel.world_size
+        self._wrapped: DistributedDataParallel | None = None
+        self._is_exchanged = True  # by the last backward
+        self._reduced: frozenset[int] = frozenset()  # ids of the parameters that DDP exchanges
+        self._asked: tuple[Sequence[Tensor] | None, list[Tensor]] = (None, [])
+        self._is_warm = False
+
+    # ---------------------------------------------------------------- the model and its step
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """The model in DistributedDataParallel; one that is wrapped already is used as it is.
+
+        Raises:
+            ValueError: for a setting that a wrapped model cannot be given any more, or that its device does not have.
+        """
+        if isinstance(model, DistributedDataParallel):
+            self._check_unset()
+            wrapped = model
+        else:
+            wrapped = self._wrap(model)
+        if self._comm_hook is not None:
+            wrapped.register_comm_hook(*self._comm_hook)
+        self._wrapped = wrapped
+        self._reduced = frozenset(id(p) for p in wrapped.module.parameters() if p.requires_grad)
+        return wrapped
+
+    def _wrap(self, model: nn.Module) -> DistributedDataParallel:
+        devices = {p.device for p in (*model.parameters(), *model.buffers())}
+        if self._sync_batchnorm:
+            if any(device.type == "cpu" for device in devices):
+                raise ValueError("sync_batchnorm=True needs GPUs: torch's SyncBatchNorm does not run on the CPU.")
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        (device,) = devices if len(devices) == 1 else (torch.device("cpu"),)
+        self._check_own_device(device)
+        return DistributedDataParallel(model, None if device.type == "cpu" else [device], **self._settings)
+
+    def _check_unset(self) -> None:
+        given = [name for name, value in self._settings.items() if value]
+        given += ["sync_batchnorm"] if self._sync_batchnorm else []
+        if given:
+            raise ValueError(
+                f"{', '.join(given)} cannot be set for a model that is wrapped in DistributedDataParallel already. Wrap it with "
+                "these settings, or pass the bare model."
+            )
+
+    def _check_own_device(self, device: torch.device) -> None:
+        """NCCL's own error about two ranks on one GPU comes late, and names neither."""
+        place = None if device.type == "cpu" else (_host(), str(device))
+        places = self.gather(place)
+        if place is not None and places.count(place) > 1:
+            ranks = [rank for rank, other in enumerate(places) if other == place]
+            raise ValueError(
+                f"The model is on {device} on the ranks {ranks} of one machine. Give each rank a GPU of its own: "
+                "torch.cuda.set_device(int(os.environ['LOCAL_RANK'])) before model.cuda(), or Trainer(..., device='cuda')."
+            )
+
+    def accumulating(self, model: nn.Module) -> AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self._wrapped is None else self._wrapped.no_sync()
+
+    def backward(self, loss: Tensor, inputs: Sequence[Tensor] | None = None) -> None:
+        loss.backward(inputs=inputs)
+        self._is_exchanged = self._wrapped is not None and self._wrapped.require_backward_grad_sync
+
+    def reduce_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Average what `backward` did not: of a window that ended unforeseen all, else of parameters that DDP does not know."""
+        if not self._is_exchanged:
+            self._average([p for p in parameters if p.requires_grad])
+            self._is_exchanged = True
+            if self._wrapped is not None:
+                self._wrapped.require_forward_param_sync = True  # as after a backward pass that exchanged
+            return
+        for_list, unknown = self._asked
+        if for_list is not parameters:
+            unknown = [p for p in parameters if id(p) not in self._reduced]
+            self._asked = (parameters, unknown)
+        if unknown:
+            self._average([p for p in unknown if p.requires_grad])  # unfrozen since the model was wrapped
+
+    def _average(self, parameters: Sequence[Tensor]) -> None:
+        """Average gradients; a rank that has none counts as zero, and none is made if no rank has one."""
+        if not parameters:
+            return
+        present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=parameters[0].device)
+        dist.all_reduce(present, op=dist.ReduceOp.MAX)
+        used = [p for p, any_rank in zip(parameters, present.tolist(), strict=True) if any_rank]
+        for (device, dtype), group in _by_kind(used).items():
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
+            flat = torch.cat([gradient.reshape(-1) for gradient in gradients]).to(device, dtype)
+            dist.all_reduce(flat)
+            flat /= self.world_size
+            for p, part in zip(group, flat.split([p.numel() for p in group]), strict=True):
+                p.grad = part.view_as(p).clone()
+
+    def warm_up(self, step: Callable[[], None]) -> None:
+        """Let a new wrapper put its buckets in order, as the first backward pass of the run that is resumed did.
+
+        With two ranks the order changes no bit: a sum of two does not depend on it.
+        """
+        if self.world_size > 2 and not self._is_warm and not self._settings["find_unused_parameters"]:
+            self._is_warm = True
+            step()
+
+    # ---------------------------------------------------------------- together
+
+    def agree(self, flag: bool) -> bool:
+        return self._channel.agree(flag)
+
+    def sum(self, value: Summable) -> Summable:
+        total: Any
+        if not isinstance(value, Tensor):
+            total = self._channel.sum(float(value))
+        elif value.device.type == "cpu":
+            total = value.new_full(value.shape, self._channel.sum(value.item()))
+        else:
+            total = value.detach().clone()
+            dist.all_reduce(total)  # on the device: nothing is read from it
+        summed: Summable = total
+        return summed
+
+    def gather(self, value: T) -> list[T]:
+        return self._channel.gather(value)
+
+    def collect(self, value: T) -> list[T]:
+        return self._channel.collect(value)
+
+    def broadcast(self, value: T) -> T:
+        received: T = self._channel.broadcast(value)
+        return received
+
+    def alone(self) -> AbstractContextManager[None]:
+        return self._channel.alone()
+
+    def tell_failure(self, what: str) -> None:
+        self._channel.tell_failure(what)
+
+    def failure(self) -> str | None:
+        return self._channel.failure()
+
+
+def _by_kind(parameters: Iterable[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for p in parameters:
+        kinds.setdefault((p.device, p.dtype), []).append(p)
+    return kinds
+
+
+def _comm_hook(hook: CommHook | None) -> tuple[Any, Callable[[Any, Any], Any]] | None:
+    if hook is None:
+        return None
+    if callable(hook):
+        return None, hook
+    if isinstance(hook, tuple):
+        return hook
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+    known = {"fp16": default_hooks.fp16_compress_hook, "bf16": default_hooks.bf16_compress_hook}
+    if hook not in known:
+        raise ValueError(f"comm_hook is {hook!r}; it has to be 'fp16', 'bf16', a hook, or a pair (state, hook).")
+    return None, known[hook]
+
+
+def _host() -> str:
+    import socket
+
+    return socket.gethostname()

@@ -1,0 +1,164 @@
+"""What the ranks of a run agree on: hooks, lengths, where to continue, when to stop; what they tell each other of an error."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch_frame.distributed.strategy import SingleProcess, Strategy
+from torch_frame.errors import CheckpointError, SettingError
+from torch_frame.run.resume import Found, read
+
+
+class Ranks:
+    """The ranks of a run, as its loop and its hooks see them.
+
+    Hooks are the same on all ranks, or rank 0 has some and the others none: then the others wait while those of rank 0 work.
+
+    Args:
+        strategy: of the run.
+
+    Attributes:
+        hooks_on_all: all ranks have the same hooks.
+        wants_stop: this rank wants the run to end.
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        self._strategy = strategy
+        self._several = strategy.world_size > 1
+        self.hooks_on_all = True
+        self.wants_stop = False
+        self._stops = False
+
+    # ---------------------------------------------------------------- hooks
+
+    @property
+    def of_hooks(self) -> Strategy:
+        """What hooks do together: with all ranks, or alone if only rank 0 has them."""
+        return self._strategy if self.hooks_on_all else SingleProcess()
+
+    def check_hooks(self, names: Sequence[str]) -> None:
+        """Compare the hooks of all ranks.
+
+        Raises:
+            SettingError: if they differ, and are not on rank 0 alone.
+        """
+        if not self._several:
+            return
+        of_ranks = self._strategy.gather(list(names))
+        self.hooks_on_all = all(names == of_ranks[0] for names in of_ranks)
+        if not self.hooks_on_all and any(of_ranks[1:]):
+            lists = "; ".join(f"rank {rank} [{', '.join(names)}]" for rank, names in enumerate(of_ranks))
+            raise SettingError(
+                f"The ranks have different hooks: {lists}. Give all of them the same hooks, or hooks to rank 0 and hooks=[] to "
+                "the others (None means the default hooks)."
+            )
+
+    def alone(self) -> AbstractContextManager[Any]:
+        """Around a stage of hooks that may take long: ranks without hooks wait for it without a time-out."""
+        if self.hooks_on_all or self._strategy.rank != 0:
+            return contextlib.nullcontext()
+        return self._strategy.alone()
+
+    def meet(self) -> None:
+        """Go on together."""
+        if self._several:
+            self._strategy.agree(False)
+
+    def meet_if_alone(self) -> None:
+        """Let the ranks without hooks wait here for those of rank 0."""
+        if not self.hooks_on_all:
+            self._strategy.agree(False)
+
+    # ---------------------------------------------------------------- the end of the run
+
+    @property
+    def stops(self) -> bool:
+        """The run is to end: what all ranks know, so that their hooks do the same; hooks that are alone know it at once."""
+        return self._stops or (self.wants_stop and not (self._several and self.hooks_on_all))
+
+    def agree_on_stop(self) -> bool:
+        """Whether any rank wants the run to end; all know it then."""
+        self.wants_stop = self._stops = self._strategy.agree(self.wants_stop)
+        return self._stops
+
+    def set_stop(self, wanted: bool) -> None:
+        """This rank wants the run to end, or not any more."""
+        self.wants_stop = wanted
+        self._stops = self._stops and wanted
+
+    def report(self, error: BaseException) -> None:
+        """Tell the others of an error, and the user what another rank has told."""
+        if not self._several:
+            return
+        told = None
+        with contextlib.suppress(Exception):
+            told = self._strategy.failure()
+        if told is not None and told not in str(error):
+            error.add_note(f"torch-frame: the first error of the run was on {told}")
+        first_line = (str(error).splitlines() or [""])[0]
+        self._strategy.tell_failure(f"{type(error).__name__}: {first_line}"[:500])
+
+    # ---------------------------------------------------------------- data and state
+
+    def check_lengths(self, num_batches: int | None) -> None:
+        """All ranks have as many batches in an epoch; a rank with fewer would leave the others waiting in their next step.
+
+        Raises:
+            SettingError: if they differ.
+        """
+        if not self._several:
+            return
+        lengths = self._strategy.gather(num_batches)
+        if len(set(lengths)) > 1:
+            raise SettingError(
+                f"The ranks have different numbers of batches in an epoch: {', '.join(map(str, lengths))} (rank 0, 1, ...). "
+                "Each needs the same number; a plain DataLoader of the whole dataset is split so."
+            )
+
+    def share_values(self, state_dict: Callable[[], Any], load_state_dict: Callable[[Any], None]) -> None:
+        """Give the hooks of all ranks the recorded values of rank 0, so that they come to the same decisions."""
+        if self._several and self.hooks_on_all:
+            values = self._strategy.broadcast(state_dict() if self._strategy.rank == 0 else None)
+            if self._strategy.rank != 0:
+                load_state_dict(values)
+
+    def find(self, find: Callable[[], Found | None]) -> Found | None:
+        """The state that rank 0 finds, on all ranks; read by each, or sent where the file is not there.
+
+        Raises:
+            CheckpointError, FileNotFoundError: on all ranks, what rank 0 found wrong.
+        """
+        if not self._several:
+            return find()
+        found, error = None, None
+        if self._strategy.rank == 0:
+            try:
+                found = find()
+            except Exception as problem:
+                error = problem
+        place = self._strategy.broadcast(
+            (None if found is None else (found.path, found.problems), None if error is None else _told(error))
+        )
+        if error is not None:
+            raise error
+        if place[1] is not None:
+            kind, message = place[1]
+            raise (FileNotFoundError(message) if kind == "FileNotFoundError" else CheckpointError(message))
+        return None if place[0] is None else self._read(found, *place[0])
+
+    def _read(self, found: Found | None, path: str, problems: list[str]) -> Found:
+        if found is None:
+            with contextlib.suppress(OSError, CheckpointError):
+                found = Found(path, read(path), problems)
+        if self._strategy.agree(found is None):  # the disks of other machines
+            state: Any = self._strategy.broadcast(None if found is None else dict(found.state))
+            found = found or Found(path, state, problems)
+        assert found is not None
+        return found
+
+
+def _told(error: Exception) -> tuple[str, str]:
+    return type(error).__name__, str(error)

@@ -1,0 +1,151 @@
+"""Two and four processes on gloo train as one process does on the whole batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import DataLoader, TensorDataset
+
+from tests.distributed.processes import on_processes, one_thread
+from tests.small_runs import Net, differences, make_batches, make_trainer, weights_of
+from torch_frame import HookBase, SettingError
+from torch_frame.distributed.ddp import DDP
+
+__all__ = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def num_samples(batch: Any) -> int:
+    return len(batch[0])
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulated": {"gradient_accumulation_steps": 2},
+    "accumulated, the last window ragged": {"gradient_accumulation_steps": 4},
+    "weighted, ragged": {"loss_weight": num_samples, "size": 45},
+    "weighted, ragged, accumulated": {"loss_weight": num_samples, "size": 45, "gradient_accumulation_steps": 2},
+    "clipped": {"clip_grad_norm": 0.05, "gradient_accumulation_steps": 2},
+    "ema and warm-up": {"use_ema": True, "ema_decay": 0.9, "warmup_method": "linear", "warmup_iters": 4},
+    "skipping": {"on_nonfinite": "skip"},
+}
+
+
+def train(
+    folder: Path, name: str, world_size: int, dtype: torch.dtype, wrapped: bool = False, **more: Any
+) -> dict[str, Any]:
+    """Weights, EMA's weights and the norms of the gradients after three epochs of batches of 8 in all."""
+    settings = {**SETTINGS[name], **more}
+    size = settings.pop("size", 40)
+    generator = torch.Generator().manual_seed(1)
+    data = TensorDataset(
+        torch.randn(size, 3, generator=generator, dtype=torch.float64).to(dtype),
+        torch.randn(size, 1, generator=generator, dtype=torch.float64).to(dtype),
+    )
+    loader = DataLoader(data, 8 // world_size, shuffle=True)
+    model = Net().to(dtype)
+    given: nn.Module = DistributedDataParallel(model) if wrapped and world_size > 1 else model
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    settings.setdefault("clip_grad_norm", 1e9)  # so that the norm is recorded
+    trainer = make_trainer(
+        folder / name, given, optimizer, StepLR(optimizer, 1, gamma=0.5), loader, 3, seed=5, **settings
+    )
+    trainer.train(5, 5)
+    norms = torch.tensor(trainer.metric_storage["grad_norm"]._history, dtype=torch.float64)
+    ema = {f"ema.{k}": v for k, v in weights_of(trainer.model_evaluate).items()}
+    return {**weights_of(model), **ema, "norms": norms}
+
+
+def train_all(folder: Path, world_size: int) -> dict[str, dict[str, Any]]:
+    results = {}
+    for dtype in (torch.float64, torch.float32):
+        for name in SETTINGS:
+            results[f"{name}, {dtype}"] = train(folder, name, world_size, dtype)
+        results[f"wrapped by the script, {dtype}"] = train(folder, "plain", world_size, dtype, wrapped=True)
+    return results
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    return max(float((a[name] - b[name]).abs().max() / b[name].abs().max().clamp(min=1)) for name in b)
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_end_with_the_weights_and_the_gradient_norms_of_one_process(world_size: int, tmp_path: Path) -> None:
+    expected = train_all(tmp_path / "one", 1)
+    results = on_processes(train_all, tmp_path / "ranks", world_size, tmp_path / "ranks", world_size)
+    for name in expected:
+        found = max(distance(result[name], expected[name]) for result in results)
+        assert found < (1e-12 if "float64" in name else 1e-6), f"{name}: {found}"
+        trained = [{k: v for k, v in result[name].items() if k != "norms"} for result in results]
+        assert all(differences(weights, trained[0]) == [] for weights in trained), name
+
+
+class Unsized:
+    """A rank's part of some batches, without a length: nobody knows which batch is the last."""
+
+    def __init__(self, batches: list[Any], rank: int, world_size: int) -> None:
+        self.batches = [[part[rank::world_size] for part in batch] for batch in batches]
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+
+def train_unsized(folder: Path, world_size: int, rank: int | None = None) -> dict[str, Tensor]:
+    model = Net().double()
+    strategy = None if rank is None else DDP(own_shards=True)
+    rank = 0 if strategy is None else strategy.rank
+    batches = Unsized([(x.double(), y.double()) for x, y in make_batches(5)], rank, world_size)
+    make_trainer(
+        folder,
+        model,
+        AdamW(model.parameters(), lr=0.01),
+        None,
+        batches,
+        3,
+        strategy=strategy,
+        gradient_accumulation_steps=4,
+    ).train(5, 5)
+    return weights_of(model)
+
+
+def train_unfrozen(folder: Path, world_size: int) -> dict[str, Tensor]:
+    """A layer is trained from the second epoch on, and was frozen when the model was wrapped."""
+    model = Net().double()
+    model.layers[0].requires_grad_(False)
+    x, y = make_batches(1, 8)[0]
+    loader = DataLoader(TensorDataset(x.double(), y.double()), 4 // world_size)
+    make_trainer(folder, model, AdamW(model.parameters(), lr=0.01), None, loader, 3, hooks=[Unfreeze()]).train(5, 5)
+    return weights_of(model)
+
+
+class Unfreeze(HookBase):
+    def before_epoch(self) -> None:
+        self.trainer.model_or_module.layers[0].requires_grad_(self.trainer.epoch > 0)  # type: ignore[union-attr, operator]
+
+
+def train_odd(folder: Path, world_size: int) -> dict[str, dict[str, Tensor]]:
+    return {
+        "a window whose end was not foreseen": train_unsized(
+            folder / "unsized", world_size, 0 if world_size > 1 else None
+        ),
+        "a layer that is unfrozen": train_unfrozen(folder / "unfrozen", world_size),
+    }
+
+
+def test_gradients_that_ddp_does_not_exchange_are_averaged_all_the_same(tmp_path: Path) -> None:
+    expected = train_odd(tmp_path / "one", 1)
+    for result in on_processes(train_odd, tmp_path / "ranks", 2, tmp_path / "ranks", 2):
+        for name in expected:
+            assert distance(result[name], expected[name]) < 1e-12, name
+
+
+def test_ddp_without_a_group_is_told_with_the_cure(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"no process group.*torchrun --nproc-per-node.*init_process_group"):
+        make_trainer(tmp_path, strategy="ddp")
