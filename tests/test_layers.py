@@ -16,13 +16,14 @@ FLOORS = [
     {"errors", "types", "progress", "_version", "_collision", "distributed", "alarm", "stopping"},
     {"training", "data", "metrics", "tracking", "checkpoint", "vision", "report", "bench"},
     {"hooks", "run"},
-    {"trainer"},
+    {"trainer", "ddp_trainer"},
     {"__init__", "utils", "datasets", "lr_scheduler", "cli"},
 ]
 BESIDE = {
     "stopping": {"alarm", "distributed"},
     "__init__": {"utils"},
     "bench": {"tracking"},
+    "ddp_trainer": {"trainer"},
     "cli": {"__init__"},
 }
 

@@ -11,6 +11,7 @@ from torch_frame.bench.cnn_speed import gpu_cnn_speed
 from torch_frame.data.infinite import InfiniteDataLoader
 from torch_frame.data.repeat import RepeatDataset
 from torch_frame.data.rng import set_random_seed
+from torch_frame.ddp_trainer import DDPTrainer
 from torch_frame.errors import (
     CheckpointError,
     NonFiniteError,
@@ -38,6 +39,7 @@ __all__ = [
     "EMA",
     "CheckpointError",
     "CheckpointerHook",
+    "DDPTrainer",
     "EarlyStoppingHook",
     "EvalHook",
     "EvalTotalHook",
