@@ -286,13 +286,21 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Run the evaluations of the registered hooks now; nothing is logged or saved, training is undisturbed.
 
+        On several ranks all of them call it, and get the same values.
+
         Returns:
             full name -> value, such as "eval_acc". What is no number is in each hook's `results`.
 
         Raises:
             SettingError: if no hook evaluates.
         """
-        return evaluate_all(self.hooks)
+        if not self._in_train:
+            self._ranks.check_hooks(self.registered_hook_names)
+        if self._ranks.hooks_on_all or self._in_train:
+            return evaluate_all(self.hooks)
+        with self._ranks.alone():
+            values = evaluate_all(self.hooks) if self.strategy.rank == 0 else {}
+        return self.strategy.broadcast(values)
 
     def train_one_epoch(self) -> None:
         """The batches' way: loader -> device -> losses -> update."""

@@ -354,11 +354,11 @@ def scores(batches: list[Batch]) -> EvalHook:
     def errors(model: Any, batch: Batch) -> dict[str, Tensor]:
         return {"error": (model.predict(batch[0]) - batch[1]).square().flatten(), "x": batch[0][:, 0]}
 
-    return EvalHook(batches, errors, progress_bar=False)
+    return EvalHook(batches, errors, progress_bar=False, own_shards=True)
 
 
 def means(batches: list[Batch]) -> EvalTotalHook:
-    return EvalTotalHook(batches, MeanOfX(), inputs=lambda model, batch: batch[0], progress_bar=False)
+    return EvalTotalHook(batches, MeanOfX(), inputs=lambda model, batch: batch[0], progress_bar=False, own_shards=True)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -445,7 +445,8 @@ def test_a_run_asks_its_strategy_for_everything_that_depends_on_it(tmp_path: Pat
     assert calls["load_model_state"] == calls["load_optimizer_state"] == 1
     assert calls["model_state"] >= 1
     assert calls["optimizer_state"] >= 1
-    assert calls["gather"] >= 2
+    assert calls["gather"] >= 1
+    assert calls["collect"] >= 1
     assert calls["broadcast"] >= 1
 
 

@@ -117,6 +117,11 @@ class HookTrainer(Protocol):
         ...
 
     @property
+    def hook_strategy(self) -> Strategy:
+        """What hooks do together: `strategy`, or one process if only rank 0 has hooks."""
+        ...
+
+    @property
     def lr(self) -> float:
         """Learning rate of the first parameter group."""
         ...

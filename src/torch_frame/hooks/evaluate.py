@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -14,11 +13,14 @@ from torch import Tensor, nn
 
 from torch_frame.data.move import move_to_device
 from torch_frame.data.rng import preserved_rng
+from torch_frame.data.shards import check_reports, deal
 from torch_frame.data.source import length_of
+from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import SettingError
 from torch_frame.hooks.base import HookBase
 from torch_frame.hooks.checkpoint import CheckpointerHook
 from torch_frame.tracking.bar import ProgressBar
+from torch_frame.training.buffers import BufferSnapshot
 
 Scores = Mapping[str, Any]
 """name -> the scores of a batch's samples: a list of numbers, a 1-d array or a 1-d tensor."""
@@ -34,6 +36,9 @@ class EvaluationHook(CheckpointerHook):
 
     Subclasses write `evaluate` and `trial`.
 
+    On several ranks that all have the hook, each evaluates some of the batches, with the buffers (batch norm's statistics) of
+    rank 0, and all get the scores of the whole. If only rank 0 has it, rank 0 evaluates all batches, and the others wait.
+
     Args:
         period: epochs, or batches, between evaluations.
         max_to_keep, max_first, save_last: as for CheckpointerHook.
@@ -42,6 +47,7 @@ class EvaluationHook(CheckpointerHook):
         inference_mode: evaluate in `torch.inference_mode`, which is a little faster than `no_grad`; a tensor that the model
             caches meanwhile (a grid of YOLOX) cannot be used in training afterwards.
         progress_bar: show one.
+        own_shards: the dataloader gives each rank a part of its own already; else it yields the whole data on all ranks.
 
     Stores: what CheckpointerHook stores.
     """
@@ -59,6 +65,7 @@ class EvaluationHook(CheckpointerHook):
         period_unit: Literal["epoch", "iter"] = "epoch",
         inference_mode: bool = False,
         progress_bar: bool = True,
+        own_shards: bool = False,
     ) -> None:
         super().__init__(period, max_to_keep, save_metric, max_first, save_last)
         if period_unit not in ("epoch", "iter"):
@@ -66,6 +73,7 @@ class EvaluationHook(CheckpointerHook):
         self.period_unit = period_unit
         self.inference_mode = inference_mode
         self.progress_bar = progress_bar
+        self.own_shards = own_shards
         self._score_names: set[str] | None = None
         own_after_iter = type(self).after_iter is EvaluationHook.after_iter
         self.idle_stages = frozenset({"after_iter"} if period_unit == "epoch" and own_after_iter else ())
@@ -112,17 +120,27 @@ class EvaluationHook(CheckpointerHook):
         self.log(step, **self.evaluate(), smooth=False, window_size=1)
 
     def batches(self, dataloader: Iterable[Any], desc: str) -> Iterator[Any]:
-        """A loader's batches on the model's device, with a bar; a signal that ends the run is noticed between two of them."""
-        total = length_of(dataloader)
-        with ProgressBar(total=total, desc=desc, leave=False, disable=not self.progress_bar) as bar:
+        """A loader's batches, of several ranks this rank's part, on the model's device, with a bar.
+
+        A signal that ends the run is noticed between two of them.
+
+        Raises:
+            SettingError: at the end, if the ranks together have not seen each batch once.
+        """
+        strategy = self.trainer.hook_strategy
+        dealt = deal(dataloader, strategy, own_shards=self.own_shards)
+        is_shown = self.progress_bar and self.trainer.check_main()
+        with ProgressBar(total=length_of(dealt), desc=desc, leave=False, disable=not is_shown) as bar:
             try:
-                for batch in dataloader:
+                for batch in dealt:
                     self.trainer.check_stop()
                     yield move_to_device(batch, self.trainer.device)
                     bar.update()
             except RuntimeError:  # the signal may have ended the loader's workers as well
                 self.trainer.check_stop()
                 raise
+        if strategy.world_size > 1 and not self.own_shards:
+            check_reports(strategy.gather(dealt.report()), desc)
 
 
 class EvalHook(EvaluationHook):
@@ -173,19 +191,21 @@ class EvalHook(EvaluationHook):
         return {self.prefix + name for name in scores}
 
     def evaluate(self) -> dict[str, float]:
-        model = self.trainer.model_evaluate
+        model, strategy = self.trainer.model_evaluate, self.trainer.hook_strategy
         scores: dict[str, list[Any]] = {}
-        with evaluating(model, self.inference_mode):
+        with evaluating(model, self.inference_mode), same_buffers(model, strategy):
             for batch in self.batches(self.dataloader, self.prefix.rstrip("_")):
                 for name, of_samples in _checked(self._eval_func(model, batch)).items():
                     scores.setdefault(name, []).append(of_samples)
-        of_ranks = self.trainer.strategy.gather({name: _numbers(parts) for name, parts in scores.items()})
+        of_ranks = strategy.collect({name: _numbers(parts) for name, parts in scores.items()})
         merged = {name: [ranks[name] for ranks in of_ranks if name in ranks] for ranks in of_ranks for name in ranks}
-        if not merged:
+        means = {self.prefix + name: _mean(torch.cat(parts).tolist()) for name, parts in merged.items()}
+        means = strategy.broadcast(means)
+        if not means:
             raise SettingError(
                 "The evaluation yielded no score: its dataloader is empty, or eval_func returned no names."
             )
-        return {self.prefix + name: _mean(itertools.chain(*parts)) for name, parts in merged.items()}
+        return means
 
 
 def evaluate_all(hooks: Iterable[HookBase]) -> dict[str, float]:
@@ -235,6 +255,23 @@ def evaluating(model: nn.Module, inference_mode: bool = False) -> Iterator[None]
                 module.training = mode
 
 
+@contextlib.contextmanager
+def same_buffers(model: nn.Module, strategy: Strategy) -> Iterator[None]:
+    """Rank 0's buffers on all ranks inside: its statistics are those that are saved with the weights."""
+    if strategy.world_size == 1 or next(model.buffers(), None) is None:
+        yield
+        return
+    own = BufferSnapshot(model)
+    own.take()
+    buffers = dict(model.named_buffers())
+    for name, value in strategy.broadcast(buffers).items():
+        buffers[name].data.copy_(value)
+    try:
+        yield
+    finally:
+        own.put_back()
+
+
 def _checked(result: Any) -> Scores:
     if not isinstance(result, Mapping):
         raise TypeError(
@@ -255,14 +292,12 @@ def _checked(result: Any) -> Scores:
     return result
 
 
-def _numbers(parts: list[Any]) -> list[float]:
-    """The scores of all batches, sample by sample."""
+def _numbers(parts: list[Any]) -> Tensor:
+    """(N,) float64 on the CPU: the scores of all batches, sample by sample."""
     tensors = [part for part in parts if isinstance(part, Tensor)]
-    values: list[float] = torch.cat(tensors).double().tolist() if tensors else []
-    for part in parts:
-        if not isinstance(part, Tensor):
-            values.extend(float(score) for score in part)
-    return values
+    values = [torch.cat(tensors).double().cpu()] if tensors else []
+    others = [float(score) for part in parts if not isinstance(part, Tensor) for score in part]
+    return torch.cat([*values, torch.tensor(others, dtype=torch.float64)])
 
 
 def _mean(scores: Iterable[float]) -> float:

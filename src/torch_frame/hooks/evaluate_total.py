@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch_frame.data.move import move_to_device
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import SettingError
-from torch_frame.hooks.evaluate import EvaluationHook, check_dataloader, evaluating, first_batch
+from torch_frame.hooks.evaluate import EvaluationHook, check_dataloader, evaluating, first_batch, same_buffers
 from torch_frame.metrics.metric import Metric, is_torchmetrics, results_of
 
 
@@ -41,7 +41,8 @@ class EvalTotalHook(EvaluationHook):
         settings: `period_unit`, `inference_mode`, `progress_bar` of EvaluationHook.
 
     Attributes:
-        results: of the last evaluation, as the metrics returned them: {prefix: {name: value}}, matrices and lists included.
+        results: of the last evaluation, as the metrics returned them: {prefix: {name: value}}, matrices and lists included; on
+            ranks other than 0 the numbers only.
 
     Stores: what CheckpointerHook stores.
 
@@ -138,18 +139,23 @@ class EvalTotalHook(EvaluationHook):
 
     def evaluate(self) -> dict[str, float]:
         scalars: dict[str, float] = {}
-        with evaluating(self.trainer.model_evaluate, self.inference_mode):
+        model, strategy = self.trainer.model_evaluate, self.trainer.hook_strategy
+        check_can_merge([metric for _, metric in self._metrics], strategy)
+        with evaluating(model, self.inference_mode), same_buffers(model, strategy):
             for prefix, loader in self.dataloaders.items():
                 self._reset()
                 try:
                     seen = self._update_all(loader, prefix)
-                    if not self.trainer.strategy.agree(seen):
+                    if not strategy.agree(seen):
                         raise SettingError(f"The evaluation's dataloader ({prefix}) is empty.")
-                    merge_over_ranks([metric for _, metric in self._metrics], self.trainer.strategy)
+                    merge_over_ranks([metric for _, metric in self._metrics], strategy)
                     self.results[prefix] = _detached_results(self._compute())
                 finally:
                     self._reset()
-                scalars |= self._scalars(prefix, self.results[prefix])
+                found = strategy.broadcast(self._scalars(prefix, self.results[prefix]))
+                if strategy.rank != 0:
+                    self.results[prefix] = {name.removeprefix(f"{prefix}_"): value for name, value in found.items()}
+                scalars |= found
         return scalars
 
     def _update_all(self, loader: Iterable[Any], prefix: str) -> bool:
@@ -175,15 +181,32 @@ class EvalTotalHook(EvaluationHook):
                 metric.update(arguments)
 
     def _compute(self) -> dict[str, Any]:
+        """The results by name; on ranks other than 0 of metrics that merge by themselves, for which all ranks are needed."""
         results: dict[str, Any] = {}
+        strategy = self.trainer.hook_strategy
         for given, metric in self._metrics:
-            for name, value in _renamed(given, metric, results_of(metric)).items():
+            if strategy.rank != 0 and not is_torchmetrics(metric):
+                continue
+            for name, value in _renamed(given, metric, self._results_of(metric)).items():
                 if name in results:
                     raise SettingError(
                         f"Two metrics of one evaluation yield {name!r}. Name them: eval_metric={{'first': ..., 'second': ...}}."
                     )
                 results[name] = value
         return results
+
+    def _results_of(self, metric: Any) -> dict[str, Any]:
+        if not is_torchmetrics(metric) or self.trainer.hook_strategy.world_size == self.trainer.strategy.world_size:
+            return results_of(metric)
+        parts = [part for part in metric.modules() if hasattr(part, "sync_on_compute")]
+        before = [part.sync_on_compute for part in parts]
+        for part in parts:  # the other ranks are not here
+            part.sync_on_compute = False
+        try:
+            return results_of(metric)
+        finally:
+            for part, value in zip(parts, before, strict=True):
+                part.sync_on_compute = value
 
     def _scalars(self, prefix: str, results: Mapping[str, Any]) -> dict[str, float]:
         numbers = {name: _number(value) for name, value in results.items()}
@@ -197,27 +220,31 @@ class EvalTotalHook(EvaluationHook):
                 metric.reset()
 
 
-def merge_over_ranks(metrics: Iterable[Any], strategy: Strategy) -> None:
-    """Give each metric the state of all ranks; what a rank has seen counts once.
-
-    torchmetrics merge by themselves when they are computed.
+def check_can_merge(metrics: Iterable[Any], strategy: Strategy) -> None:
+    """Metrics that see parts of the data on several ranks can be put together.
 
     Raises:
         SettingError: for a metric whose state cannot be merged.
     """
+    for metric in metrics:
+        if strategy.world_size > 1 and not is_torchmetrics(metric) and not isinstance(metric, Metric):
+            raise SettingError(
+                f"{type(metric).__name__} would see one of {strategy.world_size} parts of the data, and has no merge(), "
+                "state_dict() and load_state_dict() to put them together (see torch_frame.metrics.Metric). Write them, or give "
+                "hooks to rank 0 and hooks=[] to the others: rank 0 then evaluates all of the data."
+            )
+
+
+def merge_over_ranks(metrics: Iterable[Any], strategy: Strategy) -> None:
+    """Give rank 0's metrics the state of all ranks; what a rank has seen counts once.
+
+    torchmetrics merge by themselves when they are computed.
+    """
     if strategy.world_size == 1:
         return
-    for metric in metrics:
-        if is_torchmetrics(metric):
-            continue
-        if not isinstance(metric, Metric):
-            raise SettingError(
-                f"{type(metric).__name__} has seen one of {strategy.world_size} parts of the data, and has no merge(), "
-                "state_dict() and load_state_dict() to put them together. See torch_frame.metrics.Metric."
-            )
-        states = strategy.gather(metric.state_dict())
-        metric.load_state_dict(states[0])
-        for state in states[1:]:
+    own = [metric for metric in metrics if not is_torchmetrics(metric)]
+    for states in strategy.collect([metric.state_dict() for metric in own])[1:]:
+        for metric, state in zip(own, states, strict=True):
             other = copy.deepcopy(metric)
             other.reset()
             other.load_state_dict(state)

@@ -1,0 +1,160 @@
+"""An evaluation's batches, dealt out to the ranks: each batch is evaluated on one of them, as one process would evaluate it.
+
+Batches stay whole, so a sample's scores have the bits that they have in one process. Nothing is padded: no sample is there twice.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
+
+from torch_frame.data.infinite import InfiniteDataLoader
+from torch_frame.data.move import leaves
+from torch_frame.data.plan import splits_by_itself
+from torch_frame.data.source_base import length_of
+from torch_frame.data.workers import no_second_warning
+from torch_frame.distributed.strategy import Strategy
+from torch_frame.errors import SettingError
+
+Report = tuple[int, int, int]
+"""Batches that a rank has evaluated, batches that it knows there are, and a digest of the first one (0: not compared)."""
+
+
+class Dealt:
+    """The batches of one rank, to be iterated once.
+
+    Args:
+        batches: of this rank; or all of them, of which it takes every `world_size`-th.
+        num_all: batches of all ranks together; None: counted.
+        take: (rank, world_size), if `batches` are all of them.
+        compare: the first batch has to be the same on all ranks, for `batches` are all of them.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        num_all: int | None = None,
+        *,
+        take: tuple[int, int] = (0, 1),
+        compare: bool = False,
+    ) -> None:
+        self._batches = batches
+        self._num_all = num_all
+        self._rank, self._world_size = take
+        self._compare = compare
+        self._num_seen = self._num_own = self._digest = 0
+
+    def __len__(self) -> int:
+        length = length_of(self._batches)
+        if length is None:
+            raise TypeError("these batches have no length")
+        return len(range(self._rank, length, self._world_size))
+
+    def __iter__(self) -> Iterator[Any]:
+        for index, batch in enumerate(self._batches):
+            self._num_seen += 1
+            if index == 0 and self._compare:
+                self._digest = _digest(batch)
+            if index % self._world_size == self._rank:
+                self._num_own += 1
+                yield batch
+
+    def report(self) -> Report:
+        """What this rank has done."""
+        return self._num_own, self._num_seen if self._num_all is None else self._num_all, self._digest
+
+
+def deal(loader: Any, strategy: Strategy, *, own_shards: bool = False) -> Dealt:
+    """This rank's part of an evaluation's batches.
+
+    Args:
+        loader: that yields the batches of all ranks.
+        strategy: of the ranks that evaluate.
+        own_shards: the loader yields a part of its own on each rank already.
+    """
+    rank, world_size = strategy.rank, strategy.world_size
+    if world_size == 1 or own_shards:
+        return Dealt(loader)
+    if _is_of_a_map(loader):
+        batches = _index_batches(loader, strategy)
+        own = list(islice(batches, rank, None, world_size))
+        return Dealt(_of(loader, own) if own else (), len(batches))
+    return Dealt(loader, take=(rank, world_size), compare=True)
+
+
+def check_reports(reports: Sequence[Report], desc: str) -> None:
+    """Every batch was evaluated on one rank.
+
+    Raises:
+        SettingError: if not: the ranks' loaders differ.
+    """
+    evaluated, known, digests = zip(*reports, strict=True)
+    if len(set(known)) > 1 or sum(evaluated) != known[0] or len(set(digests)) > 1:
+        raise SettingError(
+            f"The evaluation ({desc}) has to be over the same batches on all ranks, which share them out; the ranks have seen "
+            f"{', '.join(map(str, known))} batches{', whose first ones differ' if len(set(digests)) > 1 else ''}. Pass a "
+            "DataLoader of the whole map-style dataset; for a loader that gives each rank a part of its own already, pass "
+            "own_shards=True to the hook; or give hooks to rank 0 alone."
+        )
+
+
+def _is_of_a_map(loader: Any) -> bool:
+    """A DataLoader whose batches are lists of indices, or single indices, that any process can load."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return False
+    return type(loader).__iter__ is DataLoader.__iter__ or isinstance(loader, InfiniteDataLoader)
+
+
+def _index_batches(loader: DataLoader[Any], strategy: Strategy) -> list[Any]:
+    """The indices of all batches, the same on all ranks."""
+    if splits_by_itself(loader):  # a DistributedSampler pads, so some samples would count twice
+        whole: Any = SequentialSampler(loader.dataset)  # type: ignore[arg-type]
+        return list(whole if loader.batch_size is None else BatchSampler(whole, loader.batch_size, drop_last=False))
+    drawn: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    is_plain = type(drawn) is BatchSampler and type(drawn.sampler) is SequentialSampler
+    if is_plain or type(drawn) is SequentialSampler:
+        return list(drawn)
+    batches = [_plain(element) for element in drawn] if strategy.rank == 0 else []
+    return strategy.broadcast(batches)  # random orders: rank 0's
+
+
+def _plain(indices: Any) -> Any:
+    return [int(index) for index in indices] if isinstance(indices, list | tuple) else indices
+
+
+def _of(loader: DataLoader[Any], batches: list[Any]) -> DataLoader[Any]:
+    """A DataLoader like the user's, of these batches."""
+    settings: dict[str, Any] = {
+        "num_workers": min(loader.num_workers, len(batches)),
+        "pin_memory": loader.pin_memory,
+        "collate_fn": loader.collate_fn,
+    }
+    if settings["num_workers"] > 0:
+        settings |= {
+            "worker_init_fn": loader.worker_init_fn,
+            "prefetch_factor": loader.prefetch_factor,
+            "multiprocessing_context": loader.multiprocessing_context,
+            "timeout": loader.timeout,
+        }
+    with no_second_warning():
+        if loader.batch_sampler is None:
+            return DataLoader(loader.dataset, batch_size=None, sampler=batches, **settings)
+        return DataLoader(loader.dataset, batch_sampler=batches, **settings)
+
+
+def _digest(batch: Any) -> int:
+    """Of a batch's tensors and plain values; other objects count by their class."""
+    value = 1
+    for leaf in leaves(batch):
+        if isinstance(leaf, Tensor):
+            data = leaf.detach().cpu().contiguous().reshape(-1)
+            text = f"{tuple(leaf.shape)}{data[:64].tolist()}"
+        else:
+            text = repr(leaf) if isinstance(leaf, str | bytes | int | float) else type(leaf).__name__
+        value = zlib.crc32(text.encode(), value)
+    return value

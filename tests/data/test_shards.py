@@ -1,0 +1,125 @@
+"""An evaluation's batches are dealt out so that each is there once, whatever the loader and the number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler, TensorDataset
+
+from tests.distributed.threads import ThreadStrategy, on_ranks
+from torch_frame import InfiniteDataLoader, SettingError
+from torch_frame.data.shards import check_reports, deal
+from torch_frame.distributed.strategy import SingleProcess
+
+SIZES = [(21, 2), (5, 8), (21, 3), (1, 4), (8, 4)]
+
+
+class Stream(IterableDataset[Any]):
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(torch.arange(self.size))
+
+
+class Batches:
+    """Neither a list nor a DataLoader."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(torch.arange(self.size).split(2))
+
+
+def single(size: int) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(torch.arange(size)), batch_size=None)
+
+
+def padded(size: int) -> DataLoader[Any]:
+    data = TensorDataset(torch.arange(size))
+    return DataLoader(data, 2, sampler=DistributedSampler(data, 2, 0))
+
+
+LOADERS = {
+    "plain": lambda size: DataLoader(TensorDataset(torch.arange(size)), 2),
+    "shuffled": lambda size: DataLoader(TensorDataset(torch.arange(size)), 2, shuffle=True),
+    "shuffled, with a generator of its own": lambda size: DataLoader(
+        TensorDataset(torch.arange(size)), 2, shuffle=True, generator=torch.Generator()
+    ),
+    "one by one": single,
+    "a batch sampler": lambda size: DataLoader(
+        TensorDataset(torch.arange(size)), batch_sampler=BatchSampler(RandomSampler(range(size)), 3, drop_last=False)
+    ),
+    "a DistributedSampler, which pads": padded,
+    "infinite": lambda size: InfiniteDataLoader(TensorDataset(torch.arange(size)), 2, shuffle=True),
+    "a list": lambda size: list(torch.arange(size).split(2)),
+    "a stream": lambda size: DataLoader(Stream(size), 2),
+    "an iterable": Batches,
+}
+
+
+def values(batches: Any) -> list[int]:
+    return [
+        int(value)
+        for batch in batches
+        for value in (batch[0] if isinstance(batch, list | tuple) else batch).reshape(-1)
+    ]
+
+
+@pytest.mark.parametrize(("size", "world_size"), SIZES)
+@pytest.mark.parametrize("make", LOADERS.values(), ids=LOADERS)
+def test_every_sample_is_on_one_rank(make: Any, size: int, world_size: int) -> None:
+    def work(strategy: ThreadStrategy) -> Any:
+        dealt = deal(make(size), strategy)
+        return values(dealt), dealt.report()
+
+    results = on_ranks(work, world_size)
+    assert sorted(value for seen, _ in results for value in seen) == list(range(size))  # type: ignore[misc]
+    check_reports([report for _, report in results], "eval")  # type: ignore[misc]
+
+
+def test_batches_are_those_of_one_process() -> None:
+    """So that the bits of their scores are."""
+    loader = LOADERS["plain"](21)
+    whole = [tuple(values([batch])) for batch in loader]
+    results = on_ranks(lambda strategy: [tuple(values([batch])) for batch in deal(loader, strategy)], 4)
+    assert sorted(batch for part in results for batch in part) == sorted(whole)  # type: ignore[union-attr]
+    assert list(deal(whole, SingleProcess())) == whole
+
+
+def test_the_lengths_are_known_where_the_loaders_is() -> None:
+    assert on_ranks(lambda strategy: len(deal(LOADERS["a list"](21), strategy)), 4) == [3, 3, 3, 2]
+    assert on_ranks(lambda strategy: len(deal(LOADERS["plain"](21), strategy)), 4) == [3, 3, 3, 2]
+
+
+def test_workers_load_a_part() -> None:
+    def work(strategy: ThreadStrategy) -> list[int]:
+        return values(deal(DataLoader(TensorDataset(torch.arange(9)), 2, num_workers=1), strategy))
+
+    first, second = on_ranks(work)
+    assert (first, second) == ([0, 1, 4, 5, 8], [2, 3, 6, 7])
+
+
+def test_loaders_that_differ_between_ranks_are_told() -> None:
+    """Some evaluations are split by the script already; half of the data would be left out."""
+
+    def work(strategy: ThreadStrategy) -> Any:
+        part = list(torch.arange(20).split(2))[strategy.rank :: 2]
+        dealt = deal(part, strategy)
+        values(dealt)
+        return dealt.report(), values(deal(part, strategy, own_shards=True))
+
+    results = on_ranks(work)
+    with pytest.raises(SettingError, match=r"eval.*own_shards=True"):
+        check_reports([report for report, _ in results], "eval")  # type: ignore[misc]
+    assert sorted(value for _, seen in results for value in seen) == list(range(20))  # type: ignore[misc]
+
+
+def test_a_batch_that_is_lost_is_told() -> None:
+    with pytest.raises(SettingError, match="5, 5 batches"):
+        check_reports([(2, 5, 1), (2, 5, 1)], "eval")
