@@ -618,7 +618,10 @@ class Trainer:
         logger.warning("%s came: saved after iteration %d as %s/latest.pth.", name, self.progress.iter, self.ckpt_dir)
 
     def save_checkpoint(self, file_name: str, save_single_model: bool = True, print_info: bool = False) -> None:
-        """Save there and then; the file is complete when this returns. On several ranks, all of them call it.
+        """Save there and then; the file is complete when this returns.
+
+        On several ranks, rank 0 writes. All of them call it for a whole state, and before `train`; weights rank 0 may save alone.
+        A hook that only rank 0 has may save a whole state too: it is written at the next safe point.
 
         Args:
             file_name: below `ckpt_dir`, or an absolute path. A full state called `latest.pth` keeps the one before it as
@@ -634,6 +637,8 @@ class Trainer:
         if not save_single_model and not self._ranks.hooks_on_all and self._in_train:
             self._save_with_the_others(file_name)
             return
+        if not save_single_model:
+            self._ranks.check_all_save(file_name)
         with self._feed.times.saving():
             self._save([SaveRequest(file_name, save_single_model, [])], by_override=False)
             self._saver.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import multiprocessing
 import os
 import socket
 import time
@@ -50,7 +51,8 @@ def start(
     """Start `work(*args, **kwargs)` on each rank, in a process group on gloo."""
     folder.mkdir(parents=True, exist_ok=True)
     given = (work, str(folder), world_size, free_port(), group_timeout_s, args, kwargs)
-    return mp.spawn(_run, nprocs=world_size, join=False, args=given)  # type: ignore[return-value]
+    multiprocessing.set_forkserver_preload(["tests.small_runs", "torch.nn.parallel"])  # imported once, for all ranks
+    return mp.start_processes(_run, nprocs=world_size, join=False, args=given, start_method="forkserver")  # type: ignore[return-value]
 
 
 def wait(context: Any, timeout_s: float = TIMEOUT_S) -> list[int | None]:

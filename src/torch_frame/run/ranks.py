@@ -118,6 +118,19 @@ class Ranks:
                 "Each needs the same number; a plain DataLoader of the whole dataset is split so."
             )
 
+    def check_all_save(self, file_name: str) -> None:
+        """A whole state is made of what all ranks hold.
+
+        Raises:
+            SettingError: if the ranks save different files; for ranks that do something else, an error of the strategy.
+        """
+        if self._several:
+            names = self._strategy.gather(file_name)
+            if set(names) != {file_name}:
+                raise SettingError(
+                    f"The ranks save different whole states at the same time: {', '.join(map(repr, names))}."
+                )
+
     def share_values(self, state_dict: Callable[[], Any], load_state_dict: Callable[[Any], None]) -> None:
         """Give the hooks of all ranks the recorded values of rank 0, so that they come to the same decisions."""
         if self._several and self.hooks_on_all:

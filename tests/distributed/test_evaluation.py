@@ -1,0 +1,211 @@
+"""Evaluations on several processes: the values of one process, and ranks that wait for one that evaluates alone."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from tests.distributed.processes import Failed, on_processes, outcomes
+from tests.small_runs import Net, make_batches, make_trainer
+from torch_frame import CheckpointerHook, EarlyStoppingHook, EvalHook, EvalTotalHook, HookBase
+from torch_frame.distributed.ddp import DDP
+from torch_frame.metrics import MeanAveragePrecision, Metric
+
+NUM_IMAGES = 101
+
+
+class Images(torch.utils.data.Dataset[Any]):
+    """(id, prediction, truth) of random boxes; scores have many ties."""
+
+    def __len__(self) -> int:
+        return NUM_IMAGES
+
+    def __getitem__(self, index: int) -> Any:
+        generator = torch.Generator().manual_seed(index)
+        truth = self._boxes(3, generator)
+        noise = torch.randn(3, 4, generator=generator) * 4
+        boxes = torch.cat([truth + noise, self._boxes(4, generator)])
+        boxes[:, 2:] = torch.maximum(boxes[:, 2:], boxes[:, :2] + 1)
+        scores = torch.randint(1, 6, (7,), generator=generator) / 5
+        labels = torch.randint(0, 2, (7,), generator=generator)
+        return index, {"boxes": boxes, "scores": scores, "labels": labels}, {"boxes": truth, "labels": labels[:3]}
+
+    def _boxes(self, num: int, generator: torch.Generator) -> Tensor:
+        corners = torch.rand(num, 2, generator=generator) * 80
+        return torch.cat([corners, corners + 10 + 40 * torch.rand(num, 2, generator=generator)], 1)
+
+
+class Counts:
+    """Counts and float sums of what it has seen."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.count, self.sum = 0, 0.0
+
+    def update(self, preds: Any) -> None:
+        self.count += len(preds)
+        self.sum += float(sum(pred["scores"].sum() for pred in preds))
+
+    def merge(self, other: Counts) -> None:
+        self.count, self.sum = self.count + other.count, self.sum + other.sum
+
+    def compute(self) -> dict[str, float]:
+        return {"count": self.count, "sum": self.sum}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count, "sum": self.sum}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count, self.sum = state["count"], state["sum"]
+
+
+def collate(samples: list[Any]) -> list[Any]:
+    return samples
+
+
+def split(batch: Any) -> tuple[list[int], list[Any], list[Any]]:
+    ids, preds, targets = zip(*batch, strict=True)
+    return list(ids), list(preds), list(targets)
+
+
+def score_means(model: Any, batch: Any) -> dict[str, list[float]]:
+    return {"score": [float(pred["scores"].mean()) for _, pred, _ in batch]}
+
+
+def evaluate(folder: Path, batch_size: int = 4) -> dict[str, Any]:
+    loader = DataLoader(Images(), batch_size, collate_fn=collate)
+    quiet = {"progress_bar": False}
+    hooks = [
+        EvalTotalHook(loader, MeanAveragePrecision(["a", "b"]), inputs=lambda model, batch: split(batch), **quiet),
+        EvalTotalHook(loader, Counts(), prefix="num", inputs=lambda model, batch: split(batch)[1], **quiet),
+        EvalHook(loader, score_means, prefix="mean", **quiet),
+        EvalHook(list(loader), score_means, prefix="list", **quiet),
+    ]
+    net = DataLoader(TensorDataset(torch.ones(8, 3), torch.ones(8, 1)), 2)
+    return make_trainer(folder, data=net, hooks=hooks).evaluate()
+
+
+@pytest.mark.parametrize(
+    "world_size", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
+def test_values_are_those_of_one_process(world_size: int, tmp_path: Path) -> None:
+    assert isinstance(Counts(), Metric)
+    expected = evaluate(tmp_path / "one")
+    assert 0.05 < expected["eval_map"] < 0.95
+    assert expected["num_count"] == NUM_IMAGES
+    for result in on_processes(evaluate, tmp_path, world_size, tmp_path / "ranks"):
+        for name, value in expected.items():
+            if name == "num_sum":
+                assert result[name] == pytest.approx(value, rel=1e-6)
+            else:
+                assert result[name] == value or value != value, name
+
+
+# ---------------------------------------------------------------- hooks on rank 0 alone
+
+
+class NormNet(Net):
+    def __init__(self) -> None:
+        super().__init__(norm=True)
+
+
+def slow_scores(model: Any, batch: Any) -> dict[str, Tensor]:
+    time.sleep(0.9)
+    return {"error": (model.predict(batch[0]) - batch[1]).abs().flatten()}
+
+
+def train_alone(folder: Path) -> dict[str, Any]:
+    rank = torch.distributed.get_rank()
+    hooks: list[HookBase] = []
+    if rank == 0:
+        evaluation = EvalHook(make_batches(4), slow_scores, save_metric="error", max_first=False, progress_bar=False)
+        hooks = [
+            evaluation,
+            WholeState(),
+            EarlyStoppingHook("eval_error", patience=1, max_first=False, min_delta=100.0),
+        ]
+    model = NormNet()
+    data = DataLoader(TensorDataset(torch.randn(12, 3), torch.randn(12, 1)), 2)
+    trainer = make_trainer(folder / "run", model, None, None, data, 5, hooks=hooks, create_new_dir=None)
+    trainer.train(5, 5)
+    return {
+        "epochs": trainer.progress.epoch,
+        "files": sorted(path.name for path in (folder / "run" / "checkpoints").iterdir()),
+    }
+
+
+class WholeState(HookBase):
+    """Saves as hooks of 1.7 do, there and then."""
+
+    def after_epoch(self) -> None:
+        self.trainer.save_checkpoint("mine.pth")
+        self.trainer.save_checkpoint("state.pth", save_single_model=False)
+
+
+def test_ranks_wait_for_rank_0_for_longer_than_the_time_out_and_end_with_it(tmp_path: Path) -> None:
+    """The evaluation takes 3.6 s, the group's time-out is 2 s."""
+    results = on_processes(train_alone, tmp_path, 2, tmp_path, group_timeout_s=2.0)
+    files = ["best.pth", "latest.pth", "mine.pth", "previous.pth", "state.pth"]
+    assert results == [{"epochs": 2, "files": files}] * 2
+
+
+# ---------------------------------------------------------------- what differs between ranks
+
+
+class Calls(HookBase):
+    """Does something that concerns all ranks, on rank 1 only."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def after_epoch(self) -> None:
+        if self.trainer.strategy.rank == 1 and self.what == "saves":
+            self.trainer.save_checkpoint("state.pth", save_single_model=False)
+        if self.trainer.strategy.rank == 1 and self.what == "fails":
+            raise ValueError("as a user's code fails")
+
+
+def train_with(folder: Path, what: str) -> None:
+    rank = torch.distributed.get_rank()
+    hooks: Any = {
+        "other hooks": [CheckpointerHook()] if rank == 0 else None,
+        "saves": [Calls("saves")],
+        "fails": [Calls("fails")],
+        "lengths": [],
+    }[what]
+    data: Any = DataLoader(TensorDataset(torch.randn(12, 3), torch.randn(12, 1)), 2)
+    settings: dict[str, Any] = {}
+    if what == "lengths":
+        data, settings = make_batches(3 + rank), {"strategy": DDP(own_shards=True)}
+    make_trainer(folder / "run", Net(), None, None, data, 2, hooks=hooks, **settings).train(5, 5)
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("other hooks", r"rank 0 \[CheckpointerHook\]; rank 1 \[CheckpointerHook, LoggerHook\]"),
+        ("saves", r"rank 0 does 'agree', rank 1 does 'gather'"),
+        ("lengths", r"batches in an epoch: 3, 4"),
+    ],
+)
+def test_ranks_that_do_different_things_are_told_and_do_not_hang(what: str, words: str, tmp_path: Path) -> None:
+    for result in outcomes(train_with, tmp_path, 2, tmp_path, what):
+        with pytest.raises(Failed, match=words):
+            raise result
+
+
+def test_an_error_on_one_rank_ends_the_others_at_once_with_its_words(tmp_path: Path) -> None:
+    started = time.monotonic()
+    first, second = outcomes(train_with, tmp_path, 2, tmp_path, "fails")
+    assert time.monotonic() - started < 20, "long before the time-out of 60 s"
+    assert (second.kind, second.message) == ("ValueError", "as a user's code fails")
+    assert first.kind == "RanksError"
+    assert "rank 1: ValueError: as a user's code fails" in first.message + "".join(first.notes)
