@@ -3,6 +3,7 @@
     apt-get install dataset-fashion-mnist
     python examples/fashion_mnist.py
     python examples/fashion_mnist.py --resume     # goes on where an interrupted run with the same options stood
+    torchrun --nproc-per-node 2 examples/fashion_mnist.py         # two processes, which share each batch
 
 It trains on the 60,000 training images and scores the 10,000 test images after each epoch. Quote the score at the end:
 the best one, which `best.pth` follows, was chosen by looking at the test images.
@@ -10,6 +11,8 @@ the best one, which `best.pth` follows, was chosen by looking at the test images
 
 import argparse
 import gzip
+import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -104,15 +107,18 @@ def main() -> None:
             "or name its folder with --data."
         )
 
+    # Under torchrun each process is dealt every so many-th batch: smaller ones, so that an update is made of as many images.
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    batch_size = args.batch_size // num_processes
     # With batch_size=None the sampler hands over whole lists of indices: a batch is one look into the tensors.
     train_set = TensorDataset(images[: args.limit], labels[: args.limit])
-    batches = BatchSampler(RandomSampler(train_set), args.batch_size, drop_last=False)
+    batches = BatchSampler(RandomSampler(train_set), batch_size, drop_last=False)
     train_loader = DataLoader(train_set, batch_size=None, sampler=batches, collate_fn=augment)
     test_batches = list(zip(test_images.split(500), test_labels.split(500), strict=True))
 
     model = ResNet().to(memory_format=torch.channels_last)  # on a CPU 2 to 3 times as fast as the default
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
-    num_updates = args.epochs * len(train_loader)
+    num_updates = args.epochs * math.ceil(len(train_loader) / num_processes)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.005, total_steps=num_updates)
 
     eval_hook = EvalHook(test_batches, evaluate, save_metric="acc", max_to_keep=2)  # saves checkpoints, too
@@ -132,6 +138,8 @@ def main() -> None:
 
     started_s = time.perf_counter()
     trainer.train()
+    if not trainer.check_main():
+        return
     minutes = (time.perf_counter() - started_s) / 60
     final = trainer.metric_storage["eval_acc"].latest
     print(f"Test accuracy: {final:.2%} at the end, {eval_hook.cur_best:.2%} at best. It took {minutes:.1f} minutes.")
@@ -143,10 +151,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default="/usr/share/datasets/fashion-mnist", help="folder of .gz files")
     parser.add_argument("--work-dir", default="work_dir/fashion_mnist", help="where the run's files go")
     parser.add_argument("--epochs", type=int, default=16)
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=128, help="images in an update, of all processes together")
     parser.add_argument("--limit", type=int, help="train on the first LIMIT images alone")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="CPU threads; PyTorch decides where it is not given")
+    parser.add_argument("--threads", type=int, help="CPU threads of a process; PyTorch decides if it is not given")
     parser.add_argument("--resume", action="store_true", help="go on from latest.pth of --work-dir")
     return parser.parse_args()
 
