@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW
+from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.distributed.processes import on_processes, one_thread
 from tests.small_runs import Net, differences, make_batches, make_trainer, weights_of
-from torch_frame import HookBase, SettingError
+from torch_frame import HookBase, NonFiniteError, SettingError
 from torch_frame.distributed.ddp import DDP
+from torch_frame.distributed.strategy import SingleProcess
 
 __all__ = ["one_thread"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -149,3 +150,148 @@ def test_gradients_that_ddp_does_not_exchange_are_averaged_all_the_same(tmp_path
 def test_ddp_without_a_group_is_told_with_the_cure(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"no process group.*torchrun --nproc-per-node.*init_process_group"):
         make_trainer(tmp_path, strategy="ddp")
+
+
+# ---------------------------------------------------------------- promise 6: how a batch is cut changes nothing
+
+
+def tokens(batch: Any) -> float:
+    return float(batch[2].sum())
+
+
+def token_loss(model: Any, batch: Any) -> Tensor:
+    """The mean over a batch's tokens, of which its samples have different numbers."""
+    x, y, weight = batch
+    return ((model.predict(x) - y).square() * weight).sum() / weight.sum()
+
+
+def train_cut(folder: Path, world_size: int, batch_size: int, accumulate: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    size = 31  # the last window is ragged, and split unevenly
+    data = TensorDataset(
+        torch.randn(size, 3, generator=generator),
+        torch.randn(size, 1, generator=generator),
+        torch.randint(1, 9, (size, 1), generator=generator).float(),
+    )
+    model = Net()
+    loader = DataLoader(data, batch_size, shuffle=True)
+    optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
+    settings: dict[str, Any] = {"step_fn": token_loss, "loss_weight": tokens, "clip_grad_norm": 1.0, "seed": 2}
+    make_trainer(folder, model, optimizer, None, loader, 3, gradient_accumulation_steps=accumulate, **settings).train(
+        5, 5
+    )
+    return weights_of(model)
+
+
+# ---------------------------------------------------------------- what one rank finds, all do; settings of DDP
+
+
+class NaNAt:
+    """A loss that is NaN on rank 1, once."""
+
+    def __init__(self, rank: int, at: int) -> None:
+        self.rank = rank
+        self.at = at
+        self.calls = 0
+
+    def __call__(self, model: Any, batch: Any) -> Tensor:
+        self.calls += 1
+        loss: Tensor = model(batch)
+        return loss * float("nan") if self.rank == 1 and self.calls == self.at else loss
+
+
+def train_with_nan(folder: Path, rank: int, on_nonfinite: str) -> Any:
+    model = Net(norm=True)
+    data = TensorDataset(*(torch.cat(part) for part in zip(*make_batches(4, 8), strict=True)))
+    step = NaNAt(rank, 3)
+    trainer = make_trainer(
+        folder,
+        model,
+        SGD(model.parameters(), 0.1),
+        None,
+        DataLoader(data, 4),
+        1,
+        on_nonfinite=on_nonfinite,
+        step_fn=step,
+    )
+    try:
+        trainer.train(5, 5)
+    except NonFiniteError as error:
+        return str(error)
+    return {**weights_of(model), "updates": torch.tensor(trainer.progress.num_updates)}
+
+
+def train_with(folder: Path, strategy: DDP) -> dict[str, Tensor]:
+    model = Net()
+    data = TensorDataset(*(torch.cat(part) for part in zip(*make_batches(4, 8), strict=True)))
+    trainer = make_trainer(
+        folder, model, SGD(model.parameters(), 0.1), None, DataLoader(data, 4), 2, strategy=strategy, seed=1
+    )
+    trainer.train(5, 5)
+    return weights_of(model)
+
+
+def message_of(error: type[Exception], work: Any) -> str:
+    try:
+        work()
+    except error as raised:
+        return str(raised)
+    return "nothing"
+
+
+def try_more(folder: Path) -> dict[str, Any]:
+    rank = torch.distributed.get_rank()
+    wrapped = DistributedDataParallel(Net())
+    batches = make_batches()
+    return {
+        "4 on each of 2 ranks": train_cut(folder / "cut", 2, 4, 1),
+        "2 on each of 2 ranks, accumulated": train_cut(folder / "cut2", 2, 2, 2),
+        "skip": train_with_nan(folder / "skip", rank, "skip"),
+        "raise": train_with_nan(folder / "raise", rank, "raise"),
+        "plain": train_with(folder / "a", DDP()),
+        "views": train_with(folder / "b", DDP(gradient_as_bucket_view=True)),
+        "static": train_with(folder / "c", DDP(static_graph=True)),
+        "unused": train_with(folder / "d", DDP(find_unused_parameters=True)),
+        "compressed": train_with(folder / "e", DDP(comm_hook="fp16")),
+        "alone": train_with(folder / "f", SingleProcess()),
+        "sync_batchnorm": message_of(
+            ValueError, lambda: make_trainer(folder, Net(norm=True), strategy=DDP(sync_batchnorm=True))
+        ),
+        "wrapped": message_of(ValueError, lambda: make_trainer(folder, wrapped, strategy=DDP(static_graph=True))),
+        "list": message_of(SettingError, lambda: make_trainer(folder, data=batches)),
+        "hook": message_of(ValueError, lambda: DDP(comm_hook="fp8")),
+    }
+
+
+def test_settings_cuts_and_what_one_rank_finds(tmp_path: Path) -> None:
+    first, second = on_processes(try_more, tmp_path, 2, tmp_path)
+    for name, value in first.items():
+        if not isinstance(value, str) and name != "alone":
+            assert differences(parameters(value), parameters(second[name])) == [], name
+
+    whole = train_cut(tmp_path / "8x1", 1, 8, 1)
+    cuts = {"4x2": train_cut(tmp_path / "4x2", 1, 4, 2), "1x8": train_cut(tmp_path / "1x8", 1, 1, 8)}
+    cuts |= {name: value for name, value in first.items() if "ranks" in name}
+    for name, weights in cuts.items():
+        assert distance(weights, whole) < 1e-6, name
+
+    assert first["skip"]["updates"] == 3
+    assert all(bool(value.isfinite().all()) for value in (*first["skip"].values(), *second["skip"].values()))
+    assert "iteration 2" in first["raise"]
+    assert "iteration 2" in second["raise"]
+    assert "loss is not finite" in second["raise"]
+
+    for name in ("views", "static", "unused"):
+        assert distance(first[name], first["plain"]) < 1e-6, name
+    assert 0 < distance(first["compressed"], first["plain"]) < 1e-2
+    assert distance(first["alone"], first["plain"]) > 1e-3, "one process with the whole data, in as many steps"
+
+    assert "needs GPUs" in first["sync_batchnorm"]
+    assert "static_graph" in first["wrapped"]
+    assert "own_shards=True" in first["list"]
+    assert "comm_hook" in first["hook"]
+
+
+def parameters(result: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Buffers of ranks other than 0 are their own until the next forward pass."""
+    return {name: value for name, value in result.items() if "running" not in name and "batches" not in name}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from torch_frame.distributed.launch import join_group
 from torch_frame.distributed.strategy import SingleProcess, Summable
 
 T = TypeVar("T")
+_logger = logging.getLogger("torch_frame")
 
 CommHook = str | Callable[[Any, Any], Any] | tuple[Any, Callable[[Any, Any], Any]]
 
@@ -68,6 +70,8 @@ class DDP(SingleProcess):
         self.rank, self.world_size = self._channel.rank, self._channel.world_size
         self._wrapped: DistributedDataParallel | None = None
         self._is_exchanged = True  # by the last backward
+        self._was_called = False  # the wrapped model, since then
+        self._told = False
         self._reduced: frozenset[int] = frozenset()  # ids of the parameters that DDP exchanges
         self._asked: tuple[Sequence[Tensor] | None, list[Tensor]] = (None, [])
         self._is_warm = False
@@ -87,6 +91,7 @@ class DDP(SingleProcess):
             wrapped = self._wrap(model)
         if self._comm_hook is not None:
             wrapped.register_comm_hook(*self._comm_hook)
+        wrapped.register_forward_pre_hook(self._note_call)
         self._wrapped = wrapped
         self._reduced = frozenset(id(p) for p in wrapped.module.parameters() if p.requires_grad)
         return wrapped
@@ -99,7 +104,7 @@ class DDP(SingleProcess):
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         (device,) = devices if len(devices) == 1 else (torch.device("cpu"),)
         self._check_own_device(device)
-        return DistributedDataParallel(model, None if device.type == "cpu" else [device], **self._settings)
+        return _Wrapper(model, None if device.type == "cpu" else [device], **self._settings)
 
     def _check_unset(self) -> None:
         given = [name for name, value in self._settings.items() if value]
@@ -126,10 +131,22 @@ class DDP(SingleProcess):
 
     def backward(self, loss: Tensor, inputs: Sequence[Tensor] | None = None) -> None:
         loss.backward(inputs=inputs)
-        self._is_exchanged = self._wrapped is not None and self._wrapped.require_backward_grad_sync
+        syncs = self._wrapped is not None and self._wrapped.require_backward_grad_sync
+        if syncs and not self._was_called and not self._told:
+            self._told = True
+            _logger.info(
+                "The step calls methods of the model, not the model itself, so DistributedDataParallel does not see it: "
+                "gradients are averaged behind backward instead of during it."
+            )
+        self._is_exchanged = syncs and self._was_called
+        self._was_called = False
+
+    def _note_call(self, model: nn.Module, inputs: Any) -> None:
+        self._was_called = True
 
     def reduce_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Average what `backward` did not: of a window that ended unforeseen all, else of parameters that DDP does not know."""
+        """Average what `backward` did not: all, of a window that ended unforeseen or of a step that calls the model's methods;
+        else the gradients of parameters that DDP does not know."""
         if not self._is_exchanged:
             self._average([p for p in parameters if p.requires_grad])
             self._is_exchanged = True
@@ -202,6 +219,18 @@ class DDP(SingleProcess):
 
     def failure(self) -> str | None:
         return self._channel.failure()
+
+
+class _Wrapper(DistributedDataParallel):
+    """Has the model's methods and attributes, so that a step written for the bare model runs."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module":
+                raise
+            return getattr(self.module, name)
 
 
 def _by_kind(parameters: Iterable[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
