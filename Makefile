@@ -25,7 +25,7 @@ GPU_PYTHON := $(if $(filter file undefined,$(origin PYTHON)),$(if $(wildcard $(S
 PIP_INSTALL := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
 	$(BIN)/python -m pip install
 
-.PHONY: help demo test faults lint format bench bench-peers gpu docs clean
+.PHONY: help demo test test-ranks faults lint format bench bench-peers gpu docs clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile
@@ -39,6 +39,9 @@ test: $(STAMP) ## run the tests and doctests in two processes (the slow ones: ma
 faults: $(STAMP) ## kill, signal and damage runs at 200 random places and more (again: make faults FAULTS_SEED=seed)
 	@echo "FAULTS_SEED=$(FAULTS_SEED)"
 	FAULTS_SEED=$(FAULTS_SEED) $(BIN)/python -m pytest tests/faults -m "slow or not slow" $(ARGS)
+
+test-ranks: $(STAMP) ## run all tests of several processes, the slow ones too (about 6 minutes)
+	$(BIN)/python -m pytest tests/distributed tests/faults/test_ranks.py tests/examples/test_several.py -m "slow or not slow" $(ARGS)
 
 lint: $(STAMP) ## check style, format and types
 	$(BIN)/python -m ruff check .

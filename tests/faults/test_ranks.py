@@ -250,3 +250,12 @@ def test_another_number_of_ranks_trains_on_every_sample_once(before: int, after:
         assert sorted(indices) == list(range(70)), f"epoch {epoch}"
     log = (folder / "run" / "log.txt").read_text()
     assert f"world_size was {before}, now it is {after}" in log
+    assert "An update is made of" not in log
+
+
+def test_another_global_batch_is_told(tmp_path: Path) -> None:
+    train(tmp_path, batch_size=4, noise=False, epochs=1)
+    on_processes(train, tmp_path, 2, tmp_path, batch_size=4, noise=False, epochs=2, resume=True)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "An update is made of 8 samples, and was of 4" in log
+    assert "batch_size is for each rank, and there are 2 instead of 1" in log

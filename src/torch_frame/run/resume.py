@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -166,6 +167,12 @@ def _lines(found: Found, progress: Progress, settings: list[str], now: Mapping[s
     steps = _differences(was, {name: value for name, value in now.items() if name not in ENVIRONMENT})
     around = _differences(was, {name: value for name, value in now.items() if name in ENVIRONMENT})
     sentences = list(settings)
+    sizes = _samples_an_update(was), _samples_an_update(now)
+    if was.get("world_size", now["world_size"]) != now["world_size"] and None not in sizes and sizes[0] != sizes[1]:
+        sentences.append(
+            f"An update is made of {sizes[1]} samples, and was of {sizes[0]}: batch_size is for each rank, and there are "
+            f"{now['world_size']} instead of {was['world_size']}."
+        )
     if steps:
         sentences.append(f"Continued with the script's settings: {'; '.join(steps)}.")
     if around:
@@ -176,6 +183,12 @@ def _lines(found: Found, progress: Progress, settings: list[str], now: Mapping[s
     if sentences:
         said.append((logging.WARNING, " ".join(sentences)))
     return said
+
+
+def _samples_an_update(environment: Mapping[str, Any]) -> int | None:
+    names = ("batch_size", "gradient_accumulation_steps", "world_size")
+    factors = [factor for name in names if isinstance(factor := environment.get(name), int)]
+    return math.prod(factors) if len(factors) == len(names) else None
 
 
 def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
