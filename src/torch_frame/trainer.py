@@ -372,6 +372,8 @@ class Trainer:
         """The epoch's batches, on the device, and the position behind each; of a resumed epoch those that are left."""
         self._use_the_loader()  # a script or a hook may have set another one
         batches = self._feed.batches(self.progress, self.stop_signals, self.updater)
+        if self.epoch_len is None:
+            batches = self._ranks.in_step(batches)
         plain = type(self).train_one_iter is Trainer.train_one_iter
         return self._warmed_up(batches) if plain and self.resumed_iter == self.progress.iter > 0 else batches
 
@@ -470,7 +472,8 @@ class Trainer:
     def _leave_together(self) -> None:
         """When `train` returns on one rank, hooks are done and files complete on all."""
         if self.strategy.world_size > 1:
-            self.safe_point()
+            with session.ended_by_signals(self._save_last):
+                self.safe_point()
             self._saver.wait()
             self._ranks.meet()
 

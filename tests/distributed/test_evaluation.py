@@ -84,13 +84,24 @@ def evaluate(folder: Path, batch_size: int = 4) -> dict[str, Any]:
     loader = DataLoader(Images(), batch_size, collate_fn=collate)
     quiet = {"progress_bar": False}
     hooks = [
-        EvalTotalHook(loader, MeanAveragePrecision(["a", "b"]), inputs=lambda model, batch: split(batch), **quiet),
+        EvalTotalHook(
+            loader,
+            MeanAveragePrecision(["a", "b"]),
+            save_metric="map",
+            inputs=lambda model, batch: split(batch),
+            **quiet,
+        ),
         EvalTotalHook(loader, Counts(), prefix="num", inputs=lambda model, batch: split(batch)[1], **quiet),
         EvalHook(loader, score_means, prefix="mean", **quiet),
         EvalHook(list(loader), score_means, prefix="list", **quiet),
     ]
     net = DataLoader(TensorDataset(torch.ones(8, 3), torch.ones(8, 1)), 2)
-    return make_trainer(folder, data=net, hooks=hooks).evaluate()
+    trainer = make_trainer(folder, data=net, hooks=hooks, max_epochs=1)
+    trainer.train(5, 5)
+    values = trainer.evaluate()
+    assert all(trainer.metric_storage[name].latest == value for name, value in values.items() if value == value)
+    assert hooks[0].cur_best == values["eval_map"]
+    return values
 
 
 @pytest.mark.parametrize(

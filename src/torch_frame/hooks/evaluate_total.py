@@ -130,7 +130,7 @@ class EvalTotalHook(EvaluationHook):
                 self._reset()
                 self._update(move_to_device(first_batch(loader), self.trainer.device))
                 try:
-                    names |= self._scalars(prefix, self._compute()).keys()
+                    names |= self._scalars(prefix, self._compute(merged=False)).keys()
                 except Exception:  # one batch may be too little for it; a real evaluation will tell
                     return None
                 finally:
@@ -149,7 +149,7 @@ class EvalTotalHook(EvaluationHook):
                     if not strategy.agree(seen):
                         raise SettingError(f"The evaluation's dataloader ({prefix}) is empty.")
                     merge_over_ranks([metric for _, metric in self._metrics], strategy)
-                    self.results[prefix] = _detached_results(self._compute())
+                    self.results[prefix] = _detached_results(self._compute(merged=True))
                 finally:
                     self._reset()
                 found = strategy.broadcast(self._scalars(prefix, self.results[prefix]))
@@ -180,12 +180,12 @@ class EvalTotalHook(EvaluationHook):
             else:
                 metric.update(arguments)
 
-    def _compute(self) -> dict[str, Any]:
-        """The results by name; on ranks other than 0 of metrics that merge by themselves, for which all ranks are needed."""
+    def _compute(self, *, merged: bool) -> dict[str, Any]:
+        """The results by name; if merged, on ranks other than 0 only of metrics that merge by themselves."""
         results: dict[str, Any] = {}
         strategy = self.trainer.hook_strategy
         for given, metric in self._metrics:
-            if strategy.rank != 0 and not is_torchmetrics(metric):
+            if merged and strategy.rank != 0 and not is_torchmetrics(metric):
                 continue
             for name, value in _renamed(given, metric, self._results_of(metric)).items():
                 if name in results:
@@ -198,15 +198,15 @@ class EvalTotalHook(EvaluationHook):
     def _results_of(self, metric: Any) -> dict[str, Any]:
         if not is_torchmetrics(metric) or self.trainer.hook_strategy.world_size == self.trainer.strategy.world_size:
             return results_of(metric)
-        parts = [part for part in metric.modules() if hasattr(part, "sync_on_compute")]
-        before = [part.sync_on_compute for part in parts]
-        for part in parts:  # the other ranks are not here
-            part.sync_on_compute = False
+        parts = [part for part in metric.modules() if hasattr(part, "distributed_available_fn")]
+        before = [part.distributed_available_fn for part in parts]
+        for part in parts:
+            part.distributed_available_fn = lambda: False  # the other ranks are not here
         try:
             return results_of(metric)
         finally:
-            for part, value in zip(parts, before, strict=True):
-                part.sync_on_compute = value
+            for part, function in zip(parts, before, strict=True):
+                part.distributed_available_fn = function
 
     def _scalars(self, prefix: str, results: Mapping[str, Any]) -> dict[str, float]:
         numbers = {name: _number(value) for name, value in results.items()}

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 from torch_frame.distributed.strategy import SingleProcess, Strategy
 from torch_frame.errors import CheckpointError, SettingError
 from torch_frame.run.resume import Found, read
+
+_logger = logging.getLogger("torch_frame")
+T = TypeVar("T")
 
 
 class Ranks:
@@ -130,6 +134,20 @@ class Ranks:
                 raise SettingError(
                     f"The ranks save different whole states at the same time: {', '.join(map(repr, names))}."
                 )
+
+    def in_step(self, batches: Iterator[T]) -> Iterator[T]:
+        """The same batches, until one of the ranks has no more: of loaders without a length."""
+        return self._in_step(batches) if self._several else batches
+
+    def _in_step(self, batches: Iterator[T]) -> Iterator[T]:
+        for batch in batches:
+            if self._strategy.agree(False):
+                _logger.info(
+                    "The epoch ends here, because another rank has no more batches; this one had at least one."
+                )
+                return
+            yield batch
+        self._strategy.agree(True)
 
     def share_values(self, state_dict: Callable[[], Any], load_state_dict: Callable[[Any], None]) -> None:
         """Give the hooks of all ranks the recorded values of rank 0, so that they come to the same decisions."""

@@ -1,0 +1,161 @@
+"""What ranks agree on, though each finds something else: when to stop, where to continue, what is shown."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from tests.distributed.processes import on_processes
+from tests.small_runs import Net, make_batches, make_trainer, weights_of
+from torch_frame import CheckpointerHook, EarlyStoppingHook, EvalHook, EvalTotalHook, HookBase, LoggerHook
+from torch_frame.distributed.ddp import DDP
+
+
+def scores(model: Any, batch: Any) -> dict[str, Tensor]:
+    return {"error": (model.predict(batch[0]) - batch[1]).abs().flatten()}
+
+
+def loader(seed: int = 0) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(
+        TensorDataset(torch.randn(16, 3, generator=generator), torch.randn(16, 1, generator=generator)), 2
+    )
+
+
+def rank() -> int:
+    return torch.distributed.get_rank()
+
+
+class StopsInTheLastIteration(HookBase):
+    """As one that looks at the clock, which is another one on each rank."""
+
+    def after_iter(self) -> None:
+        if self.trainer.strategy.rank == 1 and self.trainer.epoch == 1 and self.is_last_inner_iter():
+            self.trainer.should_stop = True
+
+
+def stop_by_rank_1(folder: Path) -> dict[str, Any]:
+    hooks = [
+        StopsInTheLastIteration(),
+        EvalHook(make_batches(3), scores, 1000, period_unit="iter", progress_bar=False, prefix="last"),
+        CheckpointerHook(5),
+    ]
+    trainer = make_trainer(folder / "stop", Net(), None, None, loader(), 9, hooks=hooks, create_new_dir=None)
+    trainer.train(5, 5)
+    state = torch.load(folder / "stop" / "checkpoints" / "latest.pth", weights_only=True)
+    return {"epochs": trainer.progress.epoch, "saved": state["progress"]["epoch"]}
+
+
+def stop_early(folder: Path) -> dict[str, Any]:
+    """By the losses of the step, which every rank has for itself."""
+
+    def step(model: Any, batch: Any) -> Tensor:
+        loss: Tensor = model(batch)
+        return loss * 0 + (1.0 if rank() == 0 else 1.0 / (1 + trainer.cur_iter)) + loss * 1e-6
+
+    hooks = [
+        EarlyStoppingHook("total_loss", patience=2, max_first=False, min_delta=1e-3),
+        EvalHook(make_batches(3), scores, 5, save_metric="error", max_first=False, progress_bar=False),
+    ]
+    trainer = make_trainer(folder / "early", Net(), None, None, loader(), 9, hooks=hooks, step_fn=step)
+    trainer.train(5, 5)
+    return {"epochs": trainer.progress.epoch, "best": hooks[1].cur_best}  # type: ignore[attr-defined]
+
+
+def show(folder: Path) -> dict[str, Any]:
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        hooks = [EvalHook(make_batches(3), scores), LoggerHook()]
+        trainer = make_trainer(folder / "show", Net(), None, None, loader(), 1, hooks=hooks)
+        trainer.train()
+    return {"output": output.getvalue() + errors.getvalue(), "work_dir": trainer.work_dir}
+
+
+def resume_where_only_rank_0_has_the_file(folder: Path) -> dict[str, Any]:
+    here = folder / f"disk_{rank()}"
+    here.mkdir()
+    os.chdir(here)
+    settings: dict[str, Any] = {"hooks": [CheckpointerHook()], "create_new_dir": None}
+    make_trainer(Path("run"), Net(), None, None, loader(), 2, **settings).train(5, 5)
+    has_file = Path("run", "checkpoints", "latest.pth").exists()
+    model = Net()
+    settings["hooks"] = [CheckpointerHook()]
+    trainer = make_trainer(Path("run"), model, None, None, loader(), 3, resume="auto", **settings)
+    trainer.train(5, 5)
+    missing = make_trainer(Path("run"), Net(), None, None, loader(), 3)
+    try:
+        missing.load_checkpoint("nothing.pth")
+    except FileNotFoundError as error:
+        told = str(error)
+    return {"has": has_file, "iter": trainer.progress.iter, "updates": weights_of(model), "told": told}
+
+
+class Stream:
+    """Batches without a length; rank 0 has two more."""
+
+    def __iter__(self) -> Any:
+        return iter(make_batches(5 if rank() == 0 else 3))
+
+
+def unequal_streams(folder: Path) -> int:
+    data: Any = Stream()
+    trainer = make_trainer(
+        folder / "stream", Net(), None, None, data, 2, strategy=DDP(own_shards=True), gradient_accumulation_steps=2
+    )
+    trainer.train(5, 5)
+    return trainer.progress.iter
+
+
+def torchmetric(folder: Path) -> dict[str, Any]:
+    torchmetrics = pytest.importorskip("torchmetrics")
+
+    def inputs(model: Any, batch: Any) -> Any:
+        return model.predict(batch[0]), batch[1]
+
+    def hook() -> EvalTotalHook:
+        return EvalTotalHook(make_batches(5), torchmetrics.MeanSquaredError(), inputs=inputs, progress_bar=False)
+
+    on_all = make_trainer(folder / "a", Net(), None, None, loader(), 1, hooks=[hook()]).evaluate()
+    on_one = make_trainer(
+        folder / "b", Net(), None, None, loader(), 1, hooks=[hook()] if rank() == 0 else []
+    ).evaluate()
+    return {"all": on_all, "one": on_one}
+
+
+def agree_on_all(folder: Path) -> dict[str, Any]:
+    return {
+        "stop": stop_by_rank_1(folder),
+        "early": stop_early(folder),
+        "show": show(folder),
+        "streams": unequal_streams(folder),
+        "torchmetric": torchmetric(folder),
+        "resume": resume_where_only_rank_0_has_the_file(folder),
+    }
+
+
+def test_ranks_agree(tmp_path: Path) -> None:
+    first, second = on_processes(agree_on_all, tmp_path, 2, tmp_path)
+    assert first["stop"] == second["stop"] == {"epochs": 2, "saved": 2}
+    assert first["early"] == second["early"]
+    assert first["early"]["epochs"] == 3, "rank 0's loss stands still"
+    assert "Epoch 1/1" in first["show"]["output"]
+    assert second["show"]["output"] == ""
+    assert first["show"]["work_dir"] == second["show"]["work_dir"]
+    assert first["streams"] == second["streams"] == 2 * 3
+    values = [
+        result["torchmetric"][name]["eval_MeanSquaredError"] for result in (first, second) for name in ("all", "one")
+    ]
+    assert values == pytest.approx([values[0]] * 4, rel=1e-6)
+    assert [first["resume"]["has"], second["resume"]["has"]] == [True, False]
+    assert first["resume"]["iter"] == second["resume"]["iter"] == 3 * 4
+    for name, value in first["resume"]["updates"].items():
+        assert torch.equal(value, second["resume"]["updates"][name])
+    assert "nothing.pth" in second["resume"]["told"]
