@@ -197,3 +197,70 @@ def test_a_hash_tells_which_indices_there_have_been_however_they_are_batched() -
     assert hashes([5, 4, 8, 1, 9, 2], 2)[-1][1] != whole[-1][1]
     assert hashes([5, 3, 8, 1, 9, 2], 2, start=4) == whole[2:]
     assert {place.hashes for place in SampleBatches(Shuffled(6, seed=0), 2).places(0, 0)} == {(0, 0)}
+
+
+# ---------------------------------------------------------------- a user's own batches over ranks, and many ranks
+
+
+def of_ranks_given(batches: list[Any], world_size: int, *, single: bool, start: int = 0) -> list[list[BatchPlace]]:
+    """The places of each rank, which have to be equally many."""
+    plans = [
+        GivenBatches(FromSampler(batches, 0), single=single, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    by_rank = [list(plan.places(0, start)) for plan in plans]
+    assert len({len(places) for places in by_rank}) == 1
+    if start == 0:
+        assert {len(plan) for plan in plans} == {len(by_rank[0])}
+    return by_rank
+
+
+@given(st.lists(st.integers(1, 5), max_size=12), st.sampled_from([1, 2, 3, 8]), st.booleans(), st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_users_own_batches_are_dealt_out_and_a_run_goes_on_on_another_number_of_ranks(
+    sizes: list[int], world_size: int, single: bool, data: st.DataObject
+) -> None:
+    numbers = iter(range(1000))
+    batches = [[next(numbers) for _ in range(size)] for size in sizes]
+    by_rank = of_ranks_given(batches, world_size, single=single)
+    served = Counter(index for places in by_rank for place in places for index in place.indices)
+    assert set(served) == set(range(sum(sizes)))
+    left = batches[len(batches) - len(batches) % world_size :]
+    twice = max(world_size - sum(map(len, left)), 0) if left else 0
+    assert served.total() == sum(sizes) + twice, "only where fewer indices are left than there are ranks"
+    if not by_rank[0]:
+        return
+    done = data.draw(st.integers(1, len(by_rank[0])))
+    stop = by_rank[0][done - 1].stop
+    assert {places[done - 1].stop for places in by_rank} == {stop}
+    other = data.draw(st.sampled_from([1, 2, 4]))
+    trained = {index for places in by_rank for place in places[:done] for index in place.indices}
+    rest = {
+        index
+        for places in of_ranks_given(batches, other, single=single, start=stop)
+        for p in places
+        for index in p.indices
+    }
+    assert trained | rest == set(range(sum(sizes)))
+    assert not trained & rest
+
+
+def test_single_indices_are_dealt_out_and_the_last_ones_wrapped_around() -> None:
+    by_rank = of_ranks_given([10, 11, 12, 13, 14], 2, single=True)
+    assert [[place.indices for place in places] for places in by_rank] == [[10, 12, 14], [11, 13, 14]]
+    assert [place.first for place in by_rank[1]] == [1, 3, 4]
+
+
+@pytest.mark.parametrize("world_size", [8, 16, 33, 64])
+def test_many_ranks_have_equally_many_steps_and_every_sample_once(world_size: int) -> None:
+    """As on a cluster: a pure function of (rank, world size)."""
+    size, batch_size = 10_007, 4
+    batches = of_all_ranks(Shuffled(size, seed=3), batch_size, world_size)
+    served = Counter(index for places in batches for place in places for index in place.indices)
+    rest = size % (batch_size * world_size)
+    assert len(batches) == -(-size // (batch_size * world_size))
+    assert served.keys() == set(range(size))
+    assert served.total() == size + (max(world_size - rest, 0) if rest else 0)
+    assert all(len(place.indices) == batch_size for places in batches[:-1] for place in places)
+    stops = [{place.stop for place in places} for places in batches]
+    assert all(len(stop) == 1 for stop in stops), "all ranks are at the same position"

@@ -123,3 +123,20 @@ def test_loaders_that_differ_between_ranks_are_told() -> None:
 def test_a_batch_that_is_lost_is_told() -> None:
     with pytest.raises(SettingError, match="5, 5 batches"):
         check_reports([(2, 5, 1), (2, 5, 1)], "eval")
+
+
+class Rank(SingleProcess):
+    """A rank that need not talk to the others."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+
+
+@pytest.mark.parametrize("world_size", [8, 16, 33, 64])
+@pytest.mark.parametrize("size", [1, 5, 100, 1001])
+def test_many_ranks_share_an_evaluation_out(size: int, world_size: int) -> None:
+    parts = [deal(LOADERS["plain"](size), Rank(rank, world_size)) for rank in range(world_size)]
+    seen = [values(part) for part in parts]
+    assert sorted(value for part in seen for value in part) == list(range(size))
+    assert max(map(len, seen)) - min(map(len, seen)) <= 2, "batches of 2"
+    check_reports([part.report() for part in parts], "eval")

@@ -471,6 +471,57 @@ def test_the_distributed_room_can_be_imported_alone() -> None:
     )
 
 
+class ManyRanks(Counted):
+    """One of many ranks, whose others always say the same: who sends what, and how often."""
+
+    def __init__(self, rank: int, world_size: int, told: list[Any]) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.told = told  # what rank 0 has broadcast
+        super().__init__()
+        for name in ("gather", "sum", "collect", "broadcast"):
+            setattr(self, name, functools.partial(self._counted, name, getattr(ManyRanks, name).__get__(self)))
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value] * self.world_size
+
+    def sum(self, value: Any) -> Any:
+        return value * self.world_size
+
+    def collect(self, value: Any) -> list[Any]:
+        return [value] * self.world_size if self.rank == 0 else []
+
+    def broadcast(self, value: Any) -> Any:
+        if self.rank == 0:
+            self.told.append(copied(value))
+            return value
+        return self.told.pop(0)
+
+
+@pytest.mark.parametrize("world_size", [8, 64])
+def test_a_step_talks_to_many_ranks_as_often_as_to_two_and_rank_0_alone_writes(world_size: int, tmp_path: Path) -> None:
+    loader = DataLoader(TensorDataset(torch.ones(1000, 3), torch.ones(1000, 1)), 2)
+
+    def calls(rank: int, ranks: int, told: list[Any]) -> tuple[Counter[str], int, bool]:
+        strategy = ManyRanks(rank, ranks, told)
+        folder = tmp_path / f"{rank}_{ranks}"
+        trainer = make_trainer(folder, data=loader, max_epochs=1, hooks=[CheckpointerHook()], strategy=strategy)
+        quiet(trainer)
+        together = {name: strategy.calls[name] for name in ("agree", "gather", "sum", "collect", "broadcast")}
+        return Counter(together), trainer.progress.iter, (folder / "checkpoints" / "latest.pth").exists()
+
+    told: list[Any] = []
+    first, steps, wrote = calls(0, world_size, told)
+    last, steps_of_last, wrote_last = calls(world_size - 1, world_size, told)
+    assert told == []
+    assert steps == steps_of_last == -(-1000 // (2 * world_size))
+    assert first == last, "the same exchanges on all ranks"
+    assert (wrote, wrote_last) == (True, False)
+    of_two, steps_of_two, _ = calls(0, 2, told)
+    per_epoch = {name: first[name] - (2 * steps if name == "agree" else 0) for name in first}
+    assert per_epoch == {name: of_two[name] - (2 * steps_of_two if name == "agree" else 0) for name in of_two}
+    assert sum(per_epoch.values()) < 20
+
+
 # ---------------------------------------------------------------- what every rank must have in common
 
 
