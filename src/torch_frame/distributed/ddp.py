@@ -117,7 +117,8 @@ class DDP(SingleProcess):
 
     def _check_own_device(self, device: torch.device) -> None:
         """NCCL's own error about two ranks on one GPU comes late, and names neither."""
-        place = None if device.type == "cpu" else (_host(), str(device))
+        refuses = device.type == "cuda" and "nccl" in str(dist.get_backend_config())
+        place = (_host(), str(device)) if refuses else None
         places = self.gather(place)
         if place is not None and places.count(place) > 1:
             ranks = [rank for rank, other in enumerate(places) if other == place]
