@@ -47,7 +47,7 @@ class Dealt:
         self._num_all = num_all
         self._rank, self._world_size = take
         self._compare = compare
-        self._num_seen = self._num_own = self._digest = 0
+        self._num_seen = self._digest = 0
 
     def __len__(self) -> int:
         length = length_of(self._batches)
@@ -56,17 +56,19 @@ class Dealt:
         return len(range(self._rank, length, self._world_size))
 
     def __iter__(self) -> Iterator[Any]:
-        for index, batch in enumerate(self._batches):
-            self._num_seen += 1
-            if index == 0 and self._compare:
-                self._digest = _digest(batch)
-            if index % self._world_size == self._rank:
-                self._num_own += 1
-                yield batch
+        noted = map(self._note, self._batches)  # no generator: it would stand above a dataset's error
+        return islice(noted, self._rank, None, self._world_size)
+
+    def _note(self, batch: Any) -> Any:
+        if self._num_seen == 0 and self._compare:
+            self._digest = _digest(batch)
+        self._num_seen += 1
+        return batch
 
     def report(self) -> Report:
         """What this rank has done."""
-        return self._num_own, self._num_seen if self._num_all is None else self._num_all, self._digest
+        num_own = len(range(self._rank, self._num_seen, self._world_size))
+        return num_own, self._num_seen if self._num_all is None else self._num_all, self._digest
 
 
 def deal(loader: Any, strategy: Strategy, *, own_shards: bool = False) -> Dealt:
