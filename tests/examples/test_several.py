@@ -81,6 +81,7 @@ def test_the_multi_card_script_trains_on_one_process(tmp_path: Path) -> None:
     assert state["metric_storage"]["eval_acc"]["window"][-1] > 0.9
 
 
+@pytest.mark.slow
 @needs_data
 def test_a_script_for_one_process_runs_under_torchrun(tmp_path: Path) -> None:
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -167,9 +167,6 @@ def check_no_half_written_file(folder: Path) -> None:
     assert 0 < state["progress"]["iter"] <= KILLED_AT
 
 
-WORLD_SIZES = [2, 3, pytest.param(4, marks=pytest.mark.slow)]
-
-
 @pytest.mark.parametrize("hooks_on_all", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "world_size", [3, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
@@ -207,7 +204,8 @@ def test_a_killed_rank_ends_the_others_and_the_run_resumes_bitwise(
     check_equal(on_processes(train, folder, world_size, folder, resume=True), expected)
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 4])
 def test_sigterm_with_workers_ends_all_ranks_after_a_save_and_resumes_bitwise(world_size: int, tmp_path: Path) -> None:
     """As torchrun and a scheduler send it: to every rank."""
     settings: Any = {"num_workers": 1, "epochs": 2}
@@ -227,7 +225,12 @@ def test_sigterm_with_workers_ends_all_ranks_after_a_save_and_resumes_bitwise(wo
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [(2, 1), (1, 2), pytest.param(4, 2, marks=pytest.mark.slow), pytest.param(2, 4, marks=pytest.mark.slow)],
+    [
+        (2, 1),
+        pytest.param(1, 2, marks=pytest.mark.slow),
+        pytest.param(4, 2, marks=pytest.mark.slow),
+        pytest.param(2, 4, marks=pytest.mark.slow),
+    ],
 )
 def test_another_number_of_ranks_trains_on_every_sample_once(before: int, after: int, tmp_path: Path) -> None:
     """The global batch of 8 is kept, so the weights are those of the uninterrupted run up to rounding."""
