@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 LOOK_S = 1.0
 """A rank that waits looks so often whether the others are well."""
@@ -43,6 +42,8 @@ class Channel:
     """
 
     def __init__(self, timeout_s: float | None = None) -> None:
+        from torch.distributed.distributed_c10d import PrefixStore, _get_default_store  # some builds of torch have none
+
         global _num_channels
         _num_channels += 1
         self.rank = dist.get_rank()
