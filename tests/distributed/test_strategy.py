@@ -390,6 +390,20 @@ def test_a_rank_without_a_sample_takes_part_in_an_evaluation(tmp_path: Path) -> 
     assert on_ranks(work) == [expected, expected]
 
 
+def test_a_metric_that_cannot_be_merged_is_told_before_the_first_step(tmp_path: Path) -> None:
+    def work(strategy: ThreadStrategy) -> Any:
+        hook = EvalTotalHook(make_batches(1), OldMetric(), progress_bar=False)
+        trainer = make_trainer(tmp_path / "run", double_net(), data=doubles(), strategy=strategy, hooks=[hook])
+        try:
+            quiet(trainer)
+        finally:
+            assert trainer.progress.iter == 0
+
+    for result in on_ranks(work):
+        with pytest.raises(ValueError, match=r"OldMetric .* 2 parts .* hooks=\[\]"):
+            raise result
+
+
 def test_a_metric_that_cannot_be_merged_is_told(tmp_path: Path) -> None:
     def work(strategy: ThreadStrategy) -> Any:
         hook = EvalTotalHook(make_batches(1), OldMetric(), progress_bar=False)

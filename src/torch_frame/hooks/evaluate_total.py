@@ -105,6 +105,7 @@ class EvalTotalHook(EvaluationHook):
 
     def check(self) -> None:
         super().check()
+        check_can_merge([metric for _, metric in self._metrics], self.trainer.hook_strategy)
         if self.save_metric is None:
             return
         for metric in self._metrics_of(self.save_metric):
