@@ -119,18 +119,19 @@ def raw(loader: DataLoader[Any]) -> Timed:
 def ours(loader: DataLoader[Any], work_dir: str, *, hooks: Any, **settings: Any) -> Timed:
     """Times an epoch with its hooks and its save; what is done once a run (folder, writers) is left out."""
     model, optimizer = make()
+    started: list[float] = []
     seconds: list[float] = []
 
     class Timing(Trainer):
         def train_one_epoch(self) -> None:
-            self.started = now(loader)
+            started.append(now(loader))
             super().train_one_epoch()
 
         def call(self, stage: str) -> None:
             super().call(stage)
             if stage == "after_train":
                 self.wait_for_saves()
-                seconds.append(now(loader) - self.started)
+                seconds.append(now(loader) - started[-1])
 
     trainer = Timing(model, optimizer, None, loader, 0, work_dir, hooks=hooks, create_new_dir=None, **settings)
 
