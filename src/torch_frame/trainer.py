@@ -222,7 +222,6 @@ class Trainer:
         self._feed = Feed(data_loader, self.seed, self.strategy, self.device, take_over=take_over, prefetch=prefetch)
         keep_parents_garbage(self)
         self.progress = Progress()
-        self._module_modes = Modes(self.model_or_module, self.progress)
         self.start_epoch = 0
         self.metric_storage = MetricStorage()
         self.metric_storage.declare("lr", smooth=False)
@@ -240,7 +239,9 @@ class Trainer:
 
         self.hook_caller = HookCaller()
         self.stages = self.hook_caller.stages
-        self._kept_attributes = Attributes(self, own={*vars(self), "_kept_attributes"} - names_before)
+        own = {*vars(self), "_kept_attributes", "_module_modes"} - names_before
+        self._kept_attributes = Attributes(self, own)
+        self._module_modes = Modes(self.model_or_module, self.progress, self._kept_attributes.modules)
         self.register_hooks(default_hooks() if hooks is None else hooks)
 
     # ---------------------------------------------------------------- the loop

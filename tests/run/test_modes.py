@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tests.small_hooks import On, at_iter
-from tests.small_runs import Net, differences, make_trainer, raised_by, weights_of
+from tests.small_runs import Net, differences, make_batches, make_trainer, raised_by, weights_of
 from torch_frame import CheckpointerHook, Trainer
 
 NORM = "layers.1"
@@ -123,3 +123,40 @@ def test_train_called_again_puts_the_model_into_training(tmp_path: Path) -> None
     trainer.hook_caller.stages["before_iter"].clear()
     trainer.train()
     assert modes == [True] * 3
+
+
+class TwoNets(Trainer):
+    """Its second net, an attribute, takes part in the step; a hook puts its dropout into eval mode."""
+
+    def train_one_iter(self, batch: Any) -> Any:
+        values = super().train_one_iter(batch)
+        loss = self.second(batch)  # type: ignore[attr-defined]
+        self.its_optimizer.zero_grad()  # type: ignore[attr-defined]
+        loss.backward()
+        self.its_optimizer.step()  # type: ignore[attr-defined]
+        return values
+
+
+@pytest.mark.parametrize("name", ["dropout", "all of it"])
+def test_the_modes_of_a_trainers_other_modules_stay_as_well(name: str, tmp_path: Path) -> None:
+    def set_modes(trainer: Any) -> None:
+        trainer.second.train()
+        (trainer.second if name == "all of it" else trainer.second.layers[2]).eval()
+
+    def run(folder: str, *hooks: Any, **settings: Any) -> Any:
+        torch.manual_seed(0)
+        model, second = Net(), Net(dropout=True, seed=1)
+        hooks = [On(before_epoch=set_modes), CheckpointerHook(every_n_iters=1), *hooks]  # type: ignore[assignment]
+        settings = {"hooks": hooks, "create_new_dir": None, **settings}
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        trainer: Any = TwoNets(model, optimizer, None, make_batches(), 3, tmp_path / folder, **settings)
+        trainer.second = second
+        trainer.its_optimizer = torch.optim.SGD(second.parameters(), lr=0.05)
+        return trainer
+
+    whole = run("whole")
+    whole.train()
+    raised_by(run("parts", On(before_iter=at_iter(7, stop))).train, Stopped)
+    parts = run("parts", resume="auto")
+    parts.train()
+    assert differences(weights_of(whole.second), weights_of(parts.second)) == []

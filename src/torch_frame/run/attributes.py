@@ -99,6 +99,10 @@ class Attributes:
                 found[name] = thing
         return dict(sorted(found.items(), key=lambda pair: _rank(pair[1])))
 
+    def modules(self) -> dict[str, nn.Module]:
+        """Those that are modules, by name."""
+        return {name: thing for name, thing in self._found().items() if isinstance(thing, nn.Module)}
+
     def things(self) -> list[Any]:
         """All objects whose state is kept."""
         return list(self._found().values())
