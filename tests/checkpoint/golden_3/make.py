@@ -1,6 +1,6 @@
 """How the files in this folder were made: one run, ended by a signal inside an epoch, and trained without a break.
 
-    .venv/bin/python tests/checkpoint/golden_3/make.py      # at the commit that added these files
+    PYTHONPATH=. .venv/bin/python tests/checkpoint/golden_3/make.py      # at the commit that added these files
 
 `inside.pth` is the `latest.pth` in format 3 that the signal has left, `finished.pth` what the uninterrupted run ended with, and
 on what machine. The run has what format 2 could not say: a frozen base that is in no file, a loss's weights, groups by name.
