@@ -46,6 +46,12 @@ def test_the_number_of_calls_follows_from_the_time_and_has_two_ends(one_call: fl
     assert len(time_calls(work, work.clock, 10.0, min_calls=6).seconds) == num_calls
 
 
+@pytest.mark.parametrize(("left", "num_calls"), [(25.0, 2), (5.0, 1), (-1.0, 1)])
+def test_a_time_that_is_nearly_over_goes_before_the_least_number_of_calls(left: float, num_calls: int) -> None:
+    work = Work(10.0)
+    assert len(time_calls(work, work.clock, 30.0, min_calls=6, at_most_s=left).seconds) == num_calls
+
+
 def test_each_call_has_its_own_time() -> None:
     work = Work(1.0, 1.0, 2.0, 3.0, 4.0)
     assert time_calls(work, work.clock, 4.0, warm_up=1, min_calls=1).seconds == [1.0, 2.0, 3.0, 4.0]

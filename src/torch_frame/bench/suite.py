@@ -156,10 +156,12 @@ class Bench:
         assert self.sensors is not None
         assert self.sizes is not None
         self.left_out.pop(name, None)
-        if time.perf_counter() - self.started > self.limit_s - 2 * KEPT_BACK_S:
+        left = self.limit_s - 2 * KEPT_BACK_S - (time.perf_counter() - self.started)
+        if left < 0:
             self.left_out[name] = f"the {self.limit_s:.0f} s were over"
             return
-        settings: dict[str, Any] = {"warm_up": self.sizes.warm_up, "min_calls": self.sizes.min_calls}
+        sizes = self.sizes
+        settings: dict[str, Any] = {"warm_up": sizes.warm_up, "min_calls": sizes.min_calls, "at_most_s": left}
         seconds = self.sizes.seconds
         if name == "channels-last":
             seconds, self.readings = self.sizes.judged_s, Readings()

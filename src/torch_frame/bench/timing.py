@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -152,6 +153,7 @@ def time_calls(
     *,
     warm_up: int = WARM_UP_CALLS,
     min_calls: int = MIN_CALLS,
+    at_most_s: float = math.inf,
     during: AbstractContextManager[object] | None = None,
 ) -> Timing:
     """Call `work` again and again, for about so many seconds.
@@ -162,9 +164,11 @@ def time_calls(
         work: gives the device something to do.
         seconds: for all calls together, the warm-up aside. How many calls that are is estimated from the last one of the
             warm-up; at least `min_calls`, at most `MAX_CALLS`.
+        at_most_s: what there is left, the warm-up included: it goes before `min_calls`, but one call is timed in any case.
         warm_up: calls before the timed ones, 1 or more: kernels are chosen, memory is found, clocks rise.
         during: entered around the timed calls.
     """
+    begun = time.perf_counter()
     for _ in range(warm_up - 1):
         work()
     clock.wait()
@@ -174,6 +178,9 @@ def time_calls(
     clock.wait()
     one_call = max(clock.seconds(before, after), 1e-9)
     num_calls = min(max(int(seconds / one_call), min_calls), MAX_CALLS)
+    if at_most_s < math.inf:
+        left = at_most_s - (time.perf_counter() - begun)
+        num_calls = max(min(num_calls, int(left / one_call)), 1)
     with during or contextlib.nullcontext():
         marks = [clock.mark()]
         for _ in range(num_calls):
