@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _report import write
+from _report import TinyMLP, write
 from epoch import BATCH_SIZE, DATASETS, ours, raw
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.fetch import _MapDatasetFetcher
@@ -45,6 +45,11 @@ PIECES: list[tuple[str, Any, str]] = [
     ("values recorded in columns", Trainer, "record"),
     ("LoggerHook.after_iter", LoggerHook, "after_iter"),
     ("safe point", Trainer, "safe_point"),
+]
+MODEL: list[tuple[str, Any, str]] = [
+    ("forward", TinyMLP, "forward"),
+    ("backward", torch.Tensor, "backward"),
+    ("optimizer.step()", torch.optim.SGD, "step"),
 ]
 RAW: list[tuple[str, Any, str]] = [
     ("raw: a batch is loaded, all in all", _SingleProcessDataLoaderIter, "__next__"),
@@ -90,7 +95,8 @@ def measure(name: str, batches: int, work_dir: str) -> dict[str, float]:
     """piece -> microseconds a call."""
     dataset = DATASETS[name](BATCH_SIZE * batches)
     rows: dict[str, float] = {}
-    runs = [(PIECES, lambda loader: ours(loader, work_dir, hooks=None)), (RAW, raw)]
+    raw_model = [(f"raw: {label}", owner, name) for label, owner, name in MODEL]
+    runs = [(PIECES + MODEL, lambda loader: ours(loader, work_dir, hooks=None)), (RAW + raw_model, raw)]
     for pieces, run_of in runs:
         run = run_of(DataLoader(dataset, batch_size=BATCH_SIZE, shuffle=True))
         run(), run()

@@ -98,7 +98,7 @@ def _strategy(use_dist: bool | None) -> Strategy | str | None:
 
 
 def _loader(dataset: Any, params: Mapping[str, Any], *, split_here: bool) -> DataLoader[Any]:
-    """A shuffled loader; which rank gets what is the trainer's, or, where it leaves loaders alone, a DistributedSampler's."""
+    """A shuffled loader. The trainer splits it over the ranks; where it leaves loaders alone, a DistributedSampler does."""
     if not isinstance(params, Mapping):
         raise TypeError(
             f"dataset_params is {params!r}; it has to be a dict of a DataLoader's arguments: dict(batch_size=32)."

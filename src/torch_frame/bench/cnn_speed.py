@@ -33,7 +33,7 @@ def gpu_cnn_speed(
     Raises:
         SettingError: for an unknown network, a size that is not (N, 3, H, W), or a card that is not there.
     """
-    # Not at import: whoever only trains does without them.
+    # Not at import: training needs none of them.
     from torch_frame.bench.device import device_to_measure, name_of
     from torch_frame.bench.flops import forward_flops, training_flops
     from torch_frame.bench.models import build

@@ -18,7 +18,7 @@ def count_flops(work: Callable[[], object]) -> int:
     >>> count_flops(lambda: a @ b)
     48
     """
-    from torch.utils.flop_counter import FlopCounterMode  # not at import: whoever only trains does without it
+    from torch.utils.flop_counter import FlopCounterMode  # not at import: training does not need it
 
     with FlopCounterMode(display=False) as counter:
         work()
