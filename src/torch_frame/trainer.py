@@ -677,6 +677,7 @@ class Trainer:
             "metric_storage": self.metric_storage,
             "hooks": self.hook_caller,
             "frozen": self._frozen,
+            "attributes": self._kept_attributes,  # before the model: an object of the user's may refuse its state
             "model": parts.ModelPart(self.model, self.strategy, self._frozen),
             "ema": parts.AveragePart(self.model_ema, self.model, self._frozen, self.progress),
             "requires_grad": RequiresGradPart(self.model_or_module, optimizers),
@@ -686,7 +687,6 @@ class Trainer:
             "settings": SettingsPart(self._settings, self.max_epochs, self.lr_scheduler_interval),
             "grad_scaler": parts.ScalerPart(self.precision.scaler),
             "modes": self._module_modes,
-            "attributes": self._kept_attributes,
             "precision": parts.SettingPart("precision", self.precision.name),
             "seed": parts.SeedPart(self.seed, self.seed_is_explicit),
             "loader_seed": parts.LoaderSeedPart(self._feed.loader),

@@ -624,3 +624,19 @@ def test_few_library_frames_stand_above_an_error_in_a_state(method: str, tmp_pat
     trainer = build(tmp_path / "run", 2)
     trainer.queue.__class__ = type("Failing", (Queue,), {method: fail})
     assert len(library_frames(raised_by(trainer.train, UserError))) <= 6
+
+
+def test_an_object_that_refuses_its_state_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    build(tmp_path / "run", 1).train()
+    trainer = build(tmp_path / "run", resume=None)
+    before = copied(trainer.model.state_dict())
+    optimizer = copied(trainer.optimizer.state_dict())
+
+    def refuse(state: Any) -> None:
+        raise UserError
+
+    trainer.queue.load_state_dict = refuse
+    raised_by(lambda: trainer.load_checkpoint(tmp_path / "run" / "checkpoints" / "latest.pth"), UserError)
+    assert differences(before, copied(trainer.model.state_dict())) == []
+    assert differences(optimizer, copied(trainer.optimizer.state_dict())) == []
+    assert trainer.progress.iter == 0
