@@ -6,7 +6,6 @@ Read `train`, `train_one_epoch` and `train_one_iter` first: they are a batch's w
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +17,6 @@ from torch.optim import Optimizer
 
 from torch_frame.checkpoint.weights import WeightsReport
 from torch_frame.data.move import resolve_device
-from torch_frame.data.rng import preserved_rng
 from torch_frame.data.source import length_of
 from torch_frame.data.workers import keep_parents_garbage
 from torch_frame.distributed.comm import is_main
@@ -41,12 +39,12 @@ from torch_frame.run.script_settings import Choice, Settings
 from torch_frame.run.settings import SettingsPart
 from torch_frame.run.state import Part
 from torch_frame.run.trained import FrozenParameters, RequiresGradPart, frozen_parameters
+from torch_frame.run.warm_up import warmed_up
 from torch_frame.run.work_dir import WorkDir
 from torch_frame.stopping import StopRequested, StopSignals
 from torch_frame.tracking.bar import ProgressBar
 from torch_frame.tracking.console import logger, open_run_log
 from torch_frame.tracking.history import MetricStorage
-from torch_frame.training.buffers import BufferSnapshot
 from torch_frame.training.ema import EMA
 from torch_frame.training.finite import Columns, first_nonfinite, nonfinite_message, trained_tensors
 from torch_frame.training.losses import describe, read_losses, recordable
@@ -162,16 +160,7 @@ class Trainer:
         save_frozen: bool = True,
     ) -> None:
         names_before = set(vars(self))
-        checks.check_arguments(model, optimizer, lr_scheduler, data_loader)
-        checks.check_numbers(max_epochs, gradient_accumulation_steps, clip_grad_norm)
-        checks.check_functions(step_fn=step_fn, loss_weight=loss_weight)
-        checks.check_flags(
-            enable_amp=enable_amp, use_ema=use_ema, take_over=take_over, prefetch=prefetch, save_frozen=save_frozen
-        )
-        checks.check_warmup_and_ema(warmup_iters, warmup_factor, ema_decay)
-        checks.check_scheduler(lr_scheduler, lr_scheduler_interval, lr_scheduler_metric)
-        checks.check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
-        checks.check_choice("resume_settings", resume_settings, (None, "checkpoint", "script"))
+        checks.check_given(locals())
         self.strategy = checks.checked_strategy(strategy)  # before the device: "cuda" is this rank's own GPU then
         self._ranks = Ranks(self.strategy)
         self.device = checks.device_of(model) if device is None else resolve_device(device)
@@ -354,19 +343,8 @@ class Trainer:
             except NonFiniteError as error:
                 raise self._nonfinite(str(error), values) from None
         if ends_window:
-            # Written out and not self.call(): one frame less above an error in a hook (CONTRIBUTING: at most 3).
-            for before_update in self.stages["before_update"]:
-                before_update()
-            try:
-                updated = updater.step()
-            except NonFiniteError as error:
-                raise self._nonfinite(str(error), values) from None
-            if updated:
-                self._after_step()
-            for after_update in self.stages["after_update"]:
-                after_update()
-            if updater.grad_norm is not None:
-                values["grad_norm"] = updater.grad_norm
+            for run in self._end_window(values):
+                run()
         return values
 
     def batches(self) -> Iterator[tuple[Any, int]]:
@@ -375,26 +353,9 @@ class Trainer:
         batches = self._feed.batches(self.progress, self.stop_signals, self.updater)
         if self.epoch_len is None:
             batches = self._ranks.in_step(batches)
-        plain = type(self).train_one_iter is Trainer.train_one_iter
-        return self._warmed_up(batches) if plain and self.resumed_iter == self.progress.iter > 0 else batches
-
-    def _warmed_up(self, batches: Iterator[tuple[Any, int]]) -> Iterator[tuple[Any, int]]:
-        """The same batches; with the first one a new wrapper of the model is brought to where the run had it."""
-        first = next(batches, None)
-        if first is None:
-            return batches
-        self.strategy.warm_up(functools.partial(self._step_without_trace, first[0]))
-        return itertools.chain([first], batches)
-
-    def _step_without_trace(self, batch: Any) -> None:
-        """A forward and backward pass after which everything is as before."""
-        buffers = BufferSnapshot(self.model_or_module)
-        buffers.take()
-        with preserved_rng(), self.strategy.autocast(self.precision.autocast()):
-            output = self.model(batch) if self.step_fn is None else self.step_fn(self.model, batch)
-            self.strategy.backward(read_losses(output)[0])
-        buffers.put_back()
-        self.model.zero_grad()
+        if self.resumed_iter == self.progress.iter > 0 and type(self).train_one_iter is Trainer.train_one_iter:
+            return warmed_up(batches, self.model, self.step_fn, self.strategy, self.precision)
+        return batches
 
     def record(self, values: Values) -> None:
         """Keep a step's values, and its times, unread."""
@@ -418,8 +379,25 @@ class Trainer:
         window = self.gradient_accumulation_steps
         return window == 1 or self.updater.num_micro_batches + 1 == window or self.inner_iter + 1 == self.epoch_len
 
+    def _end_window(self, values: dict[str, Any]) -> Iterator[Callable[[], None]]:
+        """What ends a window of gradients, in order; the caller calls each, so that a hook's error has no frame more above it."""
+        yield from self.stages["before_update"]
+        yield functools.partial(self._step, values)
+        yield from self.stages["after_update"]
+        if self.updater.grad_norm is not None:
+            values["grad_norm"] = self.updater.grad_norm
+
+    def _step(self, values: Values) -> None:
+        """The optimizer's step, and what follows one that was made: schedule, EMA, count."""
+        try:
+            updated = self.updater.step()
+        except NonFiniteError as error:
+            latest = {name: buffer.latest for name, buffer in self.metric_storage.items()}
+            raise self._nonfinite(str(error), values or latest) from None
+        if updated:
+            self._after_step()
+
     def _after_step(self) -> None:
-        """What follows an optimizer step: schedule, EMA, count."""
         self.lr_scheduler.step()
         if self.lr_scheduler_interval == "iter":
             self.lr_scheduler.step_scheduler()
@@ -429,18 +407,10 @@ class Trainer:
 
     def _finish_epoch(self) -> None:
         if self.updater.window_open:  # the loader yielded fewer batches than its length says, or has none
-            for before_update in self.stages["before_update"]:  # written out, as in train_one_iter
-                before_update()
-            try:
-                if self.updater.step():
-                    self._after_step()
-            except NonFiniteError as error:
-                latest = {name: buffer.latest for name, buffer in self.metric_storage.items()}
-                raise self._nonfinite(str(error), latest) from None
-            for after_update in self.stages["after_update"]:
-                after_update()
-            if self.updater.grad_norm is not None:
-                self.log(self.cur_iter, grad_norm=self.updater.grad_norm)
+            values: dict[str, Any] = {}
+            for run in self._end_window(values):
+                run()
+            self.log(self.cur_iter, **values)
         if self.progress.inner_iter == 0:
             raise SettingError(checks.empty_loader_message(self.data_loader, self.epoch))
         if self.lr_scheduler_interval == "epoch" and not self.lr_scheduler.needs_metric:

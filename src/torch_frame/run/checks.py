@@ -7,7 +7,7 @@ import numbers
 import operator
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +25,22 @@ from torch_frame.distributed.strategy import SingleProcess, Strategy
 from torch_frame.errors import SettingError
 from torch_frame.run.saving import SaveRequest
 from torch_frame.run.state import Part
+
+
+def check_given(given: Mapping[str, Any]) -> None:
+    """The arguments of a Trainer, by name, are what they have to be.
+
+    Raises:
+        TypeError, SettingError: naming the first one that is not.
+    """
+    check_arguments(given["model"], given["optimizer"], given["lr_scheduler"], given["data_loader"])
+    check_numbers(given["max_epochs"], given["gradient_accumulation_steps"], given["clip_grad_norm"])
+    check_functions(**{name: given[name] for name in ("step_fn", "loss_weight")})
+    check_flags(**{name: given[name] for name in ("enable_amp", "use_ema", "take_over", "prefetch", "save_frozen")})
+    check_warmup_and_ema(given["warmup_iters"], given["warmup_factor"], given["ema_decay"])
+    check_scheduler(given["lr_scheduler"], given["lr_scheduler_interval"], given["lr_scheduler_metric"])
+    check_choice("on_nonfinite", given["on_nonfinite"], ("raise", "skip"))
+    check_choice("resume_settings", given["resume_settings"], (None, "checkpoint", "script"))
 
 
 def check_arguments(model: Any, optimizer: Any, lr_scheduler: Any, data_loader: Any) -> None:
