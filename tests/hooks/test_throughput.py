@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import time
 import warnings
 from collections.abc import Iterator
@@ -170,6 +171,46 @@ def test_an_unknown_peak_is_told_and_mfu_left_out(tmp_path: Path, caplog: pytest
     assert "mfu" not in trainer.metric_storage
 
 
+def test_a_run_that_fails_says_where_its_time_went(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(HookBase):
+        def after_iter(self) -> None:
+            time.sleep(0.02)
+            if self.trainer.cur_iter == 3:
+                raise RuntimeError("the user's")
+
+    trainer = make_trainer(tmp_path, hooks=[ThroughputHook(), Failing()])
+    with caplog.at_level(logging.INFO, "torch_frame"), pytest.raises(RuntimeError, match="the user's"):
+        trainer.train()
+    assert caplog.text.count("Milliseconds a batch: ") == 1
+    assert "Of the hooks' time: Failing " in caplog.text
+
+
+def test_a_run_that_is_stopped_says_it_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Interrupted(HookBase):
+        def after_iter(self) -> None:
+            if self.trainer.cur_iter == 3:
+                signal.raise_signal(signal.SIGINT)
+
+    trainer = make_trainer(tmp_path, hooks=[ThroughputHook(), Interrupted()])
+    with caplog.at_level(logging.INFO, "torch_frame"), pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert caplog.text.count("Milliseconds a batch: ") == 1
+
+
+def test_a_resumed_run_counts_its_own_batches_over_its_own_time(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_trainer(tmp_path / "run", hooks=[ThroughputHook(), CheckpointerHook()], max_epochs=3).train()
+    caplog.clear()
+    hooks = [ThroughputHook(), CheckpointerHook(), SlowHook(0.02)]
+    trainer = make_trainer(tmp_path / "run", hooks=hooks, max_epochs=4, resume="auto")
+    with caplog.at_level(logging.INFO, "torch_frame"):
+        trainer.train()
+    lines = caplog.text.splitlines()
+    rate = float(next(line for line in lines if "batches_per_s" in line).split("batches_per_s ")[1].split(",")[0])
+    assert 0 < rate < 1 / 0.02  # 4 epochs' batches over one epoch's time would be more
+
+
 def test_without_batches_there_is_nothing_to_tell(tmp_path: Path) -> None:
     make_trainer(tmp_path, hooks=[ThroughputHook()], max_epochs=0).train()
 
@@ -192,6 +233,10 @@ def test_a_second_train_begins_anew(tmp_path: Path) -> None:
         ({"flops_per_batch": 1e9, "peak_tflops": -1}, "peak_tflops is -1"),
         ({"peak_tflops": 1}, "pass flops_per_batch"),
         ({"period": 0}, "period is 0"),
+        ({"period": 2.5}, "period is 2.5; it has to be a whole number of batches"),
+        ({"flops_per_batch": float("inf")}, "flops_per_batch is inf"),
+        ({"flops_per_batch": float("nan")}, "flops_per_batch is nan"),
+        ({"flops_per_batch": "8e9"}, "flops_per_batch is '8e9'"),
         ({"samples_per_batch": 0}, "samples_per_batch is 0"),
     ],
 )

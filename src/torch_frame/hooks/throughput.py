@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -60,15 +62,18 @@ class ThroughputHook(HookBase):
             "peak_tflops": peak_tflops,
             "samples_per_batch": samples_per_batch,
         }
-        for name, value in {**numbers, "period": period}.items():
-            if value is not None and not value > 0:
+        for name, value in numbers.items():
+            if value is not None and not (isinstance(value, Real) and 0 < value < math.inf):
                 raise SettingError(f"{name} is {value!r}; it has to be a positive number, or None.")
+        if not isinstance(period, int) or period < 1:
+            raise SettingError(f"period is {period!r}; it has to be a whole number of batches, 1 or more.")
         if peak_tflops is not None and flops_per_batch is None:
             raise SettingError("peak_tflops is given, but MFU needs the FLOPs of a batch too: pass flops_per_batch.")
         self.flops_per_batch = flops_per_batch
         self.peak_tflops = peak_tflops
         self.samples_per_batch = samples_per_batch
         self._period = period
+        self._lines_due = False
         self.time_split = TimeSplit()
 
     # ------------------------------------------------------------ stages
@@ -81,6 +86,7 @@ class ThroughputHook(HookBase):
         self._iter_at_start = self._iter_at_row = self.trainer.progress.iter
         self.time_split.start()
         self._parts_at_row = Parts(0.0, 0.0, 0.0, 0.0)
+        self._lines_due = True
 
     def after_iter(self) -> None:
         self._until_wait -= 1
@@ -96,6 +102,7 @@ class ThroughputHook(HookBase):
         self._parts_at_row, self._iter_at_row = parts, done
 
     def after_train(self) -> None:
+        self._lines_due = False
         num_batches = self.trainer.progress.iter - self._iter_at_start
         if num_batches > 0 and self.trainer.check_main():
             for line in self._lines(self.time_split.parts(), num_batches):
@@ -104,6 +111,11 @@ class ThroughputHook(HookBase):
     def logged_metrics(self) -> set[str] | None:
         shares = {f"{name}_share" for name in _NAMES}
         return {"batches_per_s", "samples_per_s", "peak_mib", "mfu"} | shares
+
+    def on_exception(self, error: BaseException) -> None:
+        """The lines of a run that fails: what took its time until then."""
+        if self._lines_due:
+            self.after_train()
 
     # ------------------------------------------------------------ what is told
 
