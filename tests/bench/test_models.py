@@ -79,3 +79,21 @@ def test_flops_of_a_linear_layer_and_its_backward() -> None:
     layer = nn.Linear(5, 7)
     inputs = torch.randn(3, 5, requires_grad=True)
     assert count_flops(lambda: layer(inputs).sum().backward()) == 3 * (2 * 3 * 5 * 7)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_attention_counts_on_the_cpu_too(device: str) -> None:
+    query = torch.randn(2, 3, 16, 8, device=device, requires_grad=True)
+
+    def forward() -> torch.Tensor:
+        return nn.functional.scaled_dot_product_attention(query, query, query)
+
+    product = 2 * 2 * 3 * 16 * 16 * 8  # queries by keys, or scores by values
+    assert count_flops(forward) == 2 * product
+    # backward: 4 products; a fused kernel makes the scores once more
+    assert count_flops(lambda: forward().sum().backward()) == {"cpu": 2 + 5, "meta": 2 + 4}[device] * product
+
+
+def test_inference_mode_counts_as_well() -> None:
+    with torch.inference_mode():
+        assert forward_flops(nn.Linear(4, 4), (1, 3, 2, 4)) == 2 * 4 * 4 * 6

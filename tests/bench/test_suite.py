@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import torch_frame
+from tests.small_runs import environment
 from torch_frame.bench import compiled
 from torch_frame.bench.cards import CARDS, SECONDS_OF_300_PASSES, find_card
 from torch_frame.bench.device import device_to_measure, name_of
+from torch_frame.bench.models import build
 from torch_frame.bench.suite import Bench, Sizes
 from torch_frame.bench.table import HEAD, known_cards, lines, row, table
+from torch_frame.bench.timing import Timing
+from torch_frame.bench.work import compile_blocks, is_out_of_memory
 from torch_frame.cli.main import main
 
 CPU = torch.device("cpu")
@@ -59,7 +69,7 @@ def test_the_row_holds_the_stored_figures_beside_the_specification() -> None:
         "580.65 / 2.13.0",
         "250 (80%)",  # of 312
         "1700 (85%)",  # of 2000
-        "400, 800, 1200, 1582, -",
+        "400, 800, 1200, 1582, - (compiling took longer than the 20 s that were left)",
         "5000",
         "12000",
         "380",
@@ -101,6 +111,11 @@ def test_what_is_printed_has_verdict_reasons_and_sources() -> None:
         ("NVIDIA A100X", None),
         ("NVIDIA GeForce RTX 3090 Ti", None),
         ("NVIDIA H200 NVL", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GB300", None),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
         ("AMD EPYC", None),
     ],
 )
@@ -148,22 +163,124 @@ def test_what_has_no_time_left_is_left_out_and_said() -> None:
     started = time.perf_counter()
     found = Bench(CPU, sizes=SMALL, limit_s=0.0).run()
     assert time.perf_counter() - started < 10
-    assert found["left_out"]["fp32"] == "the 0 s were over"
+    assert found["left_out"]["fp32"] == "no time was left of the 0 s"
     assert found["verdict"] is None
-    assert row(found)[2:8] == ("-", "-", "-, -, -, -, -", "-", "-", "-")
+    no = "- (no time was left)"
+    assert row(found)[2:8] == ("-", "-", f"{no}, -, {no}, {no}, -", "-", "-", "-")
+    assert found["left_out"]["copy"] == "no time was left of the 0 s"
+    found = Bench(CPU, sizes=SMALL, used_s=59.0).run()  # Python's start took nearly all of the minute
+    assert found["left_out"]["copy"] == "no time was left of the 60 s"
+    assert 59 < found["seconds"] < 69
 
 
-def test_a_batch_that_does_not_fit_is_halved() -> None:
-    class Narrow(Bench):
-        def _measure(self, name: str, make: Any) -> None:
-            if self.batch_size > 2:
-                self.left_out[name] = f"out of memory with a batch of {self.batch_size}"
-            else:
-                super()._measure(name, make)
+class Slow(Bench):
+    """Remembers the time that each part may take, and takes none."""
 
+    def _time(self, name: str, work: Any, share_s: float) -> Timing:
+        self.shares = {**getattr(self, "shares", {}), name: share_s}
+        return Timing([1e-3] * 6)
+
+
+def test_every_part_has_its_share_of_the_time_that_is_left() -> None:
+    bench = Slow(CPU, sizes=SMALL, limit_s=68.0)
+    bench.run()
+    shares = bench.shares
+    # 60 s are for parts that weigh 1 (matmul), 1 (copy), 2, 2, 4 and 1; here none of them takes its share
+    assert shares["matmul 64x64x64"] == pytest.approx(60 / 11, rel=0.1)
+    assert shares["copy"] == pytest.approx(60 / 10, rel=0.1)
+    assert shares["fp32"] == pytest.approx(60 * 2 / 9, rel=0.2)
+    assert "inference" in shares
+
+
+def test_a_part_that_lasts_longer_than_what_is_left_is_not_begun() -> None:
+    class Emulated(Bench):
+        def _time(self, name: str, work: Any, share_s: float) -> Timing:
+            return Timing([40.0 if name == "bf16" else 1.0])
+
+    found = Emulated(CPU, sizes=SMALL).run()
+    assert found["left_out"]["channels-last"] == "no time was left of the 60 s"
+    assert "inference" not in found["left_out"]
+    assert found["verdict"] is None
+
+
+class Narrow(Bench):
+    """Has memory for a batch of 2, and in fp32 for one of 8."""
+
+    def _time(self, name: str, work: Any, share_s: float) -> Timing:
+        if self.batch_size > 2 and name not in ("copy", "fp32"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return Timing([0.5] * 6)
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_each_figure_is_of_its_own_batch() -> None:
     found = Narrow(CPU, sizes=Sizes(8, (), 2**16, 0.01, 0.01, 1, 2)).run()
+    assert found["batch_sizes"] == {"fp32": 8, "bf16": 2, "channels-last": 2, "inference": 2}
+    assert found["training_images_s"]["fp32"]["median"] == 16
+    assert found["training_images_s"]["bf16"]["median"] == 4
     assert found["batch_size"] == 2
-    assert "fp32" not in found["left_out"]
+    assert set(found["left_out"]) == {"tf32", "compiled"}
+
+
+def test_too_few_calls_give_no_verdict_and_it_is_said() -> None:
+    class OneCall(Bench):
+        def _time(self, name: str, work: Any, share_s: float) -> Timing:
+            return Timing([0.5])
+
+    found = OneCall(CPU, sizes=SMALL).run()
+    assert found["verdict"] is None
+    assert found["left_out"]["verdict"] == "it needs 6 calls, and there was time for 1"
+
+
+def test_what_does_not_fit_at_all_is_in_the_row() -> None:
+    trainings = {**STORED["training_images_s"], "fp32": None}
+    left_out = {"fp32": "out of memory with a batch of 1", "compiled": "compiling failed: no compiler"}
+    found = {**STORED, "training_images_s": trainings, "left_out": left_out}
+    assert row(found)[4] == "- (out of memory), 800, 1200, 1582, - (compiling failed: no compiler)"
+
+
+def test_the_allocators_own_errors_are_known() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(torch.OutOfMemoryError())
+    assert is_out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: 1.00 GB)"))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # read by torch itself while it compiles
+def test_blocks_are_compiled_once_for_each_kind() -> None:
+    counter = CompileCounter()
+    model, images = build("resnet50"), torch.randn(2, 3, 32, 32)
+    expected = model(images)
+    expected.sum().backward()
+    gradient = model[-1].weight.grad.clone()
+    model.zero_grad()
+    compile_blocks(model, backend=counter)
+    found = model(images)
+    found.sum().backward()
+    assert counter.frame_count == 8  # of 16 blocks
+    assert torch.equal(found, expected)
+    assert torch.equal(model[-1].weight.grad, gradient)
+
+
+def test_the_process_knows_its_age() -> None:
+    started = time.perf_counter()
+    code = "import time; time.sleep(1); from torch_frame.cli.bench import process_age_s; print(process_age_s())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)
+    assert 1 < float(done.stdout) < time.perf_counter() - started + 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_nothing_goes_on_compiling_when_the_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    started = time.perf_counter()
+    with pytest.raises(RuntimeError, match="compiling took longer than the 25 s"):
+        compiled.time_compiled(CPU, 1, 0.01, limit_s=25)
+    assert time.perf_counter() - started < 28
+    assert str(tmp_path) not in "".join(
+        path.read_text(errors="replace") for path in Path("/proc").glob("[0-9]*/environ") if os.access(path, os.R_OK)
+    )
 
 
 def test_compiling_is_given_up_when_its_time_is_over() -> None:
@@ -225,7 +342,27 @@ def test_1_7s_seconds_are_shown_as_history(capsys: pytest.CaptureFixture[str], m
     assert "timed in another way and not to be compared: RTX-3090 9 s, V100 7 s, A100 5 s" in text
 
 
-@pytest.mark.parametrize("size", [(16, 3, 224), (16, 1, 224, 224), (0, 3, 8, 8), (1.5, 3, 8, 8)])
+@without_accelerator
+def test_sizes_may_be_numpys_or_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch_frame.bench.cnn_speed.SECONDS", 0.01)
+    found = torch_frame.gpu_cnn_speed("mobilenet_v2", np.array([2, 3, 32, 32]))  # type: ignore[arg-type]
+    assert found["input_size"] == (2, 3, 32, 32)
+    assert json.loads(json.dumps(found))["input_size"] == [2, 3, 32, 32]
+
+
+@pytest.mark.parametrize(("name", "size"), [("vgg16", (2, 3, 16, 16)), ("resnet18", (1, 3, 32, 32))])
+def test_images_that_a_network_cannot_take_are_an_error_that_says_why(name: str, size: Any) -> None:
+    with pytest.raises(ValueError, match=rf"input_size is \({size[0]}, 3, .*; {name} cannot be trained on it: "):
+        torch_frame.gpu_cnn_speed(name, size)
+
+
+@pytest.mark.parametrize("index", ["0", "cuda:0", 0.5])
+def test_an_index_of_another_type_is_an_error(index: Any) -> None:
+    with pytest.raises(ValueError, match=r"gpu_id is .*; it has to be a whole number, or None"):
+        torch_frame.gpu_cnn_speed("resnet18", (2, 3, 32, 32), index)
+
+
+@pytest.mark.parametrize("size", [(16, 3, 224), (16, 1, 224, 224), (0, 3, 8, 8), (1.5, 3, 8, 8), 16, None, "abcd"])
 def test_a_size_that_is_no_batch_of_images_is_an_error(size: Any) -> None:
     with pytest.raises(ValueError, match="it has to be"):
         torch_frame.gpu_cnn_speed("resnet18", size)

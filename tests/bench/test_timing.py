@@ -46,10 +46,21 @@ def test_the_number_of_calls_follows_from_the_time_and_has_two_ends(one_call: fl
     assert len(time_calls(work, work.clock, 10.0, min_calls=6).seconds) == num_calls
 
 
-@pytest.mark.parametrize(("left", "num_calls"), [(25.0, 2), (5.0, 1), (-1.0, 1)])
-def test_a_time_that_is_nearly_over_goes_before_the_least_number_of_calls(left: float, num_calls: int) -> None:
+@pytest.mark.parametrize(("at_most", "num_calls"), [(65.0, 2), (45.0, 1), (-1.0, 1)])
+def test_a_time_that_is_nearly_over_goes_before_the_least_number_of_calls(at_most: float, num_calls: int) -> None:
+    work = Work(10.0)  # 4 calls of warm-up
+    assert len(time_calls(work, work.clock, 30.0, min_calls=6, at_most_s=at_most).seconds) == num_calls
+
+
+def test_the_warm_up_ends_when_the_time_is_over() -> None:
     work = Work(10.0)
-    assert len(time_calls(work, work.clock, 30.0, min_calls=6, at_most_s=left).seconds) == num_calls
+    assert len(time_calls(work, work.clock, 30.0, warm_up=4, min_calls=6, at_most_s=15.0).seconds) == 1
+    assert work.calls == 3
+
+
+def test_a_slow_warm_up_is_no_reason_to_time_less_than_the_least_number_of_calls() -> None:
+    work = Work(10.0, 1.0)
+    assert time_calls(work, work.clock, 3.0, warm_up=1, min_calls=6, at_most_s=20.0).seconds == [1.0] * 6
 
 
 def test_each_call_has_its_own_time() -> None:

@@ -70,8 +70,8 @@ A100_SXM_80GB = Card(
 
 CARDS = [
     Card("GB200", r"GB200", _spec(2500), _spec(8000), _matmul(1822.0, "2.10.0.dev")),
-    Card("B300", r"B300", _spec(2250), None, _matmul(1769.0, "2.9.1")),
-    Card("B200", r"B200", _spec(2250), _spec(8000), _matmul(1745.0, "2.7.1")),
+    Card("B300", r"\bB300", _spec(2250), None, _matmul(1769.0, "2.9.1")),
+    Card("B200", r"\bB200", _spec(2250), _spec(8000), _matmul(1745.0, "2.7.1")),
     Card("GH200", r"GH200", _spec(989), None, _matmul(828.6, "2.6.0", ", 900 W")),
     Card(
         "H200 SXM",
@@ -119,11 +119,13 @@ CARDS = [
 
 
 def find_card(name: str) -> Card | None:
-    """The card of a driver's name; None for a card that is not in the table.
+    """The card of a driver's name; None for a card that is not in the table, or only a part of one (MIG), or a laptop's.
 
     >>> find_card("NVIDIA H100 80GB HBM3").name
     'H100 SXM'
     """
+    if re.search(r"\bMIG\b|Laptop|Max-Q|RTX 4090 D", name):
+        return None  # fewer processors than the card whose name it bears
     return next((card for card in CARDS if re.search(card.pattern, name)), None)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from torch_frame.errors import SettingError
 
@@ -31,18 +33,20 @@ def gpu_cnn_speed(
         the 10th and 90th percentile), "ms" (median of a batch), "tflop" (of a batch) and "tflops" (1e12 FLOPs a second).
 
     Raises:
-        SettingError: for an unknown network, a size that is not (N, 3, H, W), or a card that is not there.
+        SettingError: for an unknown network, a size that is not (N, 3, H, W) or too small for it, or a card that is not there.
     """
     # Not at import: training needs none of them.
     from torch_frame.bench.device import device_to_measure, name_of
-    from torch_frame.bench.flops import forward_flops, training_flops
+    from torch_frame.bench.flops import forward_flops
     from torch_frame.bench.models import build
     from torch_frame.bench.work import forward_pass, training_step
 
     name = "resnet50" if model_type is None else model_type
     size = _checked_size(input_size)
     device = device_to_measure(gpu_id)
-    model = build(name)
+    with torch.device("meta"):
+        model = build(name)
+    for_training = _training_flops(model, name, size)
     found: dict[str, Any] = {
         "model": name,
         "device": str(device),
@@ -50,7 +54,7 @@ def gpu_cnn_speed(
         "input_size": size,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "inference": _timed(forward_pass(name, size, device), size[0], forward_flops(model, size), device),
-        "training": _timed(training_step(name, size, device), size[0], training_flops(model, size), device),
+        "training": _timed(training_step(name, size, device), size[0], for_training, device),
     }
     for line in _lines(found):
         print(line)
@@ -58,12 +62,26 @@ def gpu_cnn_speed(
 
 
 def _checked_size(input_size: Sequence[int]) -> tuple[int, int, int, int]:
-    size = tuple(input_size)
-    if len(size) != 4 or size[1] != 3 or any(not isinstance(number, int) or number < 1 for number in size):
+    try:
+        images, channels, height, width = map(operator.index, input_size)  # numpy's integers too
+    except (TypeError, ValueError):
+        images, channels, height, width = 0, 0, 0, 0
+    if channels != 3 or min(images, height, width) < 1:
         raise SettingError(
             f"input_size is {input_size!r}; it has to be (images, 3, height, width), such as (16, 3, 224, 224)."
         )
-    return size
+    return images, channels, height, width
+
+
+def _training_flops(model: nn.Module, name: str, size: tuple[int, int, int, int]) -> int:
+    """Nothing is computed, but what cannot be computed is an error here already."""
+    from torch_frame.bench.flops import training_flops
+
+    try:
+        return training_flops(model, size)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise SettingError(f"input_size is {size}; {name} cannot be trained on it: {reason}") from None
 
 
 def _timed(work: Any, num_images: int, flops: int, device: torch.device) -> dict[str, Any]:

@@ -17,8 +17,10 @@ def device_to_measure(index: int | None = None) -> torch.device:
         index: of the accelerator; None: the current one.
 
     Raises:
-        SettingError: for an index that no device has.
+        SettingError: for an index that no device has, or that is none.
     """
+    if index is not None and not hasattr(index, "__index__"):
+        raise SettingError(f"gpu_id is {index!r}; it has to be a whole number, or None for the current device.")
     if not torch.accelerator.is_available():
         return torch.device("cpu")
     kind = torch.accelerator.current_accelerator()

@@ -119,7 +119,7 @@ class Sensors:
             time.sleep(INTERVAL_S)
             try:
                 found.append(float(self._nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu))
-            except self._nvml.NVMLError:
+            except Exception:  # not supported (a MIG slice), or a card that stops answering
                 return None
         return statistics.median(found)
 

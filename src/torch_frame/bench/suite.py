@@ -17,15 +17,26 @@ from torch_frame.bench.flops import training_flops
 from torch_frame.bench.models import build
 from torch_frame.bench.sensors import Readings, Sensors
 from torch_frame.bench.timing import Clock, Timing, clock_of, time_calls
-from torch_frame.bench.verdict import Verdict, judge
-from torch_frame.bench.work import Work, copy, forward_pass, fp32_as, matmul, training_step
+from torch_frame.bench.verdict import ENOUGH_CALLS, Verdict, judge
+from torch_frame.bench.work import Work, copy, forward_pass, fp32_as, is_out_of_memory, matmul, training_step
 from torch_frame.tracking.memory import peak_memory_bytes, reset_peak_memory
 
 LIMIT_S = 60.0
-KEPT_BACK_S = 4.0
-"""Of the time for the last part, for what is done around it."""
+KEPT_BACK_S = 8.0
+"""For what comes behind the measurements: FLOPs are counted, the process ends; and for a call that lasts longer than expected."""
+FOR_COMPILING_S = 25.0
+"""Of the limit, on devices for which the network is compiled; what the parts before leave over is for compiling too."""
+MIN_FOR_COMPILING_S = 5.0
+"""What its process needs to begin."""
 TRAINING_KINDS = ("fp32", "tf32", "bf16", "channels-last", "compiled")
 """Each with what the ones before it have, from bf16 on."""
+JUDGED = "channels-last"
+SHARES = {"fp32": 2, "tf32": 2, "bf16": 2, JUDGED: 4}
+"""Of the time that is left; of every other part 1."""
+OUT_OF_MEMORY, NO_TIME = "out of memory", "no time was left"
+NO_TF32, NOT_COMPILED = "it is a format of CUDA devices", "compiling is timed on CUDA devices only"
+LIKE = {"tf32": ("fp32", 1.0), "bf16": ("fp32", 1.0), "channels-last": ("bf16", 1.0), "inference": ("bf16", 1 / 3)}
+"""A part -> one that is measured before it, and how long its own calls last beside that one's."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,7 @@ class Sizes:
 
 
 ON_ACCELERATOR = Sizes(128, ((8192, 8192, 8192), (4096, 4096, 4096), (2048, 2048, 13312)), 2**30, 1.0, 4.0, 4, 6)
-ON_CPU = Sizes(2, ((1024, 1024, 1024),), 2**29, 1.0, 3.0, 1, 3)
+ON_CPU = Sizes(1, ((1024, 1024, 1024),), 2**29, 1.0, 3.0, 1, 3)
 
 
 @dataclass
@@ -63,10 +74,13 @@ class Bench:
         clock: its clock; None: the one that suits it.
         sensors: for clocks and watts; None: those of the device.
         sizes: None: those for the kind of device.
-        limit_s: seconds for everything.
+        limit_s: seconds for everything. Each part gets its share of what is left, so that on a slow or busy machine every part is
+            measured with fewer calls, rather than the first ones with many and the last ones not at all.
+        used_s: seconds of them that are over: Python's start and its imports.
 
     Attributes:
         timings: part -> its times.
+        batch_sizes: part -> images in each call, of the parts with a network.
         left_out: part -> why it has no figure.
     """
 
@@ -75,7 +89,9 @@ class Bench:
     sensors: Sensors | None = None
     sizes: Sizes | None = None
     limit_s: float = LIMIT_S
+    used_s: float = 0.0
     timings: dict[str, Timing] = field(default_factory=dict)
+    batch_sizes: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     watts: float | None = None
     sm_mhz: float | None = None
@@ -84,7 +100,7 @@ class Bench:
 
     def run(self) -> dict[str, Any]:
         """Measure everything; `figures` of what was found."""
-        self.started = time.perf_counter()
+        self.started = time.perf_counter() - self.used_s
         self.clock = clock_of(self.device) if self.clock is None else self.clock
         self.sensors = Sensors(self.device) if self.sensors is None else self.sensors
         self.sizes = (ON_CPU if self.device.type == "cpu" else ON_ACCELERATOR) if self.sizes is None else self.sizes
@@ -95,11 +111,14 @@ class Bench:
         return figures(self)
 
     def _measure_parts(self, sizes: Sizes) -> None:
-        for shape in sizes.matmul_shapes:
-            self._measure(f"matmul {_text(shape)}", lambda shape=shape: matmul(shape, self.device))  # type: ignore[misc]
+        fp32 = ("fp32", "tf32") if self.device.type == "cuda" else ("fp32",)
+        matmuls = [f"matmul {_text(shape)}" for shape in sizes.matmul_shapes]
+        self.to_come = [*matmuls, "copy", *fp32, "bf16", JUDGED, "inference"]
+        for name, shape in zip(matmuls, sizes.matmul_shapes, strict=True):
+            self._measure(name, lambda shape=shape: matmul(shape, self.device))  # type: ignore[misc]
         self._measure("copy", lambda: copy(sizes.copy_bytes, self.device))
         self._measure_trainings()
-        self._measure(
+        self._measure_network(
             "inference", lambda: forward_pass("resnet50", self.input_size, self.device, bf16=True, channels_last=True)
         )
         self._measure_compiled(sizes)
@@ -115,34 +134,47 @@ class Bench:
                 self._measure_training("tf32")
         else:
             self._measure_training("fp32")
-            self.left_out["tf32"] = "it is a format of CUDA devices"
+            self.left_out["tf32"] = NO_TF32
         self._measure_training("bf16", bf16=True)
         self._measure_judged()
 
     def _measure_training(self, name: str, **kinds: bool) -> None:
-        """Measure a training; a batch that does not fit into memory is halved, for this part and the later ones."""
+        self._measure_network(name, lambda: training_step("resnet50", self.input_size, self.device, **kinds))
+
+    def _measure_network(self, name: str, make: Callable[[], Work]) -> None:
+        """Measure it; a batch that does not fit into memory is halved, for this part and the later ones."""
         while True:
-            self._measure(name, lambda: training_step("resnet50", self.input_size, self.device, **kinds))
-            if not self.left_out.get(name, "").startswith("out of memory") or self.batch_size == 1:
+            self._measure(name, make)
+            if name in self.timings:
+                self.batch_sizes[name] = self.batch_size
+            if not self.left_out.get(name, "").startswith(OUT_OF_MEMORY) or self.batch_size == 1:
                 return
             self.batch_size //= 2
 
     def _measure_judged(self) -> None:
         reset_peak_memory(self.device)
-        self._measure_training("channels-last", bf16=True, channels_last=True)
+        self._measure_training(JUDGED, bf16=True, channels_last=True)
+        timing = self.timings.get(JUDGED)
+        if timing is None:
+            return
         self.peak_bytes = peak_memory_bytes(self.device)
-        timing = self.timings.get("channels-last")
-        if timing is not None:
-            self.watts, self.sm_mhz = self.readings.watts, self.readings.sm_mhz
+        self.watts, self.sm_mhz = self.readings.watts, self.readings.sm_mhz
+        if len(timing.seconds) < ENOUGH_CALLS:
+            self.left_out["verdict"] = f"it needs {ENOUGH_CALLS} calls, and there was time for {len(timing.seconds)}"
+        else:
             self.verdict = judge(timing, self.readings, self.busy_percent)
 
     def _measure_compiled(self, sizes: Sizes) -> None:
-        left = self.limit_s - KEPT_BACK_S - (time.perf_counter() - self.started)
         if self.device.type != "cuda":
-            self.left_out["compiled"] = "compiling is timed on CUDA devices only"
+            self.left_out["compiled"] = NOT_COMPILED
+            return
+        if self.left_s < MIN_FOR_COMPILING_S * self.limit_s / LIMIT_S:
+            self.left_out["compiled"] = f"{NO_TIME} of the {self.limit_s:.0f} s"
             return
         with self._reasons("compiled"):
-            self.timings["compiled"] = time_compiled(self.device, self.batch_size, sizes.seconds, limit_s=left)
+            self.batch_sizes["compiled"], self.timings["compiled"] = time_compiled(
+                self.device, self.batch_size, sizes.seconds, limit_s=self.left_s
+            )
 
     # ------------------------------------------------------------ how a part is measured
 
@@ -150,34 +182,58 @@ class Bench:
     def input_size(self) -> tuple[int, int, int, int]:
         return self.batch_size, 3, 224, 224
 
+    @property
+    def left_s(self) -> float:
+        """Seconds for what is still to be measured."""
+        return self.limit_s - KEPT_BACK_S - (time.perf_counter() - self.started)
+
+    def _share_s(self, name: str) -> float:
+        """Seconds for this part, of what is left for all."""
+        left = self.left_s - (FOR_COMPILING_S * self.limit_s / LIMIT_S if self.device.type == "cuda" else 0.0)
+        return left * SHARES.get(name, 1) / sum(SHARES.get(part, 1) for part in self.to_come)
+
     def _measure(self, name: str, make: Callable[[], Work]) -> None:
         """Time what `make` makes; what goes wrong, or has no time left, is noted in its place."""
+        self.left_out.pop(name, None)
+        ends_at = time.perf_counter() + self._share_s(name)
+        if ends_at <= time.perf_counter() or self._expected_s(name) > self.left_s:
+            self.left_out[name] = f"{NO_TIME} of the {self.limit_s:.0f} s"
+            self.to_come.remove(name)
+            return
+        with self._reasons(name):
+            work = make()
+            self.timings[name] = self._time(name, work, ends_at - time.perf_counter())
+        if name in self.timings or self.batch_size == 1 or not self.left_out[name].startswith(OUT_OF_MEMORY):
+            self.to_come.remove(name)
+        _free_memory(self.device)
+
+    def _expected_s(self, name: str) -> float:
+        """How long a warm-up and one call will last, by what was measured before; 0 if nothing tells."""
+        like, factor = LIKE.get(name, ("", 1.0))
+        return 2 * factor * self.timings[like].median if like in self.timings else 0.0
+
+    def _time(self, name: str, work: Work, share_s: float) -> Timing:
         assert self.clock is not None
         assert self.sensors is not None
         assert self.sizes is not None
-        self.left_out.pop(name, None)
-        left = self.limit_s - 2 * KEPT_BACK_S - (time.perf_counter() - self.started)
-        if left < 0:
-            self.left_out[name] = f"the {self.limit_s:.0f} s were over"
-            return
-        sizes = self.sizes
-        settings: dict[str, Any] = {"warm_up": sizes.warm_up, "min_calls": sizes.min_calls, "at_most_s": left}
-        seconds = self.sizes.seconds
-        if name == "channels-last":
-            seconds, self.readings = self.sizes.judged_s, Readings()
-            settings["during"] = self.sensors.watching(self.readings)
-        with self._reasons(name):
-            self.timings[name] = time_calls(make(), self.clock, seconds, **settings)
-        _free_memory(self.device)
+        seconds, min_calls, during = self.sizes.seconds, self.sizes.min_calls, None
+        if name == JUDGED:
+            self.readings = Readings()
+            seconds, min_calls, during = self.sizes.judged_s, ENOUGH_CALLS, self.sensors.watching(self.readings)
+        return time_calls(
+            work, self.clock, seconds, warm_up=self.sizes.warm_up, min_calls=min_calls, at_most_s=share_s, during=during
+        )
 
     @contextlib.contextmanager
     def _reasons(self, name: str) -> Iterator[None]:
         try:
             yield
-        except torch.OutOfMemoryError:
-            self.left_out[name] = f"out of memory with a batch of {self.batch_size}"
         except (RuntimeError, NotImplementedError) as error:
-            self.left_out[name] = str(error).splitlines()[0]
+            if is_out_of_memory(error):
+                batch = f" with a batch of {self.batch_size}" if name in TRAINING_KINDS or name == "inference" else ""
+                self.left_out[name] = f"{OUT_OF_MEMORY}{batch}"
+            else:
+                self.left_out[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _free_memory(device: torch.device) -> None:
@@ -192,8 +248,10 @@ def _free_memory(device: torch.device) -> None:
 
 def figures(bench: Bench) -> dict[str, Any]:
     """What was found, in plain types: rates with their 10th and 90th percentile, and what is left out, with the reason."""
-    batch = bench.batch_size
-    flops = training_flops(build("resnet50"), bench.input_size)
+    batch = bench.batch_sizes.get(JUDGED, bench.batch_size)
+    with torch.device("meta"):
+        network = build("resnet50")
+    flops = batch * training_flops(network, (1, 3, 224, 224))
     assert bench.sizes is not None
     assert bench.sensors is not None
     matmuls = {
@@ -210,11 +268,12 @@ def figures(bench: Bench) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "matmul_tflops": None if best is None else {**matmuls[best], "shape": _text(best)},
         "memory_gb_s": _rate_of(bench, "copy", 2 * bench.sizes.copy_bytes / 1e9),
-        "training_images_s": {name: _rate_of(bench, name, batch) for name in TRAINING_KINDS},
-        "inference_images_s": _rate_of(bench, "inference", batch),
+        "training_images_s": {name: _images_s(bench, name) for name in TRAINING_KINDS},
+        "inference_images_s": _images_s(bench, "inference"),
         "batch_size": batch,
+        "batch_sizes": bench.batch_sizes,
         "training_tflop_per_step": round(flops / 1e12, 3),
-        "training_tflops": _rate_of(bench, "channels-last", flops / 1e12),
+        "training_tflops": _rate_of(bench, JUDGED, flops / 1e12),
         "peak_mib": None if bench.peak_bytes is None else round(bench.peak_bytes / 2**20),
         "watts": bench.watts,
         "sm_mhz": bench.sm_mhz,
@@ -246,7 +305,11 @@ def rate(timing: Timing, amount: float) -> dict[str, float]:
     """
     slow, fast = timing.percentile(90), timing.percentile(10)
     rates = {"median": amount / timing.median, "p10": amount / slow, "p90": amount / fast}
-    return {**{name: round(value, 3) for name, value in rates.items()}, "calls": len(timing.seconds)}
+    return {**{name: float(f"{value:.6g}") for name, value in rates.items()}, "calls": len(timing.seconds)}
+
+
+def _images_s(bench: Bench, name: str) -> dict[str, float] | None:
+    return _rate_of(bench, name, bench.batch_sizes.get(name, 0))
 
 
 def _rate_of(bench: Bench, name: str, amount: float) -> dict[str, float] | None:

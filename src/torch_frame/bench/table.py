@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch_frame.bench.cards import A100_SXM_80GB, CARDS, Card, Figure, find_card
-from torch_frame.bench.suite import TRAINING_KINDS
+from torch_frame.bench.suite import NO_TF32, NO_TIME, NOT_COMPILED, OUT_OF_MEMORY, TRAINING_KINDS
 
 HEAD = (
     "card", "driver / torch", "matmul bf16 TFLOP/s (% of spec)", "memory GB/s (% of spec)",
@@ -31,7 +31,7 @@ def row(found: Mapping[str, Any]) -> tuple[str, ...]:
     """
     card = find_card(found["card"])
     judged = found["training_images_s"]["channels-last"]
-    trainings = (_whole(found["training_images_s"][kind]) for kind in TRAINING_KINDS)
+    trainings = (_images_s(found, kind) for kind in TRAINING_KINDS)
     return (
         found["card"],
         f"{found['driver'] or NOTHING} / {found['torch']}",
@@ -62,7 +62,8 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield (
         f"Medians. ResNet-50 with a batch of {found['batch_size']} that is on the device; channels-last is in bf16 too, and "
-        "compiled is both of them. Inference, peak memory, W and p10-p90 (images/s) are those of bf16, channels-last."
+        "compiled is both of them, block by block. Inference, peak memory, W and p10-p90 (images/s) are those of bf16, "
+        "channels-last."
     )
     if found["training_tflops"] is not None:
         yield (
@@ -131,6 +132,16 @@ def _of_spec(measured: Mapping[str, float] | None, spec: Figure | None) -> str:
         return NOTHING
     share = NOTHING if spec is None else f"{measured['median'] / spec.value:.0%}"
     return f"{_number(measured['median'])} ({share})"
+
+
+def _images_s(found: Mapping[str, Any], kind: str) -> str:
+    """Of a training; if there is no figure, why not, unless no device of this type has one."""
+    measured = found["training_images_s"][kind]
+    reason = found["left_out"].get(kind, "")
+    if measured is not None or reason in ("", NO_TF32, NOT_COMPILED):
+        return _whole(measured)
+    short = next((sign for sign in (OUT_OF_MEMORY, NO_TIME) if reason.startswith(sign)), reason.split(";")[0])
+    return f"{NOTHING} ({short})"
 
 
 def _whole(measured: Mapping[str, float] | None) -> str:

@@ -164,27 +164,38 @@ def time_calls(
         work: gives the device something to do.
         seconds: for all calls together, the warm-up aside. How many calls that are is estimated from the last one of the
             warm-up; at least `min_calls`, at most `MAX_CALLS`.
-        at_most_s: what there is left, the warm-up included: it goes before `min_calls`, but one call is timed in any case.
+        at_most_s: the warm-up included: it goes before `warm_up` and `min_calls`, but one call warms up and one is timed in any
+            case.
         warm_up: calls before the timed ones, 1 or more: kernels are chosen, memory is found, clocks rise.
         during: entered around the timed calls.
     """
-    begun = time.perf_counter()
-    for _ in range(warm_up - 1):
-        work()
-    clock.wait()
-    before = clock.mark()
-    work()
-    after = clock.mark()
-    clock.wait()
-    one_call = max(clock.seconds(before, after), 1e-9)
+    begun, in_calls = time.perf_counter(), 0.0
+
+    def left() -> float:
+        return at_most_s - max(time.perf_counter() - begun, in_calls)
+
+    for _ in range(warm_up):
+        one_call = max(_timed(work, clock, 1)[0], 1e-9)
+        in_calls += one_call
+        if left() < 0:
+            break
     num_calls = min(max(int(seconds / one_call), min_calls), MAX_CALLS)
-    if at_most_s < math.inf:
-        left = at_most_s - (time.perf_counter() - begun)
-        num_calls = max(min(num_calls, int(left / one_call)), 1)
+    times: list[float] = []
     with during or contextlib.nullcontext():
-        marks = [clock.mark()]
-        for _ in range(num_calls):
-            work()
-            marks.append(clock.mark())
-        clock.wait()
-    return Timing([clock.seconds(first, last) for first, last in itertools.pairwise(marks)])
+        while not times or (len(times) < num_calls and left() >= one_call):
+            before = len(times)
+            fit = num_calls if at_most_s == math.inf else max(int(left() / one_call), 1)
+            times += _timed(work, clock, min(num_calls - len(times), fit))
+            in_calls, one_call = in_calls + sum(times[before:]), max(times[-1], 1e-9)
+            num_calls = min(num_calls, max(len(times), min_calls))  # calls that got slower: no more than have to be
+    return Timing(times)
+
+
+def _timed(work: Callable[[], object], clock: Clock, num_calls: int) -> list[float]:
+    """Seconds of calls that are queued one behind the other."""
+    marks = [clock.mark()]
+    for _ in range(num_calls):
+        work()
+        marks.append(clock.mark())
+    clock.wait()
+    return [clock.seconds(first, last) for first, last in itertools.pairwise(marks)]

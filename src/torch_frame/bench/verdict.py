@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from torch_frame.bench.sensors import Readings
 from torch_frame.bench.timing import Timing
@@ -14,12 +14,19 @@ UNEVEN = 0.15
 CLOCK_FELL = 0.97
 """A clock that fell to this fraction explains a slower last third."""
 BUSY_PERCENT = 10
+ENOUGH_CALLS = 6
+"""Two in each third."""
 
 
 class Verdict(NamedTuple):
-    """The word, and why."""
+    """What was judged.
 
-    word: Literal["fine", "throttled", "shared"]
+    Attributes:
+        word: "fine", "throttled" or "shared".
+        reason: why.
+    """
+
+    word: str
     reason: str
 
 
