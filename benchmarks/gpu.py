@@ -2,9 +2,11 @@
 
 The parts, the results are written after each of them:
 
-- tests: those marked cuda (mixed precision, no wait of the host in a step, prefetching, bitwise resume, ...).
+- tests: those marked cuda (mixed precision, no wait of the host in a step, prefetching, bitwise resume, ...); they need pytest.
+- resume: runs that were broken off inside an epoch and resumed, bitwise the same as those that were not, compiled and not.
 - steps: ResNet-50 (bf16, channels-last) and a small transformer (bf16) by Trainer beside a hand-written loop of the same work,
-  interleaved, with a wait for the device at each epoch's end; `raw again` beside `raw` is the error bar.
+  interleaved, with a wait for the device at each epoch's end; `raw again` beside `raw` is the error bar. A batch
+  that does not fit into memory is halved until it does, which is said; a slow device does fewer steps and rounds.
 - host_waits: calls for which the host waits for the device, between two points at which LoggerHook reads.
 - bench: `torch-frame bench --json`.
 - prefetch: batches in pageable and in pinned memory, copied ahead or not.
@@ -43,17 +45,17 @@ except ModuleNotFoundError:
     print(f"make gpu: {sys.executable} has no torch (exit status 3). Name another Python: make gpu PYTHON=...")
     sys.exit(3)
 
+from _beside import beside_raw, default_hooks, in_turn, num_steps_in_time, ours, raw, until_it_fits, wait
 from _networks import Made, images, moved, resnet, transformer
 from _report import print_table, summary
 from checkpoint import Savers, big_model
 
-from torch_frame import CheckpointerHook, LoggerHook, ThroughputHook, Trainer
+from torch_frame import Trainer
 from torch_frame.bench.device import device_to_measure, name_of
 from torch_frame.bench.table import HEAD, row, table
 
 ROOT = Path(__file__).parents[1]
 NO_DEVICE = 3
-Timed = Callable[[], float]
 
 
 # ---------------------------------------------------------------- tests
@@ -71,7 +73,10 @@ def tests(options: argparse.Namespace) -> dict[str, Any]:
         report = Path(folder) / "report.xml"
         parallel = ["-n", "6"] if importlib.util.find_spec("xdist") is not None else []
         command = [sys.executable, "-m", "pytest", "-p", "no:benchmark", "-q", "-m", "cuda", *parallel]
-        done = run([*command, f"--junitxml={report}", *map(str, files)], timeout=options.tests_limit)
+        done = run(
+            [*command, f"--junitxml={report}", *map(str, files)],
+            timeout=min(options.tests_limit, options.ends_at - time.perf_counter()),
+        )
         if not report.exists():
             return {"failed": [f"pytest ended with {done.returncode}"], "output": (done.stdout + done.stderr)[-3000:]}
         return test_results(report, done)
@@ -89,12 +94,12 @@ def test_results(report: Path, done: subprocess.CompletedProcess[str]) -> dict[s
     return found
 
 
-def run(command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], timeout: float, **environment: str) -> subprocess.CompletedProcess[str]:
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         command,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": paths},
+        env={**os.environ, **environment, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -102,115 +107,57 @@ def run(command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
     )
 
 
+# ---------------------------------------------------------------- resumed bitwise?
+
+
+def resume(options: argparse.Namespace) -> dict[str, Any]:
+    """The weights that differ between a run that was broken off and resumed, and one that was not."""
+    kinds = ["fp32", "bf16"] if options.device.type == "cpu" else ["fp32", "bf16", "compiled"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "_resumed.py"), str(options.device), *kinds]
+    done = run(command, timeout=max(options.ends_at - time.perf_counter(), 1.0), CUBLAS_WORKSPACE_CONFIG=":4096:8")
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr.strip()[-2000:])
+    differing: dict[str, list[str]] = json.loads(done.stdout.splitlines()[-1])
+    for kind, names in differing.items():
+        print(f"  {kind}: " + (f"differs in {', '.join(names)}" if names else "bitwise"))
+    return {"differing": differing, "failed": [kind for kind, names in differing.items() if names]}
+
+
 # ---------------------------------------------------------------- steps beside the raw loop
 
 
-def wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def raw(make: Made, batches: list[Any], device: torch.device, *, move: bool = False) -> Timed:
-    """Seconds of an epoch of the loop that people write; the device is done when the time is taken."""
-    model, optimizer = make(device)
-    model.train()
-
-    def epoch() -> float:
-        wait(device)
-        started = time.perf_counter()
-        for batch in batches:
-            if move:
-                batch = tuple(part.to(device, non_blocking=True) for part in batch)
-            with torch.autocast(device.type, dtype=torch.bfloat16):
-                loss = model(batch)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        wait(device)
-        return time.perf_counter() - started
-
-    return epoch
-
-
-def ours(make: Made, batches: list[Any], device: torch.device, hooks: list[Any], folder: str, **settings: Any) -> Timed:
-    """The same epoch by Trainer: what is done once a run or between epochs (files, saves) is not in the time."""
-    model, optimizer = make(device)
-    seconds: list[float] = []
-
-    class Timing(Trainer):
-        def train_one_epoch(self) -> None:
-            wait(device)
-            started = time.perf_counter()
-            super().train_one_epoch()
-            wait(device)
-            seconds.append(time.perf_counter() - started)
-
-    trainer = Timing(model, optimizer, None, batches, 0, folder, precision="bf16", hooks=hooks, **settings)
-
-    def epoch() -> float:
-        trainer.max_epochs += 1
-        trainer.train(console_log_level=3)
-        return seconds[-1]
-
-    return epoch
-
-
-class NoFiles(CheckpointerHook):
-    """Between the epochs nothing is saved: saves have a part of their own, and files take long."""
-
-    def save_model(self) -> None:
-        """Asks for no file."""
-
-
-def default_hooks() -> list[Any]:
-    return [NoFiles(), LoggerHook(progress_bar=False)]
-
-
-def in_turn(rows: dict[str, Timed], rounds: int, num_steps: int) -> dict[str, list[float]]:
-    """row -> microseconds a step, one for each round; another row begins each round."""
-    for epoch in rows.values():
-        epoch()
-    times: dict[str, list[float]] = {name: [] for name in rows}
-    names = list(rows)
-    for number in range(rounds):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            times[name].append(rows[name]() / num_steps * 1e6)
-    return times
-
-
 def steps(options: argparse.Namespace) -> dict[str, Any]:
-    device = options.device
-    size = options.size
-    tokens = torch.randint(0, 8192, (size["sequences"], 2, 512))
-    work: dict[str, tuple[Made, list[Any]]] = {
-        "resnet50": (resnet, [moved(images(size["images"], size["pixels"]), device)] * size["steps"]),
-        "transformer": (
-            functools.partial(transformer, width=size["width"]),
-            [moved((tokens[:, 0], tokens[:, 1]), device)] * (2 * size["steps"]),
-        ),
-    }
-    return {name: beside_raw(make, batches, options) for name, (make, batches) in work.items()}
+    device, size = options.device, options.size
 
+    def pictures(batch_size: int) -> Any:
+        return moved(images(batch_size, size["pixels"]), device)
 
-def beside_raw(make: Made, batches: list[Any], options: argparse.Namespace) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        rows = {
-            "raw": raw(make, batches, options.device),
-            "torch-frame, no hooks": ours(make, batches, options.device, [], f"{folder}/none"),
-            "raw again": raw(make, batches, options.device),
-            "torch-frame, default hooks": ours(make, batches, options.device, default_hooks(), f"{folder}/default"),
-            "... and ThroughputHook": ours(
-                make, batches, options.device, [*default_hooks(), ThroughputHook()], f"{folder}/split"
-            ),
-        }
-        found = summary(in_turn(rows, options.rounds, len(batches)), "us_per_step")
-    print_table(found, "us_per_step", width=30)
-    return {
-        "batch": [list(part.shape) for part in batches[0]],
-        "steps": len(batches),
-        "rounds": options.rounds,
-        **found,
-    }
+    def sequences(batch_size: int) -> Any:
+        tokens = torch.randint(0, 8192, (batch_size, 2, 512))
+        return moved((tokens[:, 0], tokens[:, 1]), device)
+
+    decoder = functools.partial(transformer, width=size["width"])
+    work: list[tuple[str, Made, Callable[[int], Any], int, int]] = [
+        ("resnet50", resnet, pictures, size["images"], size["steps"]),
+        ("transformer", decoder, sequences, size["sequences"], 2 * size["steps"]),
+    ]
+    found: dict[str, Any] = {}
+    for place, (name, make, batch_of, batch_size, num_steps) in enumerate(work):
+        ends_at = time.perf_counter() + (options.ends_at - time.perf_counter()) / (len(work) - place)
+
+        def beside(
+            batch_size: int,
+            make: Made = make,
+            batch_of: Callable[[int], Any] = batch_of,
+            most: int = num_steps,
+            ends_at: float = ends_at,
+        ) -> dict[str, Any]:
+            batch = batch_of(batch_size)
+            num = num_steps_in_time(make, batch, most, options, ends_at)
+            return beside_raw(make, [batch] * num, options, ends_at)
+
+        found[name] = until_it_fits(beside, batch_size)
+    return found
 
 
 # ---------------------------------------------------------------- does the host wait?
@@ -252,15 +199,16 @@ def host_waits(options: argparse.Namespace) -> dict[str, Any]:
 
 def prefetch(options: argparse.Namespace) -> dict[str, Any]:
     """Each step's batch comes from host memory; "on the device" is the same without any copy."""
+    return until_it_fits(lambda batch_size: prefetched(batch_size, options), options.size["images"])
+
+
+def prefetched(batch_size: int, options: argparse.Namespace) -> dict[str, Any]:
     device, size = options.device, options.size
-    pageable = [images(size["images"], size["pixels"]) for _ in range(4)] * max(size["steps"] // 4, 1)
-    pinned = (
-        [tuple(part.pin_memory() for part in batch) for batch in pageable[:4]]
-        if device.type == "cuda"
-        else pageable[:4]
-    )
-    pinned = pinned * max(size["steps"] // 4, 1)
-    there = [moved(batch, device) for batch in pageable[:4]] * max(size["steps"] // 4, 1)
+    repeats = max(size["steps"] // 4, 1)
+    pageable = [images(batch_size, size["pixels"]) for _ in range(4)]
+    pinned = [tuple(part.pin_memory() for part in batch) for batch in pageable] if device.type == "cuda" else pageable
+    there = [moved(batch, device) for batch in pageable] * repeats
+    pageable, pinned = pageable * repeats, pinned * repeats
     with tempfile.TemporaryDirectory() as folder:
         rows = {
             "raw": raw(resnet, there, device),  # `summary` puts the others beside this row
@@ -271,7 +219,8 @@ def prefetch(options: argparse.Namespace) -> dict[str, Any]:
             "torch-frame, pinned": ours(resnet, pinned, device, [], f"{folder}/c", prefetch=False),
             "torch-frame, pinned, prefetched": ours(resnet, pinned, device, [], f"{folder}/d"),
         }
-        found = summary(in_turn(rows, max(options.rounds - 2, 2), len(pageable)), "us_per_step")
+        times = in_turn(rows, max(options.rounds - 2, 2), len(pageable), options.ends_at)
+        found = summary(times, "us_per_step")
     found["on the device (raw)"] = found.pop("raw")
     print_table(found, "us_per_step", width=36)
     return {"megabytes": round(pageable[0][0].nbytes / 1e6, 1), "steps": len(pageable), **found}
@@ -330,12 +279,15 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "tests": tests,
+    "resume": resume,
     "steps": steps,
     "host_waits": host_waits,
     "bench": bench,
     "prefetch": prefetch,
     "save": save,
 }
+LEAST_S = {"tests": 30, "resume": 15, "steps": 30, "host_waits": 5, "bench": 60, "prefetch": 15, "save": 15}
+"""Seconds that the parts before leave to each one, so that a slow device does something of all."""
 ON_DEVICE = {
     "images": 128, "pixels": 224, "steps": 12, "sequences": 32, "width": 768, "megabytes": (300, 900),
 }  # fmt: skip
@@ -361,13 +313,17 @@ def main() -> int:
     parts: dict[str, Any] = {}
     started = time.perf_counter()
     for name in options.only:
-        parts[name] = carried_out(name, options, options.limit - (time.perf_counter() - started))
+        left = options.limit - (time.perf_counter() - started)
+        for_later = sum(LEAST_S[later] for later in options.only[options.only.index(name) + 1 :])
+        options.ends_at = time.perf_counter() + max(left - for_later, min(left, LEAST_S[name]))
+        parts[name] = carried_out(name, options, left)
         write(options.output, {"setting": setting, "seconds": round(time.perf_counter() - started, 1), "parts": parts})
+    not_run = {name: found["not_run"] for name, found in parts.items() if "not_run" in found}
     failed = [name for name, found in parts.items() if found.get("error") or found.get("failed")]
-    print(
-        f"{time.perf_counter() - started:.0f} s. "
-        + (f"Failed: {', '.join(failed)}." if failed else "All parts are done.")
-    )
+    for name, reason in not_run.items():
+        print(f"Not run: {name}: {reason}.")
+    end = f"Failed: {', '.join(failed)}." if failed else f"All {'other ' if not_run else ''}parts are done."
+    print(f"{time.perf_counter() - started:.0f} s. {end}")
     return 1 if failed else 0
 
 
@@ -376,7 +332,7 @@ def carried_out(name: str, options: argparse.Namespace, left_s: float) -> dict[s
     print(f"== {name}", flush=True)
     if left_s < 20:
         return {"error": f"not run: {left_s:.0f} s of {options.limit} s were left"}
-    options.bench_limit = int(min(options.bench_limit, left_s))
+    options.bench_limit = int(min(options.bench_limit, options.ends_at - time.perf_counter()))
     started = time.perf_counter()
     try:
         found = PARTS[name](options)
