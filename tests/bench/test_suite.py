@@ -221,6 +221,31 @@ def test_a_batch_that_does_not_fit_is_halved_and_each_figure_is_of_its_own_batch
     assert set(found["left_out"]) == {"tf32", "compiled"}
 
 
+def test_a_call_that_does_not_come_back_is_given_up() -> None:
+    class Hangs(Bench):
+        def _measure_parts(self, sizes: Sizes) -> None:
+            self.timings["fp32"], self.batch_sizes["fp32"] = Timing([0.5] * 6), 1
+            self.to_come = ["bf16", "inference"]
+            time.sleep(30)
+
+    started = time.perf_counter()
+    bench = Hangs(CPU, sizes=SMALL, used_s=56.0)
+    found = bench.run()
+    assert time.perf_counter() - started < 20
+    assert bench.abandoned
+    assert found["training_images_s"]["fp32"]["median"] == 2
+    assert found["left_out"] == dict.fromkeys(("bf16", "inference", "compiled"), "no time was left of the 60 s")
+
+
+def test_an_error_of_ours_reaches_the_caller() -> None:
+    class Wrong(Bench):
+        def _time(self, name: str, work: Any, share_s: float) -> Timing:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        Wrong(CPU, sizes=SMALL).run()
+
+
 def test_too_few_calls_give_no_verdict_and_it_is_said() -> None:
     class OneCall(Bench):
         def _time(self, name: str, work: Any, share_s: float) -> Timing:

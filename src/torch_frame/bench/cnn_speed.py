@@ -13,6 +13,8 @@ from torch_frame.errors import SettingError
 
 SECONDS = 2.0
 """For inference, and for training."""
+AT_MOST_S = 20.0
+"""With the warm-up, on a slow or busy machine: fewer calls then, but one warms up and one is timed in any case."""
 
 
 def gpu_cnn_speed(
@@ -20,7 +22,8 @@ def gpu_cnn_speed(
 ) -> dict[str, Any]:
     """Times a network's inference and its training step on the accelerator, prints what was found, and returns it.
 
-    The images are on the device already; warm-up calls come first, and the device's own events tell the time. Everything is in
+    It takes about 5 s on an accelerator; on a slow or busy CPU up to 40 s, or 4 calls if they last longer. The images are on the
+    device already; warm-up calls come first, and the device's own events tell the time. Everything is in
     fp32 as torch is set (convolutions may use TF32 inside). 1.7 timed something else under this name: docs/gpu.md.
 
     Args:
@@ -91,7 +94,7 @@ def _timed(work: Any, num_images: int, flops: int, device: torch.device) -> dict
     few: dict[str, Any] = (
         {"warm_up": 1, "min_calls": 2} if device.type == "cpu" else {}
     )  # a CPU needs seconds for a batch
-    timing = time_calls(work, clock_of(device), SECONDS, **few)
+    timing = time_calls(work, clock_of(device), SECONDS, at_most_s=AT_MOST_S, **few)
     return {
         "images_s": rate(timing, num_images),
         "ms": round(timing.median * 1e3, 3),

@@ -5,6 +5,7 @@ python -m torch_frame.bench.compiled cuda:0 64 2.0      # device, batch size, se
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -48,6 +49,9 @@ def time_compiled(device: torch.device, batch_size: int, seconds: float, *, limi
             text=True,
             start_new_session=True,
         )
+        atexit.register(
+            _end, process
+        )  # Ctrl-C reaches neither this thread nor the process, which has a session of its own
         try:
             status = process.wait(max(limit_s, 0.1))
         except subprocess.TimeoutExpired:
@@ -57,6 +61,7 @@ def time_compiled(device: torch.device, batch_size: int, seconds: float, *, limi
             ) from None
         finally:
             _end(process)
+            atexit.unregister(_end)
         out.seek(0), err.seek(0)
         if status != 0:
             lines = err.read().strip().splitlines() or [f"exit status {status}"]
@@ -84,7 +89,8 @@ def main(device_name: str, batch_text: str, seconds: str) -> None:
         batch_size //= 2
         if device.type != "cpu":
             torch.accelerator.empty_cache()
-    print(json.dumps({"batch_size": batch_size, "seconds": list(times.seconds)}))
+    print(json.dumps({"batch_size": batch_size, "seconds": list(times.seconds)}), flush=True)
+    os._exit(0)  # torch waits at its end for its compilers, up to 300 s: pytorch/pytorch#162199
 
 
 def _times(device: torch.device, batch_size: int, seconds: float) -> Timing:

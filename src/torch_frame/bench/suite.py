@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,7 +24,9 @@ from torch_frame.tracking.memory import peak_memory_bytes, reset_peak_memory
 
 LIMIT_S = 60.0
 KEPT_BACK_S = 8.0
-"""For what comes behind the measurements: FLOPs are counted, the process ends; and for a call that lasts longer than expected."""
+"""For what comes behind the measurements, and for a call that lasts longer than expected."""
+TO_PRINT_S, MIN_S = 3.0, 0.5
+"""A call that is still under way then is given up; but what takes no time is waited for."""
 FOR_COMPILING_S = 25.0
 """Of the limit, on devices for which the network is compiled; what the parts before leave over is for compiling too."""
 MIN_FOR_COMPILING_S = 5.0
@@ -35,8 +38,8 @@ SHARES = {"fp32": 2, "tf32": 2, "bf16": 2, JUDGED: 4}
 """Of the time that is left; of every other part 1."""
 OUT_OF_MEMORY, NO_TIME = "out of memory", "no time was left"
 NO_TF32, NOT_COMPILED = "it is a format of CUDA devices", "compiling is timed on CUDA devices only"
-LIKE = {"tf32": ("fp32", 1.0), "bf16": ("fp32", 1.0), "channels-last": ("bf16", 1.0), "inference": ("bf16", 1 / 3)}
-"""A part -> one that is measured before it, and how long its own calls last beside that one's."""
+LIKE = {"tf32": 1.0, "bf16": 1.0, "channels-last": 1.0, "inference": 1 / 3}
+"""A part -> how long its calls last beside those of the last training before it."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Bench:
         timings: part -> its times.
         batch_sizes: part -> images in each call, of the parts with a network.
         left_out: part -> why it has no figure.
+        abandoned: whether a call has not come back in time; its thread is still there then.
     """
 
     device: torch.device
@@ -97,6 +101,7 @@ class Bench:
     sm_mhz: float | None = None
     peak_bytes: int | None = None
     verdict: Verdict | None = None
+    abandoned: bool = False
 
     def run(self) -> dict[str, Any]:
         """Measure everything; `figures` of what was found."""
@@ -107,10 +112,35 @@ class Bench:
         self.batch_size = self.sizes.batch_size
         self.busy_percent = self.sensors.busy_percent()
         self.readings = Readings()  # of the part that the verdict is about
-        self._measure_parts(self.sizes)
+        with torch.device("meta"):
+            network = build("resnet50")
+        self.flops_per_image = training_flops(network, (1, 3, 224, 224))
+        self._measure_in_time(self.sizes)
         return figures(self)
 
+    def _measure_in_time(self, sizes: Sizes) -> None:
+        """Measure in a thread: a call that does not come back (a card hangs, a CPU is very busy) is given up."""
+        failed: list[BaseException] = []
+
+        def measure() -> None:
+            try:
+                self._measure_parts(sizes)
+            except BaseException as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=measure, name="bench", daemon=True)
+        thread.start()
+        thread.join(max(self.limit_s - TO_PRINT_S - (time.perf_counter() - self.started), MIN_S))
+        self.abandoned = thread.is_alive()
+        if failed:
+            raise failed[0]
+        if self.abandoned:
+            for part in [*self.to_come, "compiled"]:
+                self.left_out.setdefault(part, f"{NO_TIME} of the {self.limit_s:.0f} s")
+
     def _measure_parts(self, sizes: Sizes) -> None:
+        if self.device.type != "cuda":
+            self.left_out.update(tf32=NO_TF32, compiled=NOT_COMPILED)
         fp32 = ("fp32", "tf32") if self.device.type == "cuda" else ("fp32",)
         matmuls = [f"matmul {_text(shape)}" for shape in sizes.matmul_shapes]
         self.to_come = [*matmuls, "copy", *fp32, "bf16", JUDGED, "inference"]
@@ -134,7 +164,6 @@ class Bench:
                 self._measure_training("tf32")
         else:
             self._measure_training("fp32")
-            self.left_out["tf32"] = NO_TF32
         self._measure_training("bf16", bf16=True)
         self._measure_judged()
 
@@ -166,7 +195,6 @@ class Bench:
 
     def _measure_compiled(self, sizes: Sizes) -> None:
         if self.device.type != "cuda":
-            self.left_out["compiled"] = NOT_COMPILED
             return
         if self.left_s < MIN_FOR_COMPILING_S * self.limit_s / LIMIT_S:
             self.left_out["compiled"] = f"{NO_TIME} of the {self.limit_s:.0f} s"
@@ -209,8 +237,8 @@ class Bench:
 
     def _expected_s(self, name: str) -> float:
         """How long a warm-up and one call will last, by what was measured before; 0 if nothing tells."""
-        like, factor = LIKE.get(name, ("", 1.0))
-        return 2 * factor * self.timings[like].median if like in self.timings else 0.0
+        trainings = [timing for part, timing in self.timings.items() if part in TRAINING_KINDS]
+        return 2 * LIKE[name] * trainings[-1].median if name in LIKE and trainings else 0.0
 
     def _time(self, name: str, work: Work, share_s: float) -> Timing:
         assert self.clock is not None
@@ -249,9 +277,7 @@ def _free_memory(device: torch.device) -> None:
 def figures(bench: Bench) -> dict[str, Any]:
     """What was found, in plain types: rates with their 10th and 90th percentile, and what is left out, with the reason."""
     batch = bench.batch_sizes.get(JUDGED, bench.batch_size)
-    with torch.device("meta"):
-        network = build("resnet50")
-    flops = batch * training_flops(network, (1, 3, 224, 224))
+    flops = batch * bench.flops_per_image
     assert bench.sizes is not None
     assert bench.sensors is not None
     matmuls = {
@@ -271,7 +297,7 @@ def figures(bench: Bench) -> dict[str, Any]:
         "training_images_s": {name: _images_s(bench, name) for name in TRAINING_KINDS},
         "inference_images_s": _images_s(bench, "inference"),
         "batch_size": batch,
-        "batch_sizes": bench.batch_sizes,
+        "batch_sizes": dict(bench.batch_sizes),
         "training_tflop_per_step": round(flops / 1e12, 3),
         "training_tflops": _rate_of(bench, JUDGED, flops / 1e12),
         "peak_mib": None if bench.peak_bytes is None else round(bench.peak_bytes / 2**20),
@@ -279,7 +305,7 @@ def figures(bench: Bench) -> dict[str, Any]:
         "sm_mhz": bench.sm_mhz,
         "sensors": bench.sensors.missing or "read",
         "verdict": None if bench.verdict is None else bench.verdict._asdict(),
-        "left_out": bench.left_out,
+        "left_out": dict(bench.left_out),
         "seconds": round(time.perf_counter() - bench.started, 1),
     }
 
