@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.processes import on_processes, start, wait
+from tests.distributed.processes import free_port, on_processes, start, wait
+from tests.small_runs import environment
 from torch_frame.distributed.channel import Channel, RanksError, on_cpu
 
 
@@ -82,6 +84,53 @@ def test_the_death_of_a_rank_is_noticed_at_once(tmp_path: Path) -> None:
     wait(context)
     assert time.monotonic() - started < 30
     assert (tmp_path / "told").exists()
+
+
+SCRIPT = """
+import sys, time
+from torch_frame.distributed.channel import Channel, RanksError
+from torch_frame.distributed.launch import join_group
+
+join_group()
+channel = Channel()
+if channel.rank == 1:
+    channel.tell_failure("ValueError: as a user's code fails")
+    print("alive", flush=True)
+    sys.stdin.read()  # a process that has failed, and does not end
+else:
+    try:
+        channel.agree(True)
+    except RanksError as error:
+        sys.exit(str(error))
+"""
+
+
+def test_a_process_ends_though_a_rank_that_has_failed_is_alive() -> None:
+    """At its end torch waits for what a group still does, which is done when the other process has ended."""
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", SCRIPT]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env=environment(**variables, RANK=str(rank)),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        assert ranks[1].stdout is not None
+        assert ranks[1].stdout.readline() == "alive\n"
+        _, told = ranks[0].communicate(timeout=30)
+        assert ranks[0].returncode == 1
+        assert "rank 1: ValueError: as a user's code fails" in told
+        assert ranks[1].poll() is None
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
 
 
 def test_nested_tensors_go_to_the_cpu() -> None:

@@ -9,6 +9,7 @@ has said that it works alone (an evaluation that only it has), no time-out count
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import io
 import math
@@ -111,6 +112,13 @@ class Channel:
         return [number for _, number in pairs]
 
     def _wait(self, work: Any, what: str) -> None:
+        try:
+            self._wait_and_look(work, what)
+        except BaseException:  # a Ctrl-C, too
+            _keep_for_ever(self._group)
+            raise
+
+    def _wait_and_look(self, work: Any, what: str) -> None:
         since = time.monotonic()
         while True:
             try:
@@ -170,6 +178,11 @@ class Channel:
             return self._store.get(key).decode() if self._store.check([key]) else None
         except Exception as error:
             raise RanksError("Rank 0 has ended: its store does not answer.") from error
+
+
+def _keep_for_ever(group: Any) -> None:
+    """Let a group that still waits for a rank never be freed: freeing it waits as long, so this process would not end."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 def _timeout_of_group() -> float:
