@@ -18,7 +18,7 @@ class Progress:
     iter: int = 0
     """Batches trained in the whole run."""
     inner_iter: int = 0
-    """Batches trained in the epoch under way."""
+    """Batches trained in the epoch under way; if it is continued with batches of another size, as if all were of that size."""
     position: int = 0
     """Where the epoch's data stands behind the last trained batch: in a DataLoader's global order, samples consumed."""
     num_updates: int = 0
@@ -27,6 +27,11 @@ class Progress:
     """All batches of the epoch are trained, and its `after_epoch` is what comes next."""
     in_epoch: bool = False
     in_iter: bool = False
+
+    @property
+    def is_inside_epoch(self) -> bool:
+        """Batches of the epoch under way are trained."""
+        return self.position > 0
 
     def begin_epoch(self) -> None:
         self.in_epoch = True

@@ -295,7 +295,7 @@ class Trainer:
     def train_one_epoch(self) -> None:
         """The batches' way: loader -> device -> losses -> update."""
         self.model.train()
-        if self.progress.inner_iter == 0:
+        if not self.progress.is_inside_epoch:
             with self._ranks.alone():
                 self.call("before_epoch")
             self._ranks.meet_if_alone()
@@ -611,7 +611,9 @@ class Trainer:
         if not save_single_model and not self._ranks.hooks_on_all and self._in_train:
             self._save_with_the_others(file_name)
             return
-        if not save_single_model:
+        if save_single_model:
+            self._saver.note_weights(file_name)
+        else:
             self._ranks.check_all_save(file_name)
         with self._feed.times.saving():
             self._save([SaveRequest(file_name, save_single_model, [])], by_override=False)
@@ -720,6 +722,8 @@ class Trainer:
         self.resumed_iter = self.progress.iter
         self.start_epoch = self.progress.epoch
         self._work_dir.move_to(found.path)
+        was = found.state["environment"] or {}
+        self._resumption.told += self._feed.count_again(self.progress, was, self._batch_size)
 
     # ---------------------------------------------------------------- hooks and values
 
@@ -835,7 +839,7 @@ class Trainer:
     @property
     def _loader_in_use(self) -> Iterable[Any]:
         """The loader of the epoch under way; one that is set meanwhile counts from the next one on."""
-        return self._feed.loader if self.progress.inner_iter > 0 else self.data_loader
+        return self._feed.loader if self.progress.is_inside_epoch else self.data_loader
 
     @property
     def model_or_module(self) -> nn.Module:

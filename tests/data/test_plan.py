@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from itertools import pairwise
 from typing import Any
@@ -121,6 +122,35 @@ def test_any_batch_is_reached_directly(
     assert of_all_ranks(order, batch_size, world_size, 1, start, **kwargs) == batches[done:]
 
 
+@given(SIZES, BATCH_SIZES, WORLD_SIZES, st.booleans(), SHORT, st.data())
+@settings(max_examples=200, deadline=None)
+def test_how_many_batches_are_left_is_known_from_any_position(
+    size: int, batch_size: int, world_size: int, drop_last: bool, short: str, data: st.DataObject
+) -> None:
+    start = data.draw(st.integers(0, size))
+    left = list(SampleBatches(Shuffled(size, seed=4), batch_size, drop_last, 0, world_size, short).places(0, start))
+    assert SampleBatches(Sequential(size), batch_size, drop_last, 0, world_size, short).num_left(start, 0) == len(left)
+
+
+@pytest.mark.parametrize(
+    ("size", "world_size", "drop_last", "short", "told"),
+    [
+        (9, 2, False, "wrap", "has 1 sample for 2 ranks: each rank without one is given one that another rank has"),
+        (18, 4, False, "wrap", "has 2 samples for 4 ranks: .*DDP\\(short_batch='drop'\\)"),
+        (9, 2, False, "drop", "has 1 sample for 2 ranks, and is left out"),
+        (9, 2, True, "wrap", None),
+        (10, 2, False, "wrap", None),
+        (8, 2, False, "wrap", None),
+        (9, 1, False, "wrap", None),
+    ],
+)
+def test_fewer_last_samples_than_ranks_are_told(
+    size: int, world_size: int, drop_last: bool, short: str, told: str | None
+) -> None:
+    line = SampleBatches(Sequential(size), 4, drop_last, 0, world_size, short).told
+    assert (line is None) if told is None else re.search(told, line or "")
+
+
 @pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4), (3, 5), (5, 1), (1, 3)])
 @given(size=SIZES, batch_size=BATCH_SIZES, later_batch_size=BATCH_SIZES, data=st.data())
 @settings(max_examples=60, deadline=None)
@@ -202,15 +232,17 @@ def test_a_hash_tells_which_indices_there_have_been_however_they_are_batched() -
 # ---------------------------------------------------------------- a user's own batches over ranks, and many ranks
 
 
-def of_ranks_given(batches: list[Any], world_size: int, *, single: bool, start: int = 0) -> list[list[BatchPlace]]:
+def of_ranks_given(
+    batches: list[Any], world_size: int, *, single: bool, start: int = 0, **kwargs: Any
+) -> list[list[BatchPlace]]:
     """The places of each rank, which have to be equally many."""
     plans = [
-        GivenBatches(FromSampler(batches, 0), single=single, rank=rank, world_size=world_size)
+        GivenBatches(FromSampler(batches, 0), single=single, rank=rank, world_size=world_size, **kwargs)
         for rank in range(world_size)
     ]
     by_rank = [list(plan.places(0, start)) for plan in plans]
     assert len({len(places) for places in by_rank}) == 1
-    if start == 0:
+    if start == 0 and not kwargs:
         assert {len(plan) for plan in plans} == {len(by_rank[0])}
     return by_rank
 
@@ -249,6 +281,18 @@ def test_single_indices_are_dealt_out_and_the_last_ones_wrapped_around() -> None
     by_rank = of_ranks_given([10, 11, 12, 13, 14], 2, single=True)
     assert [[place.indices for place in places] for places in by_rank] == [[10, 12, 14], [11, 13, 14]]
     assert [place.first for place in by_rank[1]] == [1, 3, 4]
+    assert [place.repeats for place in by_rank[0]] == [False, False, True]
+
+
+def test_what_cannot_be_dealt_out_is_left_out_by_choice() -> None:
+    by_rank = of_ranks_given([[0, 1], [2, 3], [4]], 2, single=False, short="drop")
+    assert [[place.indices for place in places] for places in by_rank] == [[[0, 1]], [[2, 3]]]
+    by_rank = of_ranks_given([[0, 1], [2, 3], [4, 5]], 2, single=False, short="drop")
+    assert [[place.indices for place in places] for places in by_rank] == [[[0, 1], [4]], [[2, 3], [5]]]
+    plan = GivenBatches(Sequential(5), single=True, rank=1, world_size=2, short="drop")
+    assert [place.indices for place in plan.places(0, 0)] == [1, 3]
+    assert (len(plan), plan.num_left(2, 2)) == (2, 1)
+    assert "1 sample for 2 ranks, and is left out" in str(plan.told)
 
 
 @pytest.mark.parametrize("world_size", [8, 16, 33, 64])

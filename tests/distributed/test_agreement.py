@@ -130,11 +130,52 @@ def torchmetric(folder: Path) -> dict[str, Any]:
     return {"all": on_all, "one": on_one}
 
 
+class SavesWeights(HookBase):
+    """As scripts do, there and then: one file on all ranks, one on rank 0, one on rank 1."""
+
+    def after_epoch(self) -> None:
+        self.trainer.save_checkpoint("of_all.pth")
+        self.trainer.save_checkpoint(f"of_rank_{rank()}.pth")
+
+
+def save_weights(folder: Path) -> str:
+    settings: dict[str, Any] = {"hooks": [SavesWeights()], "create_new_dir": None}
+    make_trainer(folder / "weights", Net(), None, None, loader(), 2, **settings).train(5, 2)
+    files = sorted(path.name for path in (folder / "weights" / "checkpoints").iterdir())
+    assert files == ["of_all.pth", "of_rank_0.pth"]
+    return (folder / "weights" / "log.txt").read_text()
+
+
+def fewer_samples_than_ranks(folder: Path) -> dict[str, Any]:
+    """Of 9 samples, in global batches of 4, the last batch has 1."""
+    results: dict[str, Any] = {}
+    for short in ("wrap", "drop"):
+        seen: list[float] = []
+
+        def step(model: Any, batch: Any, seen: list[float] = seen) -> Tensor:
+            seen.extend(batch[0].flatten().tolist())
+            loss: Tensor = model(batch[0]).square().mean()
+            return loss
+
+        data = DataLoader(TensorDataset(torch.arange(9.0).reshape(9, 1)), 2)
+        strategy = DDP(short_batch=short)
+        trainer = make_trainer(
+            folder / short, torch.nn.Linear(1, 1), None, None, data, 1, strategy=strategy, step_fn=step
+        )
+        trainer.train(5, 2)
+        results[short] = seen, trainer.epoch_len, (folder / short / "log.txt").read_text()
+    with pytest.raises(ValueError, match="short_batch is 'pad'; it has to be 'wrap' or 'drop'"):
+        DDP(short_batch="pad")
+    return results
+
+
 def agree_on_all(folder: Path) -> dict[str, Any]:
     return {
         "stop": stop_by_rank_1(folder),
         "early": stop_early(folder),
         "show": show(folder),
+        "weights": save_weights(folder),
+        "short": fewer_samples_than_ranks(folder),
         "streams": unequal_streams(folder),
         "torchmetric": torchmetric(folder),
         "resume": resume_where_only_rank_0_has_the_file(folder),
@@ -149,6 +190,14 @@ def test_ranks_agree(tmp_path: Path) -> None:
     assert "Epoch 1/1" in first["show"]["output"]
     assert second["show"]["output"] == ""
     assert first["show"]["work_dir"] == second["show"]["work_dir"]
+    assert first["weights"].count("Rank 1 has saved weights (of_rank_1.pth) that rank 0 has not") == 2
+    assert "of_all.pth)" not in first["weights"]
+    for short, samples, told in (("wrap", 10, "given one that another rank has"), ("drop", 8, "and is left out")):
+        seen, num_batches, log = zip(first["short"][short], second["short"][short], strict=True)
+        assert len([*seen[0], *seen[1]]) == samples
+        assert len({*seen[0], *seen[1]}) == min(samples, 9)
+        assert num_batches == (samples // 4 + (short == "wrap"),) * 2
+        assert told in log[0]
     assert first["streams"] == second["streams"] == 2 * 3
     values = [
         result["torchmetric"][name]["eval_MeanSquaredError"] for result in (first, second) for name in ("all", "one")

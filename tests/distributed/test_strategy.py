@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.distributed.threads import ThreadStrategy, on_ranks
-from tests.small_runs import Net, copied, differences, make_batches, make_trainer, weights_of
+from tests.small_runs import Net, UserError, copied, differences, make_batches, make_trainer, weights_of
 from torch_frame import CheckpointerHook, EvalHook, EvalTotalHook, HookBase, LoggerHook, NonFiniteError, Trainer
 from torch_frame.distributed.strategy import SingleProcess, Strategy
 from torch_frame.metrics import Metric
@@ -534,6 +534,70 @@ def test_a_step_talks_to_many_ranks_as_often_as_to_two_and_rank_0_alone_writes(w
     per_epoch = {name: first[name] - (2 * steps if name == "agree" else 0) for name in first}
     assert per_epoch == {name: of_two[name] - (2 * steps_of_two if name == "agree" else 0) for name in of_two}
     assert sum(per_epoch.values()) < 20
+
+
+class Counters(HookBase):
+    """What hooks see of an epoch; the run fails after an iteration."""
+
+    def __init__(self, fails_after: int | None = None) -> None:
+        self.fails_after = fails_after
+        self.seen: list[tuple[int, bool]] = []
+        self.begun: list[int] = []
+
+    def before_epoch(self) -> None:
+        self.begun.append(self.trainer.epoch)
+
+    def after_iter(self) -> None:
+        if self.trainer.epoch == 0:
+            self.seen.append((self.trainer.inner_iter, self.is_last_inner_iter()))
+        if self.trainer.progress.iter == self.fails_after:
+            raise UserError
+
+
+@pytest.mark.parametrize(
+    ("world_size", "batch_size", "first", "given"),
+    [
+        (2, 2, 3, False),  # nothing has changed
+        (1, 4, 3, False),  # nor has the size of a global batch
+        (1, 2, 6, False),
+        (4, 2, 1, False),  # 28 samples are left, in 4 of 5 batches
+        (1, 20, 0, False),  # as many batches follow as a whole epoch has
+        (2, 2, 3, True),  # a batch sampler's, of which each rank is given one
+        (1, 2, 6, True),
+        (4, 2, 1, True),
+    ],
+)
+def test_an_epoch_that_is_continued_on_other_ranks_counts_in_their_batches(
+    world_size: int, batch_size: int, first: int, given: bool, tmp_path: Path
+) -> None:
+    """40 samples. Two ranks with batches of 2 have trained 3 of 10 global batches."""
+    data = TensorDataset(torch.arange(40.0, dtype=torch.float64).reshape(40, 1))
+
+    def run(world_size: int, size: int, hooks: list[Any], **settings: Any) -> Trainer:
+        batches = [list(range(begin, begin + size)) for begin in range(0, 40, size)]
+        loader = DataLoader(data, batch_sampler=batches) if given else DataLoader(data, size)
+        trainer = make_trainer(
+            tmp_path / "run",
+            nn.Linear(1, 1).double(),
+            data=loader,
+            strategy=ManyRanks(0, world_size, []),
+            create_new_dir=None,
+            hooks=hooks,
+            step_fn=lambda model, batch: model(batch[0]).square().mean() * 1e-4,
+            **settings,
+        )
+        quiet(trainer)
+        return trainer
+
+    with pytest.raises(UserError):
+        run(2, 2, [CheckpointerHook(every_n_iters=3), Counters(fails_after=5)])
+    counters = Counters()
+    trainer = run(world_size, batch_size, [counters], resume="auto", gradient_accumulation_steps=2)
+    num_batches, num_left = -(-40 // (batch_size * world_size)), -(-28 // (batch_size * world_size))
+    assert first + num_left == num_batches
+    assert counters.seen == [(index, index + 1 == num_batches) for index in range(first, num_batches)]
+    assert counters.begun == [1], "that of the first epoch was before the interruption"
+    assert trainer.progress.num_updates == 3 + -(-num_left // 2) + -(-num_batches // 2)
 
 
 # ---------------------------------------------------------------- what every rank must have in common

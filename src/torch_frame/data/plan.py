@@ -22,6 +22,8 @@ class BatchPlace(NamedTuple):
     """A list of dataset indices; for a loader with batch_size=None the one index."""
     hashes: Hashes = (0, 0)
     """Of the epoch's indices before the batch and up to its end, if they come from a sampler."""
+    repeats: bool = False
+    """Some of its samples are in the batches of two ranks, and the plan's `told` did not foresee it."""
     is_last: bool = False
     """The epoch ends with it; told by endless streams only, which may look ahead."""
     generation: int = 0
@@ -41,7 +43,16 @@ class BatchPlan(Protocol):
     @property
     def num_samples(self) -> int: ...
 
+    @property
+    def told(self) -> str | None:
+        """What happens to an epoch's last samples if they are fewer than the ranks; None if they are not, or it is not known."""
+        ...
+
     def __len__(self) -> int: ...
+
+    def num_left(self, position: int, num_dealt: int) -> int:
+        """This rank's batches from a position on, behind which `num_dealt` of the loader's batches were given to all ranks."""
+        ...
 
     def places(self, epoch: int, start: int) -> Iterator[BatchPlace]:
         """This rank's batches from position `start` of the global order on; nothing is drawn before it is asked for."""
@@ -51,13 +62,14 @@ class BatchPlan(Protocol):
 class SampleBatches:
     """Batches of consecutive positions; each rank has its part of a global batch of `world_size` times `batch_size`.
 
-    The last, ragged global batch is split as evenly as it goes. If it has fewer samples than there are ranks, `short` says
-    what happens: "wrap" gives the ranks without one a sample from the beginning of that batch, "drop" leaves the batch out.
+    The last, ragged global batch is split as evenly as it goes.
 
     Args:
         order: of the samples.
         batch_size: on each rank.
         drop_last: leave a ragged last batch out.
+        short: if that batch has fewer samples than there are ranks, "wrap" gives the ranks without one a sample from the
+            beginning of the batch, "drop" leaves it out.
     """
 
     def __init__(
@@ -78,12 +90,20 @@ class SampleBatches:
         self._short = short
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self._order), self._batch_size * self._world_size)
+        return self.num_left(0, 0)
+
+    def num_left(self, position: int, num_dealt: int) -> int:
+        whole, rest = divmod(max(len(self._order) - position, 0), self._batch_size * self._world_size)
         return whole + (rest > 0 and self._takes_ragged(rest))
 
     @property
     def num_samples(self) -> int:
         return len(self._order)
+
+    @property
+    def told(self) -> str | None:
+        rest = _num_elements(self._order) % (self._batch_size * self._world_size)
+        return None if self._drop_last else _told_of_short(rest, self._world_size, self._short)
 
     def _takes_ragged(self, size: int) -> bool:
         return not self._drop_last and (size >= self._world_size or self._short == "wrap")
@@ -118,27 +138,39 @@ def part_of(size: int, rank: int, world_size: int) -> range:
 class GivenBatches:
     """The batches of a user's own batch sampler, or the single indices of a loader with batch_size=None.
 
-    Ranks are dealt one batch each. Where fewer are left than there are ranks, their indices are split as evenly as it goes; what
-    cannot be split is wrapped around.
+    Ranks are dealt one batch each. If fewer are left than there are ranks, their indices are split as evenly as it goes.
 
     Args:
         order: of batches (lists of indices) or of single indices.
         single: an element counts as one sample whatever it is; else it is a batch of as many as it has indices.
+        short: if the last elements cannot be split, "wrap" gives some of them to two ranks, "drop" leaves them out. Of a user's
+            sampler this is not foreseen, so its epoch may end a batch earlier than its length says.
     """
 
-    def __init__(self, order: Order, *, single: bool, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, order: Order, *, single: bool, rank: int = 0, world_size: int = 1, short: str = "wrap") -> None:
         self._order = order
         self.kind = type(order).__name__
         self._single = single
         self._rank = rank
         self._world_size = world_size
+        self._short = short
+        self._is_foreseen = single and not isinstance(order, FromSampler)  # single indices, which cannot be split
 
     def __len__(self) -> int:
-        return -(-len(self._order) // self._world_size)
+        return self.num_left(0, 0)
+
+    def num_left(self, position: int, num_dealt: int) -> int:
+        whole, rest = divmod(max(len(self._order) - (position if self._single else num_dealt), 0), self._world_size)
+        return whole + (rest > 0 and not (self._is_foreseen and self._short == "drop"))
 
     @property
     def num_samples(self) -> int:
         return len(self._order)
+
+    @property
+    def told(self) -> str | None:
+        rest = len(self._order) % self._world_size if self._is_foreseen else 0
+        return _told_of_short(rest, self._world_size, self._short)
 
     def places(self, epoch: int, start: int) -> Iterator[BatchPlace]:
         position = first = start if self._single else 0  # a batch sampler's positions are known by drawing its batches
@@ -153,7 +185,7 @@ class GivenBatches:
                 yield self._own_place(epoch, begin, position, dealt, (before, hashes[1]))
                 dealt = []
             after = hashes[1]
-        if dealt:
+        if dealt and not (self._short == "drop" and self._is_short(dealt)):
             yield self._own_place(epoch, begin, position, dealt, (before, after))
 
     def _size_of(self, element: Any) -> int:
@@ -161,29 +193,63 @@ class GivenBatches:
 
     def _own_place(self, epoch: int, begin: int, stop: int, dealt: list[Any], hashes: Hashes) -> BatchPlace:
         """This rank's part of one batch for each rank, of the positions from `begin` to `stop`."""
-        if len(dealt) < self._world_size and all(isinstance(element, list | tuple) for element in dealt):
+        if self._can_be_split(dealt):
             indices = [index for element in dealt for index in element]
             part = part_of(len(indices), self._rank, self._world_size)
             return BatchPlace(
-                epoch, begin + (0 if self._single else part.start), stop, indices[part.start : part.stop], hashes
+                epoch,
+                begin + (0 if self._single else part.start),
+                stop,
+                indices[part.start : part.stop],
+                hashes,
+                repeats=self._is_short(dealt),
             )
         own = self._rank % len(dealt)
         first = begin + sum(map(self._size_of, dealt[:own]))
-        return BatchPlace(epoch, first, stop, dealt[own], hashes)
+        return BatchPlace(
+            epoch, first, stop, dealt[own], hashes, repeats=not self._is_foreseen and self._is_short(dealt)
+        )
+
+    def _can_be_split(self, dealt: list[Any]) -> bool:
+        return len(dealt) < self._world_size and all(isinstance(element, list | tuple) for element in dealt)
+
+    def _is_short(self, dealt: list[Any]) -> bool:
+        """There is not something of its own for each rank."""
+        num = sum(map(len, dealt)) if self._can_be_split(dealt) else len(dealt)
+        return num < self._world_size
 
 
-def plan_of(loader: DataLoader[Any], seed: int, rank: int = 0, world_size: int = 1) -> BatchPlan:
+def _num_elements(order: Order) -> int:
+    try:
+        return len(order)
+    except (TypeError, NotImplementedError):  # a sampler without a length
+        return 0
+
+
+def _told_of_short(rest: int, world_size: int, short: str) -> str | None:
+    if not 0 < rest < world_size:
+        return None
+    what = f"The last batch of an epoch has {rest} sample{'s' * (rest > 1)} for {world_size} ranks"
+    if short == "drop":
+        return f"{what}, and is left out."
+    return (
+        f"{what}: each rank without one is given one that another rank has, which so counts more than once. "
+        "DDP(short_batch='drop') leaves that batch out, drop_last=True any ragged one."
+    )
+
+
+def plan_of(loader: DataLoader[Any], seed: int, rank: int = 0, world_size: int = 1, short: str = "wrap") -> BatchPlan:
     """The batches that a loader describes as it is now, in an order of ours if its own is random."""
     if splits_by_itself(loader):
         rank, world_size = 0, 1
     if loader.batch_sampler is None:
-        return GivenBatches(order_of(loader.sampler, seed), single=True, rank=rank, world_size=world_size)
+        return GivenBatches(order_of(loader.sampler, seed), single=True, rank=rank, world_size=world_size, short=short)
     if type(loader.batch_sampler) is not BatchSampler:
         order = FromSampler(loader.batch_sampler, seed)
-        return GivenBatches(order, single=False, rank=rank, world_size=world_size)
+        return GivenBatches(order, single=False, rank=rank, world_size=world_size, short=short)
     sampler = loader.batch_sampler.sampler
     sizes = loader.batch_sampler.batch_size, loader.batch_sampler.drop_last
-    return SampleBatches(order_of(sampler, seed), *sizes, rank=rank, world_size=world_size)
+    return SampleBatches(order_of(sampler, seed), *sizes, rank=rank, world_size=world_size, short=short)
 
 
 def splits_by_itself(loader: Any) -> bool:

@@ -52,9 +52,14 @@ def source_of(
     seed = operator.index(seed)
     is_split = strategy is None or strategy.world_size == 1 or strategy.own_shards
     rank, world_size = (0, 1) if is_split or strategy is None else (strategy.rank, strategy.world_size)
+    part: dict[str, Any] = {
+        "rank": rank,
+        "world_size": world_size,
+        "short": "wrap" if strategy is None else strategy.short_batch,
+    }
     if isinstance(loader, InfiniteDataLoader):
         own_seed = seed if loader.seed is None else loader.seed
-        return EndlessSource(loader, own_seed, last_epoch=last_epoch, rank=rank, world_size=world_size)
+        return EndlessSource(loader, own_seed, last_epoch=last_epoch, **part)
     takes_over = take_over and can_take_over(loader) and not _keeps_a_state(loader)
     if world_size > 1 and not splits_by_itself(loader):
         _check_can_be_split(loader, takes_over, world_size)
@@ -66,7 +71,7 @@ def source_of(
         assert isinstance(loader, DataLoader)
         if isinstance(loader.dataset, IterableDataset):
             return StreamSource(loader, seed)
-        return OrderedSource(loader, seed, rank=rank, world_size=world_size)
+        return OrderedSource(loader, seed, **part)
     return ReplaySource(loader)
 
 

@@ -36,6 +36,20 @@ class Source(Protocol):
         """Batches in an epoch, on this rank; None if it is not known."""
         ...
 
+    def num_left(self, position: int, num_dealt: int) -> int | None:
+        """Batches from a position on, on this rank; None if it is not known.
+
+        Args:
+            position: of which the epoch is continued.
+            num_dealt: of the loader's batches, that were given to the ranks before it.
+        """
+        ...
+
+    @property
+    def told(self) -> str | None:
+        """What happens to an epoch's last samples that are fewer than the ranks, or None."""
+        ...
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[BatchAndPosition]:
         """The epoch's batches from position `start` on; a position of 0 is the epoch's beginning."""
         ...
@@ -76,6 +90,13 @@ class StatelessSource:
     @property
     def length(self) -> tuple[int, str] | None:
         return None if self.num_batches is None else (self.num_batches, "batches")
+
+    def num_left(self, position: int, num_dealt: int) -> int | None:
+        return None
+
+    @property
+    def told(self) -> str | None:
+        return None
 
     def close(self) -> None:
         """Nothing runs in the background between epochs."""

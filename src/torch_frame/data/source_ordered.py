@@ -29,15 +29,20 @@ class OrderedSource(StatelessSource):
         loader: how samples are loaded: dataset, workers, collate function, pinning, ...
         seed: of the run.
         rank, world_size: which part of each global batch this process has.
+        short: what happens to an epoch's last samples if they are fewer than the ranks: "wrap" or "drop".
     """
 
     is_ours = True
 
-    def __init__(self, loader: DataLoader[Any], seed: int, *, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, loader: DataLoader[Any], seed: int, *, rank: int = 0, world_size: int = 1, short: str = "wrap"
+    ) -> None:
         super().__init__(loader)
         self.seed = seed
         self._rank = rank
         self._world_size = world_size
+        self._short = short
+        self._has_told = False
         self._places: Iterator[BatchPlace] = iter(())
         self._inner: DataLoader[Any] | None = None
         self._stream: Iterator[Fetched] | None = None
@@ -52,7 +57,7 @@ class OrderedSource(StatelessSource):
     @property
     def plan(self) -> BatchPlan:
         """The batches of an epoch, as the loader is now."""
-        return plan_of(self._loader, self.seed, self._rank, self._world_size)
+        return plan_of(self._loader, self.seed, self._rank, self._world_size, self._short)
 
     def plan_of_epoch(self, epoch: int) -> BatchPlan:
         """The same, for an epoch whose indices are drawn from now on."""
@@ -62,6 +67,16 @@ class OrderedSource(StatelessSource):
     @property
     def num_batches(self) -> int | None:
         return length_of(self.plan)
+
+    def num_left(self, position: int, num_dealt: int) -> int | None:
+        try:
+            return self.plan.num_left(position, num_dealt)
+        except (TypeError, NotImplementedError):
+            return None
+
+    @property
+    def told(self) -> str | None:
+        return self.plan.told
 
     @property
     def length(self) -> tuple[int, str] | None:
@@ -140,6 +155,12 @@ class OrderedSource(StatelessSource):
         """Remember what a batch tells: which generators its dataset draws from, and which indices there have been."""
         if fetched.drawn is not None:
             self._drawn = fetched.drawn | (self._drawn or 0)
+        if fetched.place.repeats and not self._has_told:
+            self._has_told = True
+            _logger.warning(
+                "The epoch's last batches have fewer samples than there are ranks, so some samples are on two ranks and count "
+                "twice. DDP(short_batch='drop') leaves them out."
+            )
         before, after = fetched.place.hashes
         self._hashes = dict([*self._hashes.items(), (fetched.place.stop, after)][-3:]) if after else {}
         expected, self._expected = self._expected, None
@@ -205,7 +226,7 @@ class EndlessSource(OrderedSource):
     """An InfiniteDataLoader: workers live for the run, and fetch the next epoch while this one is trained.
 
     Args:
-        loader, seed, rank, world_size: as in OrderedSource.
+        loader, seed, rank, world_size, short: as in OrderedSource.
         last_epoch: nothing is fetched beyond it.
     """
 
@@ -217,8 +238,9 @@ class EndlessSource(OrderedSource):
         last_epoch: int | None = None,
         rank: int = 0,
         world_size: int = 1,
+        short: str = "wrap",
     ) -> None:
-        super().__init__(loader, seed, rank=rank, world_size=world_size)
+        super().__init__(loader, seed, rank=rank, world_size=world_size, short=short)
         self._last_epoch = last_epoch
         self._next = (0, 0)
         self._cursor: _EndlessPlaces | None = None

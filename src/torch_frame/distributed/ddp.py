@@ -37,10 +37,12 @@ class DDP(SingleProcess):
         comm_hook: how gradients are exchanged: "fp16" or "bf16" (compressed), a hook of torch's, or a pair (state, hook).
         sync_batchnorm: batch norm over the batch of all ranks; needs GPUs.
         own_shards: the data loader gives each rank a part of its own already; it is used as it is.
+        short_batch: if the last batch of an epoch has fewer samples than there are ranks, "wrap" gives some samples to two ranks,
+            so that none is left out, "drop" leaves the batch out, so that none counts twice.
         timeout_s: how long a rank waits for the others at a flag, a save or an evaluation; None: as the process group.
 
     Raises:
-        ValueError: with neither a process group nor torchrun's environment.
+        ValueError: with neither a process group nor torchrun's environment, or for an unknown name.
     """
 
     def __init__(
@@ -53,10 +55,14 @@ class DDP(SingleProcess):
         comm_hook: CommHook | None = None,
         sync_batchnorm: bool = False,
         own_shards: bool = False,
+        short_batch: str = "wrap",
         timeout_s: float | None = None,
     ) -> None:
+        if short_batch not in ("wrap", "drop"):
+            raise ValueError(f"short_batch is {short_batch!r}; it has to be 'wrap' or 'drop'.")
         join_group()
         self.own_shards = own_shards
+        self.short_batch = short_batch
         self._settings: dict[str, Any] = {
             "find_unused_parameters": find_unused_parameters,
             "gradient_as_bucket_view": gradient_as_bucket_view,

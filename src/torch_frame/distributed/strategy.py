@@ -32,6 +32,7 @@ class Strategy(Protocol):
         rank: index of this process; rank 0 writes files and prints.
         world_size: number of processes that train together.
         own_shards: the script's data loader gives each rank a part of its own already.
+        short_batch: what happens to an epoch's last samples if they are fewer than the ranks: "wrap" or "drop".
     """
 
     @property
@@ -42,6 +43,9 @@ class Strategy(Protocol):
 
     @property
     def own_shards(self) -> bool: ...
+
+    @property
+    def short_batch(self) -> str: ...
 
     # ---------------------------------------------------------------- the model and its step
 
@@ -147,6 +151,7 @@ class SingleProcess:
     rank: int = 0
     world_size: int = 1
     own_shards: bool = False
+    short_batch: str = "wrap"
 
     def prepare(self, model: nn.Module) -> nn.Module:
         return model

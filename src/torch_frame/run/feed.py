@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -113,6 +113,36 @@ class Feed:
         if self.source.is_ours:
             text = "The DataLoader's order and augmentation are functions of seed %d and the position."
             _logger.info(text, self.source.seed)
+        if self.source.told:
+            _logger.warning(self.source.told)
+
+    def count_again(self, progress: Progress, was: Mapping[str, Any], batch_size: int | None) -> list[tuple[int, str]]:
+        """In an epoch that is continued with other batches, count those that are trained as if they had been of today's size,
+        so that the epoch's last batch is known.
+
+        Args:
+            progress: as it was saved.
+            was: the environment that it was saved in.
+            batch_size: of today's loader.
+
+        Returns:
+            (level, line) of what was done.
+        """
+        was_size, now_size = was.get("world_size", 1), self._strategy.world_size
+        if progress.position == 0 or progress.epoch_trained:
+            return []
+        if (was_size, was.get("batch_size")) == (now_size, batch_size):
+            return []
+        num_batches = self.source.num_batches
+        num_left = self.source.num_left(progress.position, progress.inner_iter * was_size)
+        if num_batches is None or num_left is None or num_left + progress.inner_iter == num_batches:
+            return []
+        trained, progress.inner_iter = progress.inner_iter, max(num_batches - num_left, 0)
+        line = (
+            f"The epoch is continued with batches of another size: {trained} are trained, {num_left} follow, and inner_iter "
+            f"goes on at {progress.inner_iter} of {num_batches}."
+        )
+        return [(logging.INFO, line)]
 
     @property
     def length(self) -> tuple[int, str] | None:

@@ -28,7 +28,7 @@ class Modes:
         self._saved: Mapping[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        if self._progress.inner_iter == 0 or self._progress.epoch_trained:
+        if not self._progress.is_inside_epoch or self._progress.epoch_trained:
             return {"eval": []}
         others = {name: _in_eval(module) for name, module in self._others().items()}
         return {"eval": _in_eval(self._model), **({"attributes": others} if others else {})}

@@ -140,6 +140,7 @@ class Saver:
         self._watch: Watch | None = None
         self._strategy = strategy
         self._requests = SaveRequests()
+        self._saved_here: list[str] = []
         proxy = weakref.proxy(self)  # no circle: the buffers are freed with the trainer
         self._background = Background(on_failure=lambda: proxy.wake())
         self._buffers = HostBuffers()
@@ -161,8 +162,30 @@ class Saver:
         """
         self.pending = False
         self._background.raise_failure()
+        self._tell_of_files_not_written()
         plain: list[Any] = [tuple(request) for request in self._requests.take()]
         return [SaveRequest(*fields) for fields in self._strategy.broadcast(plain)]
+
+    def note_weights(self, file_name: str) -> None:
+        """Weights are saved there and then: by rank 0, if it does so too, which is looked at when all ranks meet."""
+        if self._strategy.world_size > 1:
+            self._saved_here.append(file_name)
+            self.wake()
+
+    def _tell_of_files_not_written(self) -> None:
+        if self._strategy.world_size == 1:
+            return
+        names, self._saved_here = self._saved_here, []
+        of_main, *of_others = self._strategy.gather(names)
+        for rank, saved in enumerate(of_others, 1):
+            missing = sorted(set(saved) - set(of_main))
+            if missing:
+                _logger.warning(
+                    "Rank %d has saved weights (%s) that rank 0 has not, so no file was written: rank 0 writes. Call "
+                    "save_checkpoint on rank 0 too.",
+                    rank,
+                    ", ".join(missing),
+                )
 
     def prepare(self, folder: str) -> None:
         """Before the run is looked at for a save: the save before is complete, and the checkpoints' folder exists.
