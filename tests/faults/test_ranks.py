@@ -116,10 +116,13 @@ def train(
     model = DeepNet(noise)
     loader = DataLoader(Noisy(), batch_size, shuffle=True, num_workers=num_workers)
     seen = Seen(folder / f"{note}_{rank}") if note else None
+    killed = fault[0] if fault is not None and fault[1] == "kill" else ()
 
     def step(model: nn.Module, batch: Any) -> Tensor:
         if seen is not None:
             seen.batch = batch[2].tolist()
+        if not hooks_on_all and rank in killed and trainer.cur_iter + 1 == KILLED_AT:
+            os.kill(os.getpid(), signal.SIGKILL)
         loss: Tensor = model(batch)
         return loss
 
@@ -181,27 +184,31 @@ def test_a_stopped_run_resumes_bitwise(world_size: int, hooks_on_all: bool, tmp_
 
 
 @pytest.mark.parametrize(
-    ("world_size", "killed"),
+    ("world_size", "killed", "hooks_on_all"),
     [
-        (3, (1,)),
-        pytest.param(2, (0,), marks=pytest.mark.slow),
-        pytest.param(2, (0, 1), marks=pytest.mark.slow),
-        pytest.param(4, (2,), marks=pytest.mark.slow),
-        pytest.param(4, (0, 1, 2, 3), marks=pytest.mark.slow),
+        (3, (1,), True),
+        pytest.param(2, (0,), True, marks=pytest.mark.slow),
+        pytest.param(2, (0, 1), True, marks=pytest.mark.slow),
+        pytest.param(4, (2,), True, marks=pytest.mark.slow),
+        pytest.param(4, (0, 1, 2, 3), True, marks=pytest.mark.slow),
+        pytest.param(2, (0,), False, marks=pytest.mark.slow),
+        pytest.param(2, (1,), False, marks=pytest.mark.slow),
+        pytest.param(4, (0, 1, 2, 3), False, marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_rank_ends_the_others_and_the_run_resumes_bitwise(
-    world_size: int, killed: tuple[int, ...], tmp_path: Path
+    world_size: int, killed: tuple[int, ...], hooks_on_all: bool, tmp_path: Path
 ) -> None:
-    expected = on_processes(train, tmp_path / "whole", world_size, tmp_path / "whole")
+    settings: Any = {"hooks_on_all": hooks_on_all}
+    expected = on_processes(train, tmp_path / "whole", world_size, tmp_path / "whole", **settings)
     folder = tmp_path / "cut"
-    context = start(train, folder, world_size, folder, fault=(killed, "kill"))
+    context = start(train, folder, world_size, folder, fault=(killed, "kill"), **settings)
     codes = wait(context)
     assert all(codes[rank] == -signal.SIGKILL for rank in killed)
     for rank, result in enumerate(results_in(folder, world_size)):
         assert rank in killed or isinstance(result, Failed)
     check_no_half_written_file(folder)
-    check_equal(on_processes(train, folder, world_size, folder, resume=True), expected)
+    check_equal(on_processes(train, folder, world_size, folder, resume=True, **settings), expected)
 
 
 @pytest.mark.slow
