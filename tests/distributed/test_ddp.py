@@ -221,11 +221,11 @@ def train_with_nan(folder: Path, rank: int, on_nonfinite: str) -> Any:
     return {**weights_of(model), "updates": torch.tensor(trainer.progress.num_updates)}
 
 
-def train_with(folder: Path, strategy: DDP) -> dict[str, Tensor]:
+def train_with(folder: Path, strategy: DDP, **settings: Any) -> dict[str, Tensor]:
     model = Net()
     data = TensorDataset(*(torch.cat(part) for part in zip(*make_batches(4, 8), strict=True)))
     trainer = make_trainer(
-        folder, model, SGD(model.parameters(), 0.1), None, DataLoader(data, 4), 2, strategy=strategy, seed=1
+        folder, model, SGD(model.parameters(), 0.1), None, DataLoader(data, 4), 2, strategy=strategy, seed=1, **settings
     )
     trainer.train(5, 5)
     return weights_of(model)
@@ -251,6 +251,8 @@ def try_more(folder: Path) -> dict[str, Any]:
         "plain": train_with(folder / "a", DDP()),
         "views": train_with(folder / "b", DDP(gradient_as_bucket_view=True)),
         "static": train_with(folder / "c", DDP(static_graph=True)),
+        "accumulated": train_with(folder / "g", DDP(), gradient_accumulation_steps=2),
+        "static, accumulated": train_with(folder / "h", DDP(static_graph=True), gradient_accumulation_steps=2),
         "unused": train_with(folder / "d", DDP(find_unused_parameters=True)),
         "compressed": train_with(folder / "e", DDP(comm_hook="fp16")),
         "alone": train_with(folder / "f", SingleProcess()),
@@ -283,6 +285,7 @@ def test_settings_cuts_and_what_one_rank_finds(tmp_path: Path) -> None:
 
     for name in ("views", "static", "unused"):
         assert distance(first[name], first["plain"]) < 1e-6, name
+    assert distance(first["static, accumulated"], first["accumulated"]) < 1e-6
     assert 0 < distance(first["compressed"], first["plain"]) < 1e-2
     assert distance(first["alone"], first["plain"]) > 1e-3, "one process with the whole data, in as many steps"
 

@@ -76,6 +76,7 @@ class DDP(SingleProcess):
         self.rank, self.world_size = self._channel.rank, self._channel.world_size
         self._wrapped: DistributedDataParallel | None = None
         self._is_exchanged = True  # by the last backward
+        self._has_exchanged = False  # some backward
         self._was_called = False  # the wrapped model, since then
         self._told = False
         self._reduced: frozenset[int] = frozenset()  # ids of the parameters that DDP exchanges
@@ -134,7 +135,12 @@ class DDP(SingleProcess):
             )
 
     def accumulating(self, model: nn.Module) -> AbstractContextManager[Any]:
-        return contextlib.nullcontext() if self._wrapped is None else self._wrapped.no_sync()
+        wrapped = self._wrapped
+        if wrapped is None or (wrapped.static_graph and not self._has_exchanged):
+            return (
+                contextlib.nullcontext()
+            )  # DDP learns a static graph in a pass that exchanges; averaging twice does no harm
+        return wrapped.no_sync()
 
     def backward(self, loss: Tensor, inputs: Sequence[Tensor] | None = None) -> None:
         loss.backward(inputs=inputs)
@@ -146,6 +152,7 @@ class DDP(SingleProcess):
                 "gradients are averaged behind backward instead of during it."
             )
         self._is_exchanged = syncs and self._was_called
+        self._has_exchanged |= self._is_exchanged
         self._was_called = False
 
     def _note_call(self, model: nn.Module, inputs: Any) -> None:
