@@ -54,7 +54,7 @@ class Channel:
         self._group = dist.new_group(backend="gloo", timeout=_GLOO_TIMEOUT)
         self._sent = torch.empty(2, dtype=torch.int64)
         self._received = [torch.empty(2, dtype=torch.int64) for _ in range(self.world_size)]
-        self._has_failed = False
+        self._exchanged: Any = None  # tensors of the exchange under way
 
     # ---------------------------------------------------------------- exchanges
 
@@ -73,6 +73,7 @@ class Channel:
         own = _packed(value)
         sizes = self._exchange("gather", len(own))
         padded, parts = _padded(own, sizes), [torch.empty(max(sizes), dtype=torch.uint8) for _ in sizes]
+        self._exchanged = (parts, padded)
         self._wait(dist.all_gather(parts, padded, group=self._group, async_op=True), "gather")
         return [_unpacked(part[:size]) for part, size in zip(parts, sizes, strict=True)]
 
@@ -81,7 +82,9 @@ class Channel:
         own = _packed(value)
         sizes = self._exchange("collect", len(own))
         parts = [torch.empty(max(sizes), dtype=torch.uint8) for _ in sizes] if self.rank == 0 else None
-        self._wait(dist.gather(_padded(own, sizes), parts, group=self._group, async_op=True), "collect")
+        padded = _padded(own, sizes)
+        self._exchanged = (parts, padded)
+        self._wait(dist.gather(padded, parts, group=self._group, async_op=True), "collect")
         return [_unpacked(part[:size]) for part, size in zip(parts or [], sizes, strict=self.rank == 0)]
 
     def broadcast(self, value: Any) -> Any:
@@ -89,6 +92,7 @@ class Channel:
         own = _packed(value) if self.rank == 0 else torch.empty(0, dtype=torch.uint8)
         size = self._exchange("broadcast", len(own))[0]
         data = own if self.rank == 0 else torch.empty(size, dtype=torch.uint8)
+        self._exchanged = data
         self._wait(dist.broadcast(data, src=0, group=self._group, async_op=True), "broadcast")
         return _unpacked(data)
 
@@ -114,8 +118,10 @@ class Channel:
     def _wait(self, work: Any, what: str) -> None:
         try:
             self._wait_and_look(work, what)
+            self._exchanged = None
         except BaseException:  # a Ctrl-C, too
-            _keep_for_ever(self._group)
+            if not work.is_completed():
+                _keep_for_ever(self)
             raise
 
     def _wait_and_look(self, work: Any, what: str) -> None:
@@ -180,9 +186,12 @@ class Channel:
             raise RanksError("Rank 0 has ended: its store does not answer.") from error
 
 
-def _keep_for_ever(group: Any) -> None:
-    """Let a group that still waits for a rank never be freed: freeing it waits as long, so this process would not end."""
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+def _keep_for_ever(channel: Channel) -> None:
+    """Let a group that still waits for a rank never be freed: freeing it waits as long, so this process would not end.
+
+    Nor what it exchanges: its thread would need Python to free that, which may be gone by then.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(channel))
 
 
 def _timeout_of_group() -> float:
