@@ -30,6 +30,7 @@ import torch_frame.data.rng_guard as rng_guard
 from torch_frame import LoggerHook, Trainer
 from torch_frame.data.loading import Loading
 from torch_frame.training.finite import FiniteCheck
+from torch_frame.training.optimization import Optimization
 from torch_frame.training.update import Update
 
 PIECES: list[tuple[str, Any, str]] = [
@@ -39,9 +40,9 @@ PIECES: list[tuple[str, Any, str]] = [
     ("  the dataset and the collate function", Loading, "_load"),
     ("  has a generator moved?", rng_guard.LoadingRng, "moved"),
     ("  generators put back", rng_guard.LoadingRng, "__exit__"),
-    ("gradients cleared by hand", Update, "_zero_grad"),
+    ("gradients cleared by hand", Update, "begin"),
     ("gradients looked at once (finite?)", FiniteCheck, "__call__"),
-    ("schedule, EMA, count of updates", Trainer, "_after_step"),
+    ("schedule, EMA, count of updates", Optimization, "_after_step"),
     ("values recorded in columns", Trainer, "record"),
     ("LoggerHook.after_iter", LoggerHook, "after_iter"),
     ("safe point", Trainer, "safe_point"),

@@ -114,7 +114,9 @@ def pieces(trainer: Trainer, batch: Any) -> dict[str, float]:
         "times, and whether a signal waits": microseconds(timed),
         "counters": microseconds(counted),
         "learning rate read": microseconds(lambda: trainer.lr),
-        "schedule, EMA, count of updates": microseconds(trainer._after_step),
+        "schedule, EMA, count of updates": microseconds(
+            lambda: trainer.optimization._after_step(trainer.optimization.unit)
+        ),
         "values recorded in columns": microseconds(lambda: trainer.record(row)),
         "safe point": microseconds(trainer.safe_point),
         "stages without a hook": microseconds(stages),

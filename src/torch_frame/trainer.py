@@ -5,11 +5,11 @@ Read `train`, `train_one_epoch` and `train_one_iter` first: they are a batch's w
 
 from __future__ import annotations
 
-import functools
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Literal, NoReturn
 
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch_frame.data.source import length_of
 from torch_frame.data.workers import keep_parents_garbage
 from torch_frame.distributed.comm import is_main
 from torch_frame.distributed.strategy import Strategy
-from torch_frame.errors import NonFiniteError, SettingError
+from torch_frame.errors import SettingError
 from torch_frame.hooks.base import HookBase, HookTrainer
 from torch_frame.hooks.caller import HookCaller, checked_hooks
 from torch_frame.hooks.defaults import default_hooks
@@ -29,14 +29,17 @@ from torch_frame.hooks.evaluate import evaluate_all
 from torch_frame.progress import Progress
 from torch_frame.run import checks, parts, session, state
 from torch_frame.run.attributes import Attributes
+from torch_frame.run.delegated import delegated
 from torch_frame.run.feed import Feed
 from torch_frame.run.modes import Modes, train_unless_set
 from torch_frame.run.optimizers import OptimizersPart
+from torch_frame.run.plateau import step_by_metric
 from torch_frame.run.ranks import Ranks
 from torch_frame.run.resume import Found, Resumption, newest
 from torch_frame.run.saving import Saver, SaveRequest, job_of, save_one_by_one
-from torch_frame.run.script_settings import Choice, Settings
+from torch_frame.run.script_settings import AllSettings, Choice
 from torch_frame.run.settings import SettingsPart
+from torch_frame.run.start_epoch import StartEpoch
 from torch_frame.run.state import Part
 from torch_frame.run.trained import FrozenParameters, RequiresGradPart, frozen_parameters
 from torch_frame.run.warm_up import warmed_up
@@ -46,10 +49,12 @@ from torch_frame.tracking.bar import ProgressBar
 from torch_frame.tracking.console import logger, open_run_log
 from torch_frame.tracking.history import MetricStorage
 from torch_frame.training.ema import EMA
-from torch_frame.training.finite import Columns, first_nonfinite, nonfinite_message, trained_tensors
-from torch_frame.training.losses import describe, read_losses, recordable
+from torch_frame.training.finite import Columns, first_nonfinite, trained_tensors
+from torch_frame.training.losses import arguments_of_17, read_losses, recordable
+from torch_frame.training.optimization import Optimization, UpdateSettings, Warmup
+from torch_frame.training.own_step import OwnStep
 from torch_frame.training.precision import Precision, PrecisionName, choose_precision
-from torch_frame.training.schedules import Interval, LRWarmupScheduler, WarmupMethod
+from torch_frame.training.schedules import Interval, WarmupMethod
 from torch_frame.training.update import OnNonFinite, Update, check_weight
 from torch_frame.types import Device, Number, StepFn, Values
 
@@ -68,8 +73,9 @@ class Trainer:
 
     Args:
         model: called as `model(batch)`, or by `step_fn`.
-        optimizer: of the model's parameters.
-        lr_scheduler: any torch scheduler of that optimizer; None: a constant learning rate.
+        optimizer: of the model's parameters; a list of optimizers, which step together; or a dict of names, for a
+            `train_one_iter` of your own (docs/optimizers.md).
+        lr_scheduler: any torch scheduler of that optimizer, or a list or dict of them as of optimizers; None: a constant rate.
         data_loader: a DataLoader, or any iterable of batches that can be iterated again for each epoch; a list too.
         max_epochs: epochs to train; 0 trains nothing.
         work_dir: where the run's files go: `checkpoints/`, `tb_logs/`, `log.txt`, `metrics.jsonl`. Made when `train()` begins.
@@ -115,7 +121,8 @@ class Trainer:
         should_stop: set it to True to end the run after the epoch under way.
         metric_storage: the run's values by name.
         model_ema: the `EMA`, or None.
-        lr_scheduler: the scheduler inside its warm-up (`LRWarmupScheduler`).
+        optimizer: as it was given: one, a tuple, or a mapping of names; another one may be set.
+        lr_scheduler: the scheduler inside its warm-up (`LRWarmupScheduler`), in the same form; a torch scheduler may be set.
 
     >>> import torch
     >>> model = nn.Linear(2, 1)
@@ -124,10 +131,35 @@ class Trainer:
     >>> trainer = Trainer(model, optimizer, None, [torch.ones(4, 2)], max_epochs=2, hooks=[], step_fn=loss)
     """
 
+    optimizer: Any = delegated(
+        "optimization.optimizer", "One, a tuple, or a mapping of names, as given.", settable=True
+    )
+    lr_scheduler: Any = delegated(
+        "optimization.lr_scheduler", "Each inside its warm-up, in optimizer's form.", settable=True
+    )
+    gradient_accumulation_steps: int = delegated("optimization.window_len", "Batches in an update.", settable=True)
+    model_ema: EMA | None = delegated("optimization.ema", "The average of the weights, or None.", settable=True)
+    updater: Update = delegated("optimization.updater", "Makes the updates of the (first) optimizer.")
+    lr: float = delegated("optimization.lr", "Learning rate of the first optimizer's first parameter group.")
+    start_epoch: int = delegated(
+        "_start.epoch", "Index of the epoch that `train()` begins with; set it before.", settable=True
+    )
+    epoch: int = delegated("progress.current_epoch", "Index of the epoch under way, or of the last one.")
+    inner_iter: int = delegated(
+        "progress.current_inner_iter", "Index in its epoch of the batch under way, or the last one."
+    )
+    cur_iter: int = delegated("progress.current_iter", "Index in the run of the batch under way, or of the last one.")
+    hook_strategy: Strategy = delegated("_ranks.of_hooks", "`strategy`, or one process if only rank 0 has hooks.")
+    should_stop: bool = delegated(
+        "_ranks.stops", "The run ends after the epoch under way; set it to True.", settable=True
+    )
+    work_dir: str = delegated("_work_dir.path", "Where the run's files go; final once `train()` has begun.")
+    ckpt_dir: str = delegated("_work_dir.checkpoints", "Where its checkpoints go.")
+
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer] | Mapping[str, Optimizer],
         lr_scheduler: Any,
         data_loader: Iterable[Any],
         max_epochs: int,
@@ -161,48 +193,53 @@ class Trainer:
     ) -> None:
         names_before = set(vars(self))
         checks.check_given(locals())
+        checks.check_names_of_17(type(self))
         self.strategy = checks.checked_strategy(strategy)  # before the device: "cuda" is this rank's own GPU then
         self._ranks = Ranks(self.strategy)
         self.device = checks.device_of(model) if device is None else resolve_device(device)
-        self.model = self.strategy.prepare(model if device is None else model.to(self.device))
-        self.optimizer = optimizer
+        prepare = self.strategy.replicate if isinstance(optimizer, Mapping) else self.strategy.prepare
+        self.model = prepare(model if device is None else model.to(self.device))
         self.data_loader = data_loader
         self.max_epochs = max_epochs
         self.step_fn = step_fn
         self.loss_weight = loss_weight
         shared = [] if save_frozen else frozen_parameters(model).values()
-        self.model_ema = EMA(model, ema_decay, shared=shared) if use_ema else None
-        self._frozen = FrozenParameters(self.model_or_module, self.model_ema, left_out=not save_frozen)
+        ema = EMA(model, ema_decay, shared=shared) if use_ema else None
+        self._frozen = FrozenParameters(self.model_or_module, ema, left_out=not save_frozen)
         self.precision = Precision(choose_precision(precision, enable_amp, self.device), self.device)
-        self.lr_scheduler = LRWarmupScheduler(
-            lr_scheduler, None, warmup_method, warmup_iters, warmup_factor, optimizer=optimizer
-        )
-        self._settings = Settings(resume_settings, self.lr_scheduler, self.model_or_module)
-        if compile is not False:
-            self.model_or_module.compile(**({} if compile is True else compile))
-        self._settings_of_steps = {
-            "clip_grad_norm": max(clip_grad_norm, 0.0),
-            "loss_weight": loss_weight is not None,
-            "on_nonfinite": on_nonfinite,
-            "ema_decay": ema_decay if use_ema else None,
-            "lr_scheduler_interval": lr_scheduler_interval,
-            "lr_scheduler_metric": lr_scheduler_metric,
-        }
-        self.lr_scheduler_interval = lr_scheduler_interval
-        self.lr_scheduler_metric = lr_scheduler_metric
-        self.gradient_accumulation_steps = gradient_accumulation_steps
-        self.on_nonfinite = on_nonfinite
-        self.updater = Update(
+        self.progress = Progress()
+        self.metric_storage = storage = MetricStorage()
+        self.hook_caller = HookCaller()
+        self.stages = self.hook_caller.stages
+        self.optimization = Optimization(
             self.model,
             optimizer,
+            lr_scheduler,
+            ema,
             self.precision,
             self.strategy,
-            clip_grad_norm=clip_grad_norm,
-            window_len=gradient_accumulation_steps,
-            weighted=loss_weight is not None,
-            on_nonfinite=on_nonfinite,
-            on_cpu=self.device.type == "cpu",
+            self.progress,
+            self.stages,
+            lambda: {name: buffer.latest for name, buffer in storage.items()},
+            interval=lr_scheduler_interval,
+            warmup=Warmup(warmup_method, warmup_iters, warmup_factor),
+            settings=UpdateSettings(
+                clip_grad_norm,
+                gradient_accumulation_steps,
+                loss_weight is not None,
+                on_nonfinite,
+                self.device.type == "cpu",
+            ),
         )
+        names = partial(self.hook_caller.names_with, "before_update", "after_update")
+        self._own_step = OwnStep(self.optimization, self.precision, self.strategy, self.device, names)
+        self._settings = AllSettings(resume_settings, self.model_or_module, self.optimization.schedules)
+        self.optimization.on_change = self._settings.renew
+        if compile is not False:
+            self.model_or_module.compile(**({} if compile is True else compile))
+        self.lr_scheduler_interval = lr_scheduler_interval
+        self.lr_scheduler_metric = lr_scheduler_metric
+        self.on_nonfinite = on_nonfinite
 
         self.seed = self.strategy.broadcast(checks.checked_seed(seed, data_loader))
         self.seed_is_explicit = seed is not None
@@ -210,9 +247,7 @@ class Trainer:
         self.prefetch = prefetch
         self._feed = Feed(data_loader, self.seed, self.strategy, self.device, take_over=take_over, prefetch=prefetch)
         keep_parents_garbage(self)
-        self.progress = Progress()
-        self.start_epoch = 0
-        self.metric_storage = MetricStorage()
+        self._start = StartEpoch()
         self.metric_storage.declare("lr", smooth=False)
         reference = weakref.ref(self)  # the storage must not keep the trainer, and so the model, alive
         self.metric_storage.on_read = lambda columns: _check_read_values(reference(), columns)
@@ -223,15 +258,14 @@ class Trainer:
         self._saver = Saver(self.strategy)
         self.stop_signals = StopSignals(on_first=self._saver.wake)
         self._names_checked = False
+        self._reads_steps = type(self)._update_iter_metrics is not Trainer._update_iter_metrics
         self._in_train = False
         self.pbar = ProgressBar(disable=True)  # overrides of train_one_iter written for 1.7 put their values there
 
-        self.hook_caller = HookCaller()
-        self.stages = self.hook_caller.stages
         own = {*vars(self), "_kept_attributes", "_module_modes"} - names_before
         self._kept_attributes = Attributes(self, own)
         self._module_modes = Modes(self.model_or_module, self.progress, self._kept_attributes.modules)
-        self.register_hooks(default_hooks() if hooks is None else hooks)
+        self.register_hooks(self._build_default_hooks() if hooks is None else hooks)
 
     # ---------------------------------------------------------------- the loop
 
@@ -248,12 +282,15 @@ class Trainer:
         """
         with self._session(console_log_level, file_log_level):  # restore, check, log; report and close whatever happens
             self._begin()
+            self._prepare_for_training(console_log_level, file_log_level)
             with self._ranks.alone():
                 self.call("before_train")
+            self._start.apply(self.progress, self.epoch_len)
+            self._start.in_train = True
             self.hook_caller.check_states()
-            checks.check_can_be_saved(self.optimizer, parts.SchedulePart(self.lr_scheduler, self._settings))
+            checks.check_can_be_saved(self.optimization.optimizers, self._parts()["lr_schedulers"])
             self._kept_attributes.begin()
-            self._use_the_loader()
+            self._feed.use(self.data_loader, self.max_epochs - 1)
             self._resumption.restore_last(self._parts)  # random numbers
             with session.ended_by_signals(self._save_last):
                 while self.progress.epoch < self.max_epochs and not self._ranks.agree_on_stop():
@@ -265,7 +302,9 @@ class Trainer:
                         self._agree_after_epoch()
                         with self._ranks.alone():
                             self.call("after_epoch")
-                        self._step_plateau()
+                        is_last = self.epoch == self.max_epochs - 1
+                        metric, storage = self.lr_scheduler_metric, self.metric_storage
+                        step_by_metric(self.optimization, metric, storage, self.strategy, is_last=is_last)
                         self._save_if_stopping()
                     self.progress.end_epoch()
                     self.safe_point()
@@ -302,15 +341,20 @@ class Trainer:
             train_unless_set(self.model)
         else:
             self._module_modes.restore()
-        self.updater.refresh()
+        self.optimization.refresh()
+        self._own_step.begin_epoch(self.train_one_iter, Trainer.train_one_iter)
         self._frozen.look()
         for batch, position in self.batches():  # on the device, prefetched
             self.progress.begin_iter()
             self.call("before_iter")
             lr = self.lr
             values = self.train_one_iter(batch)  # forward -> losses -> backward -> update
-            self.progress.end_iter(position)
             row = recordable(values)
+            if self._own_step.function is not None:
+                for run in self._own_step.end_batch(self._ends_window):
+                    run()
+                row |= self._own_step.take_values()
+            self.progress.end_iter(position)
             row["lr"] = lr  # that the step was made with
             self.record(row)  # nothing is read from the device until the values are
             self.call("after_iter")
@@ -320,7 +364,8 @@ class Trainer:
     def train_one_iter(self, batch: Any) -> Mapping[str, Tensor | Number]:
         """Forward, losses, backward and, if the window is complete, the update.
 
-        Override it for another way to train (several optimizers, say); return the values to record, by name.
+        Override it for another way to train (a GAN, a dict of optimizers) with `autocast()` and `update()`, which go through all
+        settings (docs/optimizers.md); return the values to record, by name.
 
         Args:
             batch: on the model's device.
@@ -328,32 +373,56 @@ class Trainer:
         Returns:
             name -> one-element tensor or number, `total_loss` among them.
         """
-        updater = self.updater
+        optimization = self.optimization
         ends_window = self._ends_window()
-        with updater.micro_batch(is_last=ends_window):
+        with optimization.micro_batch(is_last=ends_window):
             if self.step_fn is None and self.precision.is_full:
                 output = self.model(batch)
             else:
                 with self.strategy.autocast(self.precision.autocast()):
                     output = self.model(batch) if self.step_fn is None else self.step_fn(self.model, batch)
             total, values = read_losses(output)
-            weight = 1.0 if self.loss_weight is None else check_weight(self.loss_weight(batch))
-            try:
-                updater.backward(total, weight)
-            except NonFiniteError as error:
-                raise self._nonfinite(str(error), values) from None
-        if ends_window:
-            for run in self._end_window(values):
+            weight = None if self.loss_weight is None else check_weight(self.loss_weight(batch))
+            for run in optimization.update(optimization.unit, total, weight, values, is_last=ends_window):
                 run()
         return values
 
+    def autocast(self) -> AbstractContextManager[Any]:
+        """For a `train_one_iter` of your own: the context of forward passes and losses, in the trainer's precision.
+
+        On several ranks gradients are not exchanged for batches after which more follow in their window.
+        """
+        return self._own_step.autocast(is_last=self._ends_window())
+
+    def update(self, loss: Tensor, optimizer: str | None = None, weight: Tensor | float | None = None) -> None:
+        """For a `train_one_iter` of your own, in place of `zero_grad`, `backward` and `step`: all that the settings ask for.
+
+        Backward with fp16's scaler; if the batch ends its window of gradient_accumulation_steps: the window's mean,
+        before_update, clipping, the optimizer's step (or none, if the gradient is not finite), its schedule, EMA, after_update.
+
+        Args:
+            loss: one element, with its graph; the mean over the batch.
+            optimizer: which one of a dict of optimizers makes the step: the gradient goes to its parameters only.
+            weight: number of items or tokens that the loss is a mean of; None: `loss_weight(batch)`, if that was given.
+
+        Raises:
+            SettingError: for an optimizer that there is not, or a second call in a batch of a window of several.
+            NonFiniteError: before the weights are touched, on CPU.
+        """
+        if weight is None and self.loss_weight is not None:
+            weight = self.loss_weight(self._own_step.batch)
+        for run in self._own_step.update(loss, optimizer, weight, is_last=self._ends_window()):
+            run()
+
     def batches(self) -> Iterator[tuple[Any, int]]:
         """The epoch's batches, on the device, and the position behind each; of a resumed epoch those that are left."""
-        self._use_the_loader()  # a script or a hook may have set another one
-        batches = self._feed.batches(self.progress, self.stop_signals, self.updater)
+        self._feed.use(self.data_loader, self.max_epochs - 1)  # a script or a hook may have set another one
+        batches = self._feed.batches(self.progress, self.stop_signals, self.optimization)
         if self.epoch_len is None:
             batches = self._ranks.in_step(batches)
-        if self.resumed_iter == self.progress.iter > 0 and type(self).train_one_iter is Trainer.train_one_iter:
+        if self._own_step.function is not None:
+            return self._own_step.beginning(batches)
+        if self.resumed_iter == self.progress.iter > 0:
             return warmed_up(batches, self.model, self.step_fn, self.strategy, self.precision)
         return batches
 
@@ -362,10 +431,25 @@ class Trainer:
         row = dict(values)
         row["data_time"] = self._feed.times.data_s
         row["iter_time"] = self._feed.times.step_s
-        self.metric_storage.record(self.progress.iter - 1, row)
+        if self._reads_steps:
+            self._update_iter_metrics(*arguments_of_17(row))
+        else:
+            self.metric_storage.record(self.progress.iter - 1, row)
         if not self._names_checked:
             self._names_checked = True
             checks.check_metric_names(self.hooks, self.lr_scheduler_metric, self.metric_storage)
+
+    def _update_iter_metrics(self, loss_dict: dict[str, float], data_time: float, iter_time: float, lr: float) -> None:
+        """1.7's name, for subclasses that override it: keeps a step's values, which are read from the device for that."""
+        times = {"lr": lr, "data_time": data_time, "iter_time": iter_time}
+        self.metric_storage.record(self.progress.iter - 1, {**loss_dict, **times})
+
+    def _build_default_hooks(self) -> list[HookBase]:
+        """1.7's name, for subclasses that override it: the hooks of `hooks=None`."""
+        return default_hooks()
+
+    def _prepare_for_training(self, console_log_level: int = 2, file_log_level: int = 2) -> None:
+        """1.7's name, for subclasses that override it: called before `before_train`, when the log is open."""
 
     def call(self, stage: str) -> None:
         """Run the hooks of a stage."""
@@ -376,58 +460,21 @@ class Trainer:
 
     def _ends_window(self) -> bool:
         """The batch under way completes its window, as far as the loader's length tells."""
-        window = self.gradient_accumulation_steps
-        return window == 1 or self.updater.num_micro_batches + 1 == window or self.inner_iter + 1 == self.epoch_len
-
-    def _end_window(self, values: dict[str, Any]) -> Iterator[Callable[[], None]]:
-        """What ends a window of gradients, in order; the caller calls each, so that a hook's error has no frame more above it."""
-        yield from self.stages["before_update"]
-        yield functools.partial(self._step, values)
-        yield from self.stages["after_update"]
-        if self.updater.grad_norm is not None:
-            values["grad_norm"] = self.updater.grad_norm
-
-    def _step(self, values: Values) -> None:
-        """The optimizer's step, and what follows one that was made: schedule, EMA, count."""
-        try:
-            updated = self.updater.step()
-        except NonFiniteError as error:
-            latest = {name: buffer.latest for name, buffer in self.metric_storage.items()}
-            raise self._nonfinite(str(error), values or latest) from None
-        if updated:
-            self._after_step()
-
-    def _after_step(self) -> None:
-        self.lr_scheduler.step()
-        if self.lr_scheduler_interval == "iter":
-            self.lr_scheduler.step_scheduler()
-        if self.model_ema is not None:
-            self.model_ema.update(self.model)
-        self.progress.num_updates += 1
+        optimization = self.optimization
+        window = optimization.window_len
+        return window == 1 or optimization.num_open + 1 >= window or self.inner_iter + 1 == self.epoch_len
 
     def _finish_epoch(self) -> None:
-        if self.updater.window_open:  # the loader yielded fewer batches than its length says, or has none
+        self._own_step.end_look()
+        if self.optimization.window_open:  # the loader yielded fewer batches than its length says, or has none
             values: dict[str, Any] = {}
-            for run in self._end_window(values):
+            for run in self.optimization.close_window(values):
                 run()
             self.log(self.cur_iter, **values)
         if self.progress.inner_iter == 0:
             raise SettingError(checks.empty_loader_message(self.data_loader, self.epoch))
-        if self.lr_scheduler_interval == "epoch" and not self.lr_scheduler.needs_metric:
-            self.lr_scheduler.step_scheduler()
+        self.optimization.step_by_epoch()
         self.progress.end_batches()
-
-    def _step_plateau(self) -> None:
-        """ReduceLROnPlateau: a step for each new value of its metric, on all ranks by rank 0's."""
-        name, storage = self.lr_scheduler_metric, self.metric_storage
-        if name is None:
-            return
-        found = (storage[name].avg, storage.latest_iters()[name]) if name in storage else None
-        found = self.strategy.broadcast(found)
-        if found is not None:
-            self.lr_scheduler.step_by_metric(*found)
-        elif self.epoch == self.max_epochs - 1:
-            logger.warning(checks.unknown_metric_message("lr_scheduler_metric", name, storage))
 
     def _save_if_stopping(self) -> None:
         """A run that ends early leaves a `latest.pth`, even if the hook that writes it ran before the decision."""
@@ -448,13 +495,6 @@ class Trainer:
             self._saver.wait()
             self._ranks.meet()
 
-    def _use_the_loader(self) -> None:
-        self._feed.use(self.data_loader, self.max_epochs - 1)
-
-    def _nonfinite(self, what: str, values: Values, iteration: int | None = None) -> NonFiniteError:
-        iteration = self.cur_iter if iteration is None else iteration
-        return NonFiniteError(nonfinite_message(what, describe(values), self.epoch, iteration))
-
     # ---------------------------------------------------------------- begin and end
 
     def _session(self, console_log_level: int, file_log_level: int) -> AbstractContextManager[None]:
@@ -463,6 +503,7 @@ class Trainer:
             self._resume_from(self._ranks.find(lambda: newest(self.ckpt_dir)))
         elif asked is not None:
             self.load_checkpoint(asked)
+        self._start.apply(self.progress, self.epoch_len)
         self._check()
         self._work_dir.claim(self.strategy)
         self._feed.set(self.data_loader, self.seed, self.max_epochs - 1)  # the seed may be a checkpoint's by now
@@ -476,23 +517,21 @@ class Trainer:
         checks.check_device(self.model, self.device)
         epochs_left = self.max_epochs - self.progress.epoch
         checks.check_loader(self.data_loader, epochs_left, self.epoch_len, prefetch=self.prefetch)
-        if self.progress.epoch < self.max_epochs:
-            checks.check_one_cycle(
-                self.lr_scheduler.scheduler,
-                self.lr_scheduler_interval,
-                self.updates_per_epoch,
-                self.max_epochs,
-                is_saved=self._settings.saved_count,
-            )
+        if epochs_left > 0:
+            schedulers = [schedule.scheduler for schedule in self.optimization.schedules.values()]
+            length, interval = self.updates_per_epoch, self.lr_scheduler_interval
+            checks.check_one_cycles(schedulers, interval, length, self.max_epochs, is_saved=self._settings.saved_count)
+        self.optimization.check()
+        checks.check_step(self.optimization.by_name, self.train_one_iter, Trainer.train_one_iter)
         for hook in self.hook_caller.hooks:
             hook.check()
 
     def _begin(self) -> None:
         self._in_train = True
         self._saver.remove_unfinished_files(self.ckpt_dir)
-        self.start_epoch = self.progress.epoch
+        self._start.stand_at(self.progress)
         self.should_stop = False
-        self.updater.reset()
+        self.optimization.reset()
         self._frozen.begin()
         self.metric_storage.allow_repeats()
         if self.model_ema is not None:
@@ -517,7 +556,7 @@ class Trainer:
         return f"epoch {self.epoch}, iteration {self.cur_iter}"
 
     def _on_end(self) -> None:
-        self._in_train = False
+        self._in_train = self._start.in_train = False
         self.resumed_iter = None  # another train() continues where this one ended
         self._saver.drop_rollback()
         self._feed.source.close()
@@ -538,7 +577,7 @@ class Trainer:
 
     def safe_point(self) -> None:
         """Carry out the saves that were asked for and end if a signal asks for it, unless a window of gradients is open."""
-        if not self.updater.window_open and self.strategy.agree(self._saver.pending):
+        if not self.optimization.window_open and self.strategy.agree(self._saver.pending):
             with self._feed.times.saving():
                 self._save(self._saver.take_requests())
             if self.stop_signals.agree(self.strategy):
@@ -571,7 +610,7 @@ class Trainer:
             return
         self._saver.prepare(self.ckpt_dir)
         self.metric_storage.flush()
-        checks.check_outside_window(requests, self.updater.window_open)
+        checks.check_outside_window(requests, self.optimization.window_open)
         self._frozen.look(values=True)
         contents: dict[bool, Any] = {}
         if any(request.save_single_model for request in requests):
@@ -643,7 +682,7 @@ class Trainer:
 
     def _parts(self) -> dict[str, Part]:
         """What a checkpoint holds, by name, in the order of restoring. A new part is a line here."""
-        optimizers = {"optimizer": self.optimizer}
+        optimizers, schedules = self.optimization.optimizers, self.optimization.schedules
         return {
             "progress": self.progress,
             "metric_storage": self.metric_storage,
@@ -654,8 +693,8 @@ class Trainer:
             "ema": parts.AveragePart(self.model_ema, self.model, self._frozen, self.progress),
             "requires_grad": RequiresGradPart(self.model_or_module, optimizers),
             "optimizers": OptimizersPart(optimizers, self.model, self.strategy),
-            "classes": parts.ClassesPart(optimizer=self.optimizer, lr_scheduler=self.lr_scheduler.scheduler),
-            "lr_schedulers": parts.NamedParts(lr_scheduler=parts.SchedulePart(self.lr_scheduler, self._settings)),
+            "classes": parts.classes_part(optimizers, schedules),
+            "lr_schedulers": parts.schedules_part(schedules, self._settings),
             "settings": SettingsPart(self._settings, self.max_epochs, self.lr_scheduler_interval),
             "grad_scaler": parts.ScalerPart(self.precision.scaler),
             "modes": self._module_modes,
@@ -666,9 +705,9 @@ class Trainer:
             "environment": parts.EnvironmentPart(
                 self.device,
                 self.strategy.world_size,
-                gradient_accumulation_steps=self.gradient_accumulation_steps,
                 batch_size=self._batch_size,
-                **self._settings_of_steps,
+                lr_scheduler_metric=self.lr_scheduler_metric,
+                **self.optimization.settings_of_steps(),
             ),
             **self._feed.parts(self.progress),
             "rng": parts.RandomPart(self.strategy),
@@ -684,7 +723,8 @@ class Trainer:
 
     def _beside_hooks(self) -> Iterator[Any]:
         """What else is in a state, and may be changed by a hook."""
-        yield from (self.model_or_module, self.optimizer, self.lr_scheduler, self._feed.generator_states())
+        yield from (self.model_or_module, self._feed.generator_states())
+        yield from (*self.optimization.optimizers.values(), *self.optimization.schedules.values())
         yield from () if self.model_ema is None else (self.model_ema.model, self.model_ema.updates)
         yield from self._kept_attributes.things()
 
@@ -720,7 +760,7 @@ class Trainer:
         if found.state["seed"] is not None:
             self.seed = found.state["seed"]
         self.resumed_iter = self.progress.iter
-        self.start_epoch = self.progress.epoch
+        self._start.stand_at(self.progress)
         self._work_dir.move_to(found.path)
         was = found.state["environment"] or {}
         self._resumption.told += self._feed.count_again(self.progress, was, self._batch_size)
@@ -753,20 +793,6 @@ class Trainer:
         """
         self._kept_attributes.register(name, thing)
 
-    @property
-    def should_stop(self) -> bool:
-        """The run ends after the epoch under way; on several ranks, once all know it."""
-        return self._ranks.stops
-
-    @should_stop.setter
-    def should_stop(self, wanted: bool) -> None:
-        self._ranks.set_stop(bool(wanted))
-
-    @property
-    def hook_strategy(self) -> Strategy:
-        """What hooks do together: the run's strategy, or one process if only rank 0 has hooks."""
-        return self._ranks.of_hooks
-
     def check_main(self) -> bool:
         """This is the process that writes and prints (1.7's name)."""
         return self.strategy.rank == 0 and is_main()
@@ -796,21 +822,6 @@ class Trainer:
     # ---------------------------------------------------------------- where the run stands
 
     @property
-    def epoch(self) -> int:
-        """Index of the epoch under way, or of the last one."""
-        return self.progress.current_epoch
-
-    @property
-    def inner_iter(self) -> int:
-        """Index in its epoch of the batch under way, or of the last one."""
-        return self.progress.current_inner_iter
-
-    @property
-    def cur_iter(self) -> int:
-        """Index in the run of the batch under way, or of the last one."""
-        return self.progress.current_iter
-
-    @property
     def epoch_len(self) -> int | None:
         """Batches in an epoch, on this rank; None if the loader has no length."""
         return length_of(self._loader_in_use) if self.strategy.world_size == 1 else self._feed.source.num_batches
@@ -824,11 +835,6 @@ class Trainer:
     def updates_per_epoch(self) -> int | None:
         """Optimizer steps in an epoch; None if the loader has no length."""
         return None if self.epoch_len is None else -(-self.epoch_len // self.gradient_accumulation_steps)
-
-    @property
-    def lr(self) -> float:
-        """Learning rate of the first parameter group."""
-        return float(self.optimizer.param_groups[0]["lr"])
 
     @property
     def _batch_size(self) -> int | None:
@@ -852,15 +858,6 @@ class Trainer:
         return self.model_or_module if self.model_ema is None else self.model_ema.model
 
     @property
-    def work_dir(self) -> str:
-        """Where the run's files go; final once `train()` has begun."""
-        return self._work_dir.path
-
-    @property
-    def ckpt_dir(self) -> str:
-        return self._work_dir.checkpoints
-
-    @property
     def tb_log_dir(self) -> str:
         return os.path.join(self.work_dir, "tb_logs")
 
@@ -876,6 +873,7 @@ def _check_read_values(trainer: Trainer | None, columns: Columns) -> None:
     """Values of steps have been read from the device: are losses and gradients finite?"""
     if trainer is None or trainer.on_nonfinite == "skip" or trainer.precision.scaler is not None:
         return
-    bad = first_nonfinite(columns)
+    trainer._own_step.check_losses()
+    bad = first_nonfinite(columns, ("total_loss", *trainer.optimization.norm_names))
     if bad is not None:
-        raise trainer._nonfinite(f"{bad.name} is not finite", bad.values, bad.iteration)
+        raise trainer.optimization.nonfinite(f"{bad.name} is not finite", bad.values, bad.iteration)

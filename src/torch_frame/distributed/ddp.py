@@ -103,6 +103,31 @@ class DDP(SingleProcess):
         self._reduced = frozenset(id(p) for p in wrapped.module.parameters() if p.requires_grad)
         return wrapped
 
+    def replicate(self, model: nn.Module) -> nn.Module:
+        """The bare model, with rank 0's weights and buffers.
+
+        DistributedDataParallel cannot put a loss's gradient into some of the parameters only.
+
+        Raises:
+            ValueError: for a model that is wrapped, or for settings of the wrapper.
+        """
+        if isinstance(model, DistributedDataParallel):
+            raise ValueError(
+                "the model is wrapped in DistributedDataParallel, but a dict of optimizers needs the bare one. Pass model.module."
+            )
+        given = [name for name, value in self._settings.items() if value]
+        given += ["comm_hook"] if self._comm_hook is not None else []
+        given += ["sync_batchnorm"] if self._sync_batchnorm else []
+        if given:
+            raise ValueError(
+                f"{', '.join(given)} cannot be set with a dict of optimizers, for which the model is not wrapped."
+            )
+        _copy_from_first([*model.parameters(), *model.buffers()])
+        return model
+
+    def share_buffers(self, model: nn.Module) -> None:
+        _copy_from_first(list(model.buffers()))
+
     def _wrap(self, model: nn.Module) -> DistributedDataParallel:
         devices = {p.device for p in (*model.parameters(), *model.buffers())}
         if self._sync_batchnorm:
@@ -245,6 +270,16 @@ class _Wrapper(DistributedDataParallel):
             if name == "module":
                 raise
             return getattr(self.module, name)
+
+
+@torch.no_grad()
+def _copy_from_first(tensors: Iterable[Tensor]) -> None:
+    """Give all ranks rank 0's values."""
+    for group in _by_kind(tensors).values():
+        flat = torch.cat([tensor.reshape(-1) for tensor in group])
+        dist.broadcast(flat, 0)
+        for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 def _by_kind(parameters: Iterable[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:

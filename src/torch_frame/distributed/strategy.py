@@ -53,6 +53,15 @@ class Strategy(Protocol):
         """The model as the loop calls it: wrapped or sharded. Called once, on the model on its device."""
         ...
 
+    def replicate(self, model: nn.Module) -> nn.Module:
+        """Instead of `prepare`, for several optimizers with losses of their own: nothing is exchanged in backward, but the ranks
+        begin with the same model, and `reduce_gradients` averages."""
+        ...
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """After a window of a replicated model: all ranks have the same buffers."""
+        ...
+
     def unwrap(self, model: nn.Module) -> nn.Module:
         """The bare model inside a prepared one; a bare model is returned as it is."""
         ...
@@ -155,6 +164,12 @@ class SingleProcess:
 
     def prepare(self, model: nn.Module) -> nn.Module:
         return model
+
+    def replicate(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """There is one model."""
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         inner: nn.Module = model.module if isinstance(model, _WRAPPERS) else model

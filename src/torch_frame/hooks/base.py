@@ -8,14 +8,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.progress import Progress
 from torch_frame.tracking.history import MetricStorage
 from torch_frame.tracking.step_times import TimeSplit
 from torch_frame.training.ema import EMA
-from torch_frame.training.schedules import LRWarmupScheduler
 
 STAGES = (
     "before_train",
@@ -38,8 +36,8 @@ class HookTrainer(Protocol):
 
     Attributes:
         model: the model that trains, in its wrapper if it has one.
-        optimizer: of the model's parameters.
-        lr_scheduler: the scheduler inside its warm-up.
+        optimizer: one, or as it was given: a tuple, or a mapping of names.
+        lr_scheduler: the scheduler inside its warm-up (`LRWarmupScheduler`), in the same form.
         data_loader: of the training.
         max_epochs: epochs of the run.
         start_epoch: index of the epoch that this `train()` began with.
@@ -47,8 +45,8 @@ class HookTrainer(Protocol):
     """
 
     model: nn.Module
-    optimizer: Optimizer
-    lr_scheduler: LRWarmupScheduler
+    optimizer: Any
+    lr_scheduler: Any
     data_loader: Iterable[Any]
     max_epochs: int
     start_epoch: int
@@ -205,9 +203,10 @@ class HookBase:
                 before_iter
                 forward, backward
                 if a window of gradient_accumulation_steps batches is complete, or the epoch ends:
-                    before_update
-                    unscale, finite?, clip, optimizer.step, scheduler (per iteration), EMA
-                    after_update
+                    unscale, mean of the window
+                    before_update               # what it changes of the gradient counts
+                    finite?, clip, optimizer.step, scheduler (per iteration), EMA
+                    after_update                # only after an update that was made
                 after_iter                      # this batch's values are recorded
                 a safe point, if a window is complete: saves that were asked for are carried out
             scheduler (per epoch)
@@ -257,10 +256,10 @@ class HookBase:
         """After a batch; its values are in `metric_storage`."""
 
     def before_update(self) -> None:
-        """Before gradients are unscaled, clipped and used; they are complete."""
+        """Before the gradient is clipped and used: the mean over the window and the ranks, unscaled."""
 
     def after_update(self) -> None:
-        """After the optimizer, a per-iteration scheduler and EMA."""
+        """After an update that was made: optimizer, a per-iteration scheduler, EMA (of a dict of optimizers: before EMA)."""
 
     def on_exception(self, error: BaseException) -> None:
         """When training ends by an exception, Ctrl-C included; it reaches the caller afterwards."""

@@ -64,6 +64,10 @@ class HookCaller:
                 methods[:] = split.around(calls)
         self.load_state_dict(None)
 
+    def names_with(self, *stages: str) -> list[str]:
+        """Names of the hooks that do something at one of these stages."""
+        return [hook.class_name for hook in self.hooks if any(_overrides(hook, stage) for stage in stages)]
+
     def check_new(self, hooks: Iterable[HookBase]) -> None:
         """Hooks that have been through `before_train` of another run are refused.
 

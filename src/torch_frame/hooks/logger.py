@@ -60,6 +60,7 @@ class LoggerHook(HookBase):
         self._progress_bar = progress_bar
         self._writes = True  # on the main process
         self._last_write: dict[str, int] = {}
+        self._new: dict[str, tuple[int, float]] = {}  # name -> (step, value), of the write under way
         self._files: dict[str, Any] | None = None  # where they ended; None: not opened yet
         self._run_id = uuid.uuid4().hex[:12]
         self._until_write = period
@@ -146,20 +147,24 @@ class LoggerHook(HookBase):
 
     def _write(self) -> None:
         """The values that are new since the last write, to TensorBoard and metrics.jsonl."""
-        new = {
+        self._new = new = {
             name: (step, value)
             for name, (step, value) in self.metric_storage.values_maybe_smooth.items()
             if step > self._last_write.get(name, -1)
         }
         if not new:
             return
+        self._write_tensorboard()
         self._last_write.update({name: step for name, (step, _) in new.items()})
         if self._jsonl is not None:
             counters = {"iter": self.trainer.cur_iter, "epoch": self.trainer.epoch, "time": round(time.time(), 3)}
             self._jsonl.write({**counters, **{name: value for name, (_, value) in new.items()}})
+
+    def _write_tensorboard(self) -> None:
+        """The values that are new since the last write, to TensorBoard; subclasses of 1.7 override it."""
         if self._tensorboard is not None:
             by_step: dict[int, dict[str, float]] = {}
-            for name, (step, value) in new.items():
+            for name, (step, value) in self._new.items():
                 by_step.setdefault(step, {})[f"{self._mode_of(name)}/{name}"] = value
             self._for_tensorboard += by_step.items()
             if time.perf_counter() >= self._next_hand_over:

@@ -119,7 +119,8 @@ class Attributes:
         """The modules that no optimizer trains, without those that are registered."""
         trainer = self._trainer()
         assert trainer is not None
-        optimizers = [trainer.optimizer, *(thing for thing in found.values() if isinstance(thing, Optimizer))]
+        own = trainer.optimization.optimizers.values()
+        optimizers = [*own, *(thing for thing in found.values() if isinstance(thing, Optimizer))]
         trained = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         return {
             name: thing
@@ -318,14 +319,14 @@ class _Schedule:
 
 def _ids_of_own(trainer: Any) -> set[int]:
     """What is saved in other ways: id() of the model and its modules, EMA's, the optimizer, ..."""
-    ema, schedule = trainer.model_ema, trainer.lr_scheduler
+    ema, optimization = trainer.model_ema, trainer.optimization
     modules = [*trainer.model.modules(), *(() if ema is None else ema.model.modules())]
     things = [
         *modules,
         ema,
-        trainer.optimizer,
-        schedule,
-        getattr(schedule, "scheduler", None),
+        *optimization.optimizers.values(),
+        *optimization.schedules.values(),
+        *(schedule.scheduler for schedule in optimization.schedules.values()),
         trainer.precision.scaler,
     ]
     return {id(thing) for thing in [*things, *trainer.hooks, trainer.data_loader, trainer.metric_storage]}

@@ -25,6 +25,7 @@ from torch_frame.distributed.strategy import SingleProcess, Strategy
 from torch_frame.errors import SettingError
 from torch_frame.run.saving import SaveRequest
 from torch_frame.run.state import Part
+from torch_frame.training.several import labelled, labelled_schedulers
 
 
 def check_given(given: Mapping[str, Any]) -> None:
@@ -38,7 +39,11 @@ def check_given(given: Mapping[str, Any]) -> None:
     check_functions(**{name: given[name] for name in ("step_fn", "loss_weight")})
     check_flags(**{name: given[name] for name in ("enable_amp", "use_ema", "take_over", "prefetch", "save_frozen")})
     check_warmup_and_ema(given["warmup_iters"], given["warmup_factor"], given["ema_decay"])
-    check_scheduler(given["lr_scheduler"], given["lr_scheduler_interval"], given["lr_scheduler_metric"])
+    check_schedulers(
+        labelled_schedulers(given["lr_scheduler"], given["optimizer"]).values(),
+        given["lr_scheduler_interval"],
+        given["lr_scheduler_metric"],
+    )
     check_choice("on_nonfinite", given["on_nonfinite"], ("raise", "skip"))
     check_choice("resume_settings", given["resume_settings"], (None, "checkpoint", "script"))
 
@@ -47,16 +52,8 @@ def check_arguments(model: Any, optimizer: Any, lr_scheduler: Any, data_loader: 
     """The things that a Trainer is made of are what they have to be, and belong together."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {_described(model)}; it has to be a torch.nn.Module object.")
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer is {_described(optimizer)}; it has to be a torch.optim.Optimizer object.")
-    _check_parameters(model, optimizer)
-    if lr_scheduler is not None and getattr(lr_scheduler, "optimizer", optimizer) is not optimizer:
-        raise SettingError(
-            "lr_scheduler was made for another optimizer than the one given, whose learning rate would never change. "
-            "Make it from the same optimizer object."
-        )
-    if lr_scheduler is not None and not hasattr(lr_scheduler, "optimizer"):
-        raise TypeError(f"lr_scheduler is {_described(lr_scheduler)}; it has to be a torch scheduler, or None.")
+    _check_parameters(model, labelled(optimizer).values())
+    labelled_schedulers(lr_scheduler, optimizer)
     check_loader_kind(data_loader)
 
 
@@ -134,11 +131,11 @@ def checked_resume(resume: Any) -> str | os.PathLike[str] | None:
     raise TypeError(f"resume is {resume!r}; it has to be None, 'auto', or the path of a checkpoint such as latest.pth.")
 
 
-def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
+def _check_parameters(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
     trainable = {id(p) for p in model.parameters() if p.requires_grad}
     if not trainable:
         raise SettingError("The model has no parameter that requires a gradient, so there is nothing to train.")
-    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    optimized = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     if not trainable & optimized:
         raise SettingError(
             "None of the model's trainable parameters is in the optimizer. Was the optimizer made from another model, "
@@ -146,22 +143,41 @@ def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
         )
 
 
-def check_can_be_saved(optimizer: Optimizer, lr_scheduler: Part) -> None:
-    """Before the first step: the settings of the optimizer's groups and the schedule can be saved.
+def check_can_be_saved(optimizers: Mapping[str, Optimizer], lr_schedulers: Part) -> None:
+    """Before the first step: the settings of the optimizers' groups and the schedules can be saved.
 
     Raises:
         CheckpointError: with the place of what cannot.
     """
-    for index, group in enumerate(optimizer.param_groups):
-        settings = {name: value for name, value in group.items() if name not in ("params", "param_names")}
-        plain(encode_most(settings), f"the settings of the optimizer's group {index}")
-    plain(lr_scheduler.state_dict(), "the state of the lr_scheduler")
+    for label, optimizer in optimizers.items():
+        for index, group in enumerate(optimizer.param_groups):
+            settings = {name: value for name, value in group.items() if name not in ("params", "param_names")}
+            plain(encode_most(settings), f"the settings of the {label}'s group {index}")
+    plain(lr_schedulers.state_dict(), "the state of the lr_scheduler")
 
 
-def check_scheduler(lr_scheduler: Any, interval: str, metric: str | None) -> None:
-    """The scheduler's interval and metric go together with what it is."""
+def check_names_of_17(kind: type) -> None:
+    """A subclass does not override a method that 1.7 called, and that has another name now."""
+    if hasattr(kind, "_train_one_epoch"):
+        raise SettingError(
+            f"{kind.__name__} overrides _train_one_epoch, which would never be called: it is train_one_epoch() now. Rename it; "
+            "super().train_one_epoch() trains the epoch."
+        )
+
+
+def check_step(by_name: bool, step: Any, standard: Any) -> None:
+    """A dict of optimizers needs a step of the user's, which says which loss is whose."""
+    if by_name and getattr(step, "__func__", step) is standard:
+        raise SettingError(
+            "optimizer is a dict, so train_one_iter has to say which loss is whose: override it and call "
+            "self.update(loss, name) for each (docs/optimizers.md). Optimizers that step together by one loss are a list."
+        )
+
+
+def check_schedulers(schedulers: Iterable[Any], interval: str, metric: str | None) -> None:
+    """The schedulers' interval and metric go together with what they are."""
     check_choice("lr_scheduler_interval", interval, ("epoch", "iter"))
-    if isinstance(lr_scheduler, ReduceLROnPlateau):
+    if any(isinstance(one, ReduceLROnPlateau) for one in schedulers):
         if metric is None:
             raise SettingError(
                 "ReduceLROnPlateau follows a metric. Name it: Trainer(..., lr_scheduler_metric='eval_loss') or 'total_loss'."
@@ -174,7 +190,15 @@ def check_scheduler(lr_scheduler: Any, interval: str, metric: str | None) -> Non
         )
 
 
-def check_one_cycle(
+def check_one_cycles(
+    schedulers: Iterable[Any], interval: str, updates_per_epoch: int | None, max_epochs: int, *, is_saved: bool
+) -> None:
+    """`_check_one_cycle` of each."""
+    for scheduler in schedulers:
+        _check_one_cycle(scheduler, interval, updates_per_epoch, max_epochs, is_saved=is_saved)
+
+
+def _check_one_cycle(
     lr_scheduler: Any, interval: str, updates_per_epoch: int | None, max_epochs: int, *, is_saved: bool = False
 ) -> None:
     """OneCycleLR was made for as many steps as this run takes: with fewer it fails in mid-run, with more it never anneals.

@@ -19,7 +19,7 @@ from torch_frame.run.samplers import Samplers
 from torch_frame.run.state import Part
 from torch_frame.stopping import StopSignals
 from torch_frame.tracking.step_times import StepTimes
-from torch_frame.training.update import Update
+from torch_frame.training.optimization import Optimization
 
 _logger = logging.getLogger("torch_frame")
 
@@ -76,13 +76,15 @@ class Feed:
             self.source.close()
             self.set(loader, self._seed, last_epoch)
 
-    def batches(self, progress: Progress, signals: StopSignals, updater: Update) -> Iterator[tuple[Any, int]]:
+    def batches(
+        self, progress: Progress, signals: StopSignals, optimization: Optimization
+    ) -> Iterator[tuple[Any, int]]:
         """The epoch's batches, on the device, and the position behind each; of a resumed epoch those that are left.
 
         Args:
             progress: which epoch, and from where.
             signals: one that comes while a batch is waited for ends the wait, unless
-            updater: has a window of gradients open.
+            optimization: has a window of gradients open.
         """
         placed = self.source.epoch(progress.epoch, progress.position)
         device, times = self._device, self.times
@@ -92,14 +94,14 @@ class Feed:
         may_interrupt = self.source.interruptible and self._strategy.world_size == 1
         times.ask()
         try:
-            signals.begin_wait(may_interrupt and not updater.window_open)
+            signals.begin_wait(may_interrupt and not optimization.window_open)
             for batch, position in placed:
                 signals.may_interrupt = False
                 moved = batch if ahead else move_to_device(batch, device)
                 times.receive()
                 yield moved, position
                 times.ask()
-                signals.begin_wait(may_interrupt and not updater.window_open)
+                signals.begin_wait(may_interrupt and not optimization.window_open)
         finally:  # after a fetch that failed, too: later waits must not be interrupted
             signals.may_interrupt = False
             times.end_asking()

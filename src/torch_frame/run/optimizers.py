@@ -17,9 +17,7 @@ from torch_frame.run.by_name import Names
 from torch_frame.run.exact import SameGroups, castable, keys_on_host, make_exact
 from torch_frame.run.setting_differences import BY_SCHEDULE
 from torch_frame.run.state import Line, State
-
-SCHEDULE_OF = {"optimizer": "lr_scheduler"}
-"""Label of an optimizer -> label of its schedule, if it is another."""
+from torch_frame.training.several import schedule_label
 
 
 class OptimizersPart:
@@ -52,14 +50,19 @@ class OptimizersPart:
             part.load_state_dict(states[label])
 
     def differences(self, saved: Mapping[str, Any], unknown: Collection[str]) -> list[str]:
+        if saved.keys() != self._parts.keys():
+            return [f"the optimizers were {', '.join(saved)}, now they are {', '.join(self._parts)}"]
         return [line for label, part in self._parts.items() for line in part.differences(saved[label], unknown)]
 
     def refusals(self, saved: Mapping[str, Any]) -> list[str]:
-        return [line for label, part in self._parts.items() for line in part.refusals(saved[label])]
+        return [line for label, part in self._in_both(saved) for line in part.refusals(saved[label])]
+
+    def _in_both(self, saved: Mapping[str, Any]) -> list[tuple[str, OptimizerPart]]:
+        return [(label, part) for label, part in self._parts.items() if label in saved]
 
     def waits(self, saved: Mapping[str, Any]) -> str | None:
         """Why the part can be restored only after `before_train`, in words: a hook may add the layers that it unfreezes there."""
-        missing = [name for label, part in self._parts.items() for name in part.missing_groups(saved[label])]
+        missing = [name for label, part in self._in_both(saved) for name in part.missing_groups(saved[label])]
         if not missing:
             return None
         return (
@@ -71,14 +74,14 @@ class OptimizersPart:
         """A whole state whose optimizers, and their schedules, have today's groups and order; and what to say of it."""
         lines: list[Line] = []
         optimizers, schedules = dict(state["optimizers"]), dict(state["lr_schedulers"])
-        for label, part in self._parts.items():
+        for label, part in self._in_both(optimizers):
             found = part.in_present_order(optimizers[label])
             if found is None:
                 continue
             num_groups = len(optimizers[label]["param_groups"])
             optimizers[label], origin, said = found
             lines += said
-            schedule = SCHEDULE_OF.get(label, label)
+            schedule = schedule_label(label)
             schedules[schedule] = by_name.regrouped_schedule(schedules[schedule], num_groups, origin)
         return {**state, "optimizers": optimizers, "lr_schedulers": schedules}, lines
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from torch_frame.checkpoint.format import plain
 from torch_frame.checkpoint.misfits import misfits, own_names
@@ -27,11 +28,12 @@ from torch_frame.errors import CheckpointError
 from torch_frame.progress import Progress
 from torch_frame.run.optimizers import some
 from torch_frame.run.samplers import Samplers
-from torch_frame.run.script_settings import Settings
+from torch_frame.run.script_settings import AllSettings, Settings
 from torch_frame.run.state import CheckedPart, Line, Part, UndoablePart
 from torch_frame.run.trained import FrozenParameters
 from torch_frame.training.ema import EMA
 from torch_frame.training.schedules import LRWarmupScheduler
+from torch_frame.training.several import schedule_label
 
 
 class ModelPart:
@@ -162,6 +164,21 @@ class SchedulePart:
         return functools.partial(self._lr_scheduler.load_state_dict, self._lr_scheduler.state_dict())
 
 
+def schedules_part(schedules: Mapping[str, LRWarmupScheduler], settings: AllSettings) -> NamedParts:
+    """The schedules under their labels.
+
+    Args:
+        schedules: label of the optimizer -> its schedule.
+    """
+    each = {schedule_label(label): SchedulePart(one, settings.each[label]) for label, one in schedules.items()}
+    return NamedParts(**each)
+
+
+def classes_part(optimizers: Mapping[str, Optimizer], schedules: Mapping[str, LRWarmupScheduler]) -> ClassesPart:
+    """The classes of the optimizers and of torch's schedulers."""
+    return ClassesPart(**optimizers, **{schedule_label(label): one.scheduler for label, one in schedules.items()})
+
+
 class ScalerPart:
     """The gradient scaler of fp16, or None."""
 
@@ -234,7 +251,7 @@ class ClassesPart(FactPart):
         return [
             f"the {what} was {saved[what]}, now it is {name}"
             for what, name in self._value.items()
-            if what != "lr_scheduler" and name != saved[what]
+            if not what.startswith("lr_scheduler") and name != saved.get(what, name)
         ]
 
 

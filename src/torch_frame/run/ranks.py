@@ -83,15 +83,16 @@ class Ranks:
         """The run is to end: what all ranks know, so that their hooks do the same; hooks that are alone know it at once."""
         return self._stops or (self.wants_stop and not (self._several and self.hooks_on_all))
 
+    @stops.setter
+    def stops(self, wanted: bool) -> None:
+        """This rank wants the run to end, or not any more."""
+        self.wants_stop = bool(wanted)
+        self._stops = self._stops and self.wants_stop
+
     def agree_on_stop(self) -> bool:
         """Whether any rank wants the run to end; all know it then."""
         self.wants_stop = self._stops = self._strategy.agree(self.wants_stop)
         return self._stops
-
-    def set_stop(self, wanted: bool) -> None:
-        """This rank wants the run to end, or not any more."""
-        self.wants_stop = wanted
-        self._stops = self._stops and wanted
 
     def report(self, error: BaseException) -> None:
         """Tell the others of an error, and the user what another rank has told."""

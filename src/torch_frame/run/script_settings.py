@@ -78,6 +78,39 @@ class Settings:
         return self.plan is not None and self.plan.target is not None
 
 
+class AllSettings:
+    """The settings of each optimizer and its schedule.
+
+    Args:
+        choice, model: see `Settings`.
+        schedules: label of the optimizer -> schedule.
+
+    Attributes:
+        each: label of the optimizer -> its settings.
+    """
+
+    def __init__(self, choice: Choice | None, model: nn.Module, schedules: Mapping[str, LRWarmupScheduler]) -> None:
+        self._choice = choice
+        self._model = model
+        self.each: dict[str, Settings] = {}
+        self.renew(schedules)
+
+    def renew(self, schedules: Mapping[str, LRWarmupScheduler]) -> None:
+        """A script or a hook has set these schedules: those that are new are settings of the script from now on."""
+        before = self.each
+        self.each = {
+            label: before[label]
+            if label in before and before[label].schedule is schedule
+            else Settings(self._choice, schedule, self._model)
+            for label, schedule in schedules.items()
+        }
+
+    @property
+    def saved_count(self) -> bool:
+        """The settings in force are a checkpoint's."""
+        return any(settings.saved_count for settings in self.each.values())
+
+
 def rates_of_plateau(plan: Plan, settings: Settings, same_class: bool) -> list[float]:
     """The script's rates, reduced as often as the saved ones were."""
     rates = []

@@ -47,7 +47,7 @@ def as_set(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def derived(
-    groups: Sequence[Mapping[str, Any]], counts: Mapping[str, Any], classes: Mapping[str, str]
+    groups: Sequence[Mapping[str, Any]], counts: Mapping[str, Any], classes: Mapping[str, Any]
 ) -> dict[str, Any]:
     """A record from a state that has none, as far as what was set can be seen in what is in force.
 

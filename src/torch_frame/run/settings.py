@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from torch_frame.checkpoint.values import decode
 from torch_frame.run.script_settings import (
+    AllSettings,
     Plan,
     Settings,
     State,
@@ -25,6 +26,7 @@ from torch_frame.run.script_settings import (
 from torch_frame.run.setting_differences import BY_SCHEDULE, Difference, derived, differing, shown
 from torch_frame.training.replay import replayed, with_counts_of_plateau
 from torch_frame.training.schedule_settings import LENGTHS, PLACES, length_of, position_in, rates_that_differ
+from torch_frame.training.several import ONLY, schedule_label
 
 CHOICE = (
     "Choose: resume_settings='script' continues with this script's settings, the schedule stepped to where the run is; "
@@ -43,26 +45,81 @@ class SettingsPart:
     """The settings in force, as a part of the state: compared with the script's when a run is resumed.
 
     Args:
-        settings: of the script.
+        settings: of the script, for each optimizer.
         max_epochs, interval: of the run, which a schedule's length belongs to.
     """
 
-    def __init__(self, settings: Settings, max_epochs: int, interval: str) -> None:
+    def __init__(self, settings: AllSettings, max_epochs: int, interval: str) -> None:
+        run = {"max_epochs": max_epochs, "interval": interval}
+        self._parts = {label: _SettingsOfOne(one, label, run) for label, one in settings.each.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        states = {label: part.state_dict() for label, part in self._parts.items()}
+        return states[ONLY] if list(states) == [ONLY] else {"each": states}
+
+    def compare(self, state: State) -> None:
+        """Compare a whole state with the script; `differences` and `load_state_dict` go by the result."""
+        saved = state.get("settings") or {}
+        of_each = saved.get("each", {ONLY: saved})
+        for label, part in self._parts.items():
+            if label in state["optimizers"] and schedule_label(label) in state["lr_schedulers"]:
+                part.compare(state, of_each.get(label))
+
+    def differences(self, saved: Any, unknown: Collection[str]) -> list[str]:
+        return [self._said(label, line) for label, part in self._parts.items() for line in part.refused()]
+
+    def keep(self) -> Callable[[], None]:
+        """The optimizers and schedules are put back by their own parts."""
+        kept = [part.keep() for part in self._parts.values()]
+
+        def put_back() -> None:
+            for part in kept:
+                part()
+
+        return put_back
+
+    def load_state_dict(self, saved: Any) -> None:
+        """Bring the script's settings into force, or note that the saved ones are."""
+        for part in self._parts.values():
+            part.bring_into_force()
+
+    def told(self) -> list[str]:
+        """Sentences about the differences, for one warning."""
+        return [self._said(label, line) for label, part in self._parts.items() for line in part.told()]
+
+    def _said(self, label: str, line: str) -> str:
+        return line if label == ONLY else f"{label}: {line}"
+
+
+class _SettingsOfOne:
+    """Those of one optimizer and its schedule.
+
+    Args:
+        settings: of the script.
+        label: of the optimizer.
+        run: `max_epochs` and `interval`.
+    """
+
+    def __init__(self, settings: Settings, label: str, run: dict[str, Any]) -> None:
         self._settings = settings
-        self._run: dict[str, Any] = {"max_epochs": max_epochs, "interval": interval}
+        self._label = label
+        self._run = run
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._settings.in_force, **self._run}
 
-    def compare(self, state: State) -> None:
-        """Compare a whole state with the script; `differences` and `load_state_dict` go by the result."""
+    def compare(self, state: State, saved: Mapping[str, Any] | None) -> None:
         settings = self._settings
-        counts = _schedule_in(state)
-        saved = state.get("settings") or derived(_groups_in(state), counts, state.get("classes") or {})
+        counts = _schedule_in(state, self._label)
+        if not saved:
+            classes: Mapping[str, Any] = state.get("classes") or {}
+            saved = derived(
+                _groups_in(state, self._label), counts, {"lr_scheduler": classes.get(schedule_label(self._label))}
+            )
         plan = settings.plan = Plan(saved, counts, list(differing(saved, settings.script)))
         rates = _rates_that_differ(plan, settings)
         if settings.choice == "script":
-            _refuse_missing_state(plan, state)
+            _refuse_missing_state(plan, state, self._label)
             self._build_anew(plan, state, functions_differ=bool(rates))
         else:
             _refuse_another_class(plan)
@@ -71,16 +128,14 @@ class SettingsPart:
         _judge_functions(plan, settings, rates)
         self._note_end_of_schedule(plan, state)
 
-    def differences(self, saved: Any, unknown: Collection[str]) -> list[str]:
+    def refused(self) -> list[str]:
         plan = self._settings.plan
         return [] if plan is None else plan.refused
 
     def keep(self) -> Callable[[], None]:
-        """The optimizers and schedules are put back by their own parts."""
         return functools.partial(setattr, self._settings, "in_force", self._settings.in_force)
 
-    def load_state_dict(self, saved: Any) -> None:
-        """Bring the script's settings into force, or note that the saved ones are."""
+    def bring_into_force(self) -> None:
         settings, plan = self._settings, self._settings.plan
         if plan is None:
             return
@@ -93,7 +148,6 @@ class SettingsPart:
             settings.in_force = {**plan.saved, "schedule": schedule}
 
     def told(self) -> list[str]:
-        """Sentences about the differences, for one warning."""
         plan, choice = self._settings.plan, self._settings.choice
         if plan is None:
             return []
@@ -185,9 +239,9 @@ def _refuse_another_length(plan: Plan, max_epochs: int) -> None:
         plan.refused.append(f"the lr_scheduler was made for another length: {texts}. {CHOICE}")
 
 
-def _refuse_missing_state(plan: Plan, state: State) -> None:
+def _refuse_missing_state(plan: Plan, state: State, label: str) -> None:
     """Some settings need state that the optimizer keeps only with them, and that torch does not make later."""
-    kept = [values for values in state["optimizers"]["optimizer"]["state"].values() if isinstance(values, Mapping)]
+    kept = [values for values in state["optimizers"][label]["state"].values() if isinstance(values, Mapping)]
     switched_on = {one.name: one for one in plan.differing if one.kind == "group" and one.script and not one.saved}
     for setting, always, only_with_it in _NEEDS_STATE:
         if setting in switched_on and any(always in one and only_with_it not in one for one in kept):
@@ -233,13 +287,13 @@ def _concerns_schedule(one: Difference, cycled: Set[str]) -> bool:
 # ---------------------------------------------------------------- where a state has it
 
 
-def _schedule_in(state: State) -> State:
-    schedule: State = decode(state["lr_schedulers"]["lr_scheduler"])
+def _schedule_in(state: State, label: str) -> State:
+    schedule: State = decode(state["lr_schedulers"][schedule_label(label)])
     return schedule
 
 
-def _groups_in(state: State) -> list[dict[str, Any]]:
-    groups: list[dict[str, Any]] = decode(state["optimizers"]["optimizer"]["param_groups"])
+def _groups_in(state: State, label: str) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = decode(state["optimizers"][label]["param_groups"])
     return groups
 
 

@@ -44,6 +44,11 @@ class EMA:
         self._limit = decay
         self._source: nn.Module | None = None
 
+    @property
+    def limit(self) -> float:
+        """The decay that it was made with."""
+        return self._limit
+
     def decay(self, updates: int) -> float:
         """d at the n-th update."""
         return self._limit * (1 - math.exp(-updates / 2000))

@@ -175,6 +175,13 @@ def recordable(values: Any) -> dict[str, Tensor | Number]:
     return row
 
 
+def arguments_of_17(row: Mapping[str, Tensor | Number]) -> tuple[dict[str, float], float, float, float]:
+    """A recorded row as 1.7's `_update_iter_metrics` takes it: numbers, then data_time, iter_time, lr (reads the device)."""
+    numbers = {name: float(value) for name, value in row.items()}
+    data_time, iter_time, lr = (numbers.pop(name, 0.0) for name in ("data_time", "iter_time", "lr"))
+    return numbers, data_time, iter_time, lr
+
+
 def _detached_copy(value: Tensor) -> Tensor:
     """A tensor that no later step changes, without its graph. A value with a graph is one already."""
     return value.detach() if value.requires_grad else value.clone()

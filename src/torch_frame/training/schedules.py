@@ -152,10 +152,42 @@ class LRWarmupScheduler:
 
     def _write(self, lrs: list[float]) -> None:
         for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
-            if isinstance(group["lr"], Tensor):  # capturable optimizers keep the rate on the device
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
+            self._write_one(group, lr)
+
+    @staticmethod
+    def _write_one(group: dict[str, Any], lr: float) -> None:
+        if isinstance(group["lr"], Tensor):  # capturable optimizers keep the rate on the device
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+    def replaced(self, scheduler: Any, optimizer: Optimizer) -> LRWarmupScheduler:
+        """A schedule of another scheduler (or None) and its optimizer, as far into the warm-up as this one."""
+        if self._scaled and optimizer is self.optimizer:
+            self._undo_warmup(scheduler)
+        made = LRWarmupScheduler(
+            scheduler,
+            self.epoch_len,
+            self.warmup_method,
+            self.warmup_iters,
+            self.warmup_factor,
+            optimizer=optimizer,
+        )
+        made.num_updates = self.num_updates
+        made._apply_warmup()
+        return made
+
+    def _undo_warmup(self, scheduler: Any) -> None:
+        """A scheduler was made of rates that the warm-up had scaled: give it those that they are made of."""
+        factor = warmup_factor_at(self.warmup_method, self.num_updates, self.warmup_iters, self.warmup_factor)
+        bases = getattr(scheduler, "base_lrs", [])
+        for index, (group, regular) in enumerate(zip(self.optimizer.param_groups, self.regular_lrs, strict=False)):
+            scaled = float(group["lr"])
+            if scaled != regular * factor:  # the scheduler has set it
+                continue
+            self._write_one(group, regular)
+            if index < len(bases) and float(bases[index]) == scaled:
+                bases[index] = group["initial_lr"] = regular
 
     def get_last_lr(self) -> list[float]:
         """The rates in force, one for each parameter group."""

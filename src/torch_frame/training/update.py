@@ -1,4 +1,4 @@
-"""One update of the weights: backward, window, unscale, finite?, clip, optimizer.
+"""One update of the weights: backward, window, unscale, finite?, clip, one optimizer or several that step as one.
 
 The gradient of a window of micro-batches is the weighted mean over what the window really holds:
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import math
 import numbers
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -35,11 +36,11 @@ MAX_SKIPS_IN_A_ROW = 50
 
 
 class Update:
-    """Turns losses into optimizer steps.
+    """Turns losses into steps of one optimizer, or of several that are finite, clipped, stepped and skipped as one.
 
     Args:
         model: the trained model.
-        optimizer: the optimizer of its parameters.
+        optimizers: of its parameters.
         precision: has the gradient scaler, if there is one.
         strategy: how backward, exchange, clipping and step are done.
         clip_grad_norm: clip the gradient to this 2-norm; 0 or less: don't.
@@ -47,16 +48,19 @@ class Update:
         weighted: micro-batches have weights.
         on_nonfinite: "raise", or "skip" the update.
         on_cpu: the host may read values without waiting for a device.
+        is_alone: all gradients are its own; False: other optimizers step by other losses (a GAN), so a loss puts gradient into
+            these optimizers' parameters only, and the scaler is updated by the caller.
 
     Attributes:
         grad_norm: norm of the last gradient before clipping, if clipping computed it.
         num_skipped: updates that were skipped because of a non-finite loss or gradient.
+        has_unscaled: the last update's gradient went through the scaler.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizers: Sequence[Optimizer],
         precision: Precision,
         strategy: Strategy,
         *,
@@ -65,14 +69,16 @@ class Update:
         weighted: bool,
         on_nonfinite: OnNonFinite,
         on_cpu: bool,
+        is_alone: bool = True,
     ) -> None:
         self.model = model
-        self.optimizer = optimizer
+        self.optimizers = list(optimizers)
         self.clip_grad_norm = clip_grad_norm
         self.window_len = window_len
         self.on_nonfinite = on_nonfinite
         self.num_micro_batches = 0
         self.num_skipped = 0
+        self.has_unscaled = False
         self.grad_norm: Tensor | None = None
         self._strategy = strategy
         self._scaler = precision.scaler
@@ -81,9 +87,14 @@ class Update:
         self._first_weight: Tensor | float = 1.0
         self._skips_in_a_row = 0
         self._may_skip = on_nonfinite == "skip" or self._scaler is not None
+        self._is_alone = is_alone
+        self._is_collected = False  # the window's gradient is its mean by now
         several_ranks = strategy.world_size > 1
-        self._scales = False  # whether losses are, in the window under way: window_len may be set between two windows
-        self._shares_weights = weighted and several_ranks
+        self._nominal_len = window_len  # of the window under way: window_len may be set at any time
+        self._scales = False  # whether losses are, in the window under way
+        self._weighted = weighted
+        self._has_weights = weighted  # in the window under way: a weight may be given with each loss, too
+        self._several_ranks = several_ranks
         # A rank that raised before its backward pass would leave the others waiting: they look at the losses together.
         self._reads_losses = on_cpu and not self._may_skip and not several_ranks
         self._keeps_losses = on_nonfinite == "skip" or (on_cpu and self._scaler is None and several_ranks)
@@ -93,18 +104,30 @@ class Update:
 
     def refresh(self) -> None:
         """Look up the parameters anew, frozen ones too: a hook may unfreeze them at any time."""
-        self._parameters = list(self.model.parameters())
-        self._optimized = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self._num_groups = len(self.optimizer.param_groups)
-        self._plain_zero_grad = type(self.optimizer).zero_grad is Optimizer.zero_grad
+        optimized = {
+            id(p): p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]
+        }
+        in_model = {id(p): p for p in self.model.parameters()}
+        # In the model's order, as a loop by hand clips: the last bits of a norm depend on the order.
+        self._optimized = [p for key, p in in_model.items() if key in optimized]
+        self._optimized += [p for key, p in optimized.items() if key not in in_model]
+        self._num_groups = [(optimizer, len(optimizer.param_groups)) for optimizer in self.optimizers]
+        self._with_own_zero_grad = [one for one in self.optimizers if type(one).zero_grad is not Optimizer.zero_grad]
+        # All the model's: what no optimizer has would add up for ever.
+        self._to_clear = list({**in_model, **optimized}.values()) if self._is_alone else self._optimized
         self._finite_check = FiniteCheck(self._optimized)
-        # Clipping looks at the model's gradients only: parameters outside the model are checked beside it.
-        self._norm_covers_all = {id(p) for p in self._optimized} <= {id(p) for p in self._parameters}
         self._buffers = BufferSnapshot(self.model) if self._may_skip else None
+
+    def _refresh_if_grown(self) -> None:
+        for optimizer, num in self._num_groups:
+            if len(optimizer.param_groups) != num:
+                self.refresh()
+                return
 
     def reset(self) -> None:
         """Forget a window that was interrupted, by an exception for instance."""
         self.num_micro_batches = 0
+        self._is_collected = False
 
     # ---------------------------------------------------------------- the window
 
@@ -120,40 +143,53 @@ class Update:
             is_last: the window ends with it. If that is not known, say so when it turns out, by calling `step`.
         """
         if self.num_micro_batches == 0:
-            self._zero_grad()
-            self._window_losses.clear()
-            self._scales = self.window_len > 1 or self._shares_weights
-            if self._buffers is not None:
-                self._buffers.take()
+            self.begin()
+            self.note_buffers()
         return self._exchanging if is_last else self._strategy.accumulating(self.model)
 
-    def _zero_grad(self) -> None:
-        """What Optimizer.zero_grad does, without its profiling: 1 us instead of 8."""
-        if len(self.optimizer.param_groups) != self._num_groups:
-            self.refresh()
-        if not self._plain_zero_grad:
-            self.optimizer.zero_grad()
-            return
-        for parameter in self._optimized:
+    def begin(self) -> None:
+        """A window begins: gradients are cleared. What Optimizer.zero_grad does, without its profiling: 1 us instead of 8."""
+        self._refresh_if_grown()
+        self._window_losses.clear()
+        self._is_collected = False
+        for optimizer in self._with_own_zero_grad:
+            optimizer.zero_grad()
+        for parameter in self._to_clear:
             parameter.grad = None
 
-    def backward(self, loss: Tensor, weight: Tensor | float = 1.0) -> None:
+    def note_buffers(self) -> None:
+        """Before a forward pass: the buffers are as they are to be if the update is skipped."""
+        if self._buffers is not None:
+            self._buffers.take()
+
+    def backward(self, loss: Tensor, weight: Tensor | float | None = None) -> None:
         """Add a micro-batch's gradient to the window's.
 
         Args:
             loss: one element, its mean over the micro-batch.
-            weight: how many items or tokens that mean is over.
+            weight: how many items or tokens that mean is over; None: all micro-batches count the same.
         """
         if self._reads_losses and not math.isfinite(loss.item()):
             raise NonFiniteError("the loss is not finite")
         if self._keeps_losses:
             self._window_losses.append(loss.detach().reshape(()))
+        if self.num_micro_batches == 0:
+            self._has_weights = self._weighted or weight is not None
+            self._nominal_len = self.window_len
+            self._scales = self._nominal_len > 1 or (self._has_weights and self._several_ranks)
+        elif (weight is not None) is not self._has_weights:
+            raise SettingError(
+                "Some batches of a window of gradient_accumulation_steps have a weight, others none. Give each one a weight."
+            )
         self.num_micro_batches += 1
         if self._scales:
-            loss = loss * self._scale_of(weight)
+            loss = loss * self._scale_of(1.0 if weight is None else weight)
         if self._scaler is not None:
             loss = self._scaler.scale(loss)
-        self._strategy.backward(loss)
+        if self._is_alone:
+            self._strategy.backward(loss)
+        else:
+            self._strategy.backward(loss, [p for p in self._optimized if p.requires_grad])
 
     def _scale_of(self, weight: Tensor | float) -> Tensor | float:
         if self._on_cpu:
@@ -161,20 +197,35 @@ class Update:
         if self.num_micro_batches == 1:
             self._first_weight, self._weight_sum = self._mean_over_ranks(weight), 0.0
         self._weight_sum = self._weight_sum + weight
-        return weight / (self._first_weight * self.window_len)
+        return weight / (self._first_weight * self._nominal_len)
 
     def _correction(self) -> Tensor | float:
         """What the gradient, a mean over the ranks by now, is still to be multiplied by."""
-        return self._first_weight * self.window_len / self._mean_over_ranks(self._weight_sum)
+        return self._first_weight * self._nominal_len / self._mean_over_ranks(self._weight_sum)
 
     def _mean_over_ranks(self, weight: Tensor | float) -> Tensor | float:
         """One scale for all ranks; without weights they have the same already."""
-        return self._strategy.sum(weight) / self._strategy.world_size if self._shares_weights else weight
+        shares = self._has_weights and self._several_ranks
+        return self._strategy.sum(weight) / self._strategy.world_size if shares else weight
 
     # ---------------------------------------------------------------- the step
 
+    def collect(self) -> None:
+        """The window is complete: its gradient becomes the mean over all of it and over the ranks, unscaled."""
+        self._refresh_if_grown()
+        self._is_collected = True
+        correction = self._correction() if self._scales else 1.0
+        self._strategy.reduce_gradients(self._optimized)
+        if self._scaler is not None:
+            for optimizer in self.optimizers:
+                self._scaler.unscale_(optimizer)
+        if isinstance(correction, Tensor) or correction != 1.0:
+            torch._foreach_mul_(self._gradients(), correction)
+
     def step(self) -> bool:
-        """End the window: one optimizer step, or none if the gradient is not finite and may be skipped.
+        """End the window: one step of each optimizer, or none if the gradient is not finite and may be skipped.
+
+        What a hook has changed since `collect` counts.
 
         Returns:
             Whether the weights were updated.
@@ -182,30 +233,28 @@ class Update:
         Raises:
             NonFiniteError: before the weights are touched, on CPU.
         """
-        if len(self.optimizer.param_groups) != self._num_groups:
-            self.refresh()
-        correction = self._correction() if self._scales else 1.0
+        was_seen = self._is_collected
+        if not was_seen:
+            self.collect()
         self.num_micro_batches = 0
         self.grad_norm = None
-        self._strategy.reduce_gradients(self._optimized)
         if self._scaler is not None:
-            return self._scaled_step(correction)
+            return self._scaled_step(was_seen)
         gradients = self._gradients()  # kept alive through the step, which makes the optimizer's own lookup cheaper
-        if isinstance(correction, Tensor) or correction != 1.0:
-            torch._foreach_mul_(gradients, correction)
         if not self._may_be_used(gradients):
             self._skip()
             return False
-        self._strategy.step(self.optimizer)
+        for optimizer in self.optimizers:
+            self._strategy.step(optimizer)
         return True
 
     def _may_be_used(self, gradients: list[Tensor]) -> bool:
         """Clip, and check that the gradient is finite if that needs no wait for a device, or is asked for."""
         if self.clip_grad_norm > 0:
-            self.grad_norm = self._strategy.clip_grad_norm(self._parameters, self.clip_grad_norm)
+            self.grad_norm = self._strategy.clip_grad_norm(self._optimized, self.clip_grad_norm)
             if not self._on_cpu and self.on_nonfinite == "raise":
                 return True  # found when the recorded norms are read
-            finite = math.isfinite(self.grad_norm.item()) and (self._norm_covers_all or self._finite_check(gradients))
+            finite = math.isfinite(self.grad_norm.item())
         elif self._on_cpu or self.on_nonfinite == "skip":
             finite = self._finite_check(gradients)
         else:
@@ -219,18 +268,30 @@ class Update:
             raise NonFiniteError("a loss or the gradient is not finite on another rank")
         raise NonFiniteError(f"the {'gradient' if finite_losses else 'loss'} is not finite")
 
-    def _scaled_step(self, correction: Tensor | float) -> bool:
-        """fp16: the scaler decides whether the gradient may be used."""
+    def _scaled_step(self, look_again: bool) -> bool:
+        """fp16: the scaler decides whether the gradient may be used.
+
+        Args:
+            look_again: a hook has seen the gradient, and may have changed it.
+        """
         assert self._scaler is not None
-        self._scaler.unscale_(self.optimizer)
-        if isinstance(correction, Tensor) or correction != 1.0:
-            torch._foreach_mul_(self._gradients(), correction)
+        found = [self._scaler._per_optimizer_states[id(one)]["found_inf_per_device"] for one in self.optimizers]
+        if look_again:
+            self._note_nonfinite(found)
+        flags = [flag for one in found for flag in one.values()]
+        if len(flags) > 1:  # one for all
+            worst = torch.stack([flag.to(flags[0].device) for flag in flags]).max()
+            for flag in flags:
+                flag.copy_(worst)
         if self.clip_grad_norm > 0:
-            self.grad_norm = self._strategy.clip_grad_norm(self._parameters, self.clip_grad_norm)
-        found_inf = self._scaler._found_inf_per_device(self.optimizer)
-        self._strategy.step(self.optimizer, self._scaler)  # reads it, too
-        self._scaler.update()
-        if not any(found.item() for found in found_inf.values()):
+            self.grad_norm = self._strategy.clip_grad_norm(self._optimized, self.clip_grad_norm)
+        for optimizer, has_gradient in zip(self.optimizers, found, strict=True):
+            if has_gradient:
+                self._strategy.step(optimizer, self._scaler)  # reads the flags, too
+        self.has_unscaled = bool(flags)
+        if self._is_alone and flags:
+            self._scaler.update()
+        if not any(flag.item() for flag in flags):
             self._skips_in_a_row = 0
             return True
         self._skip()
@@ -240,6 +301,15 @@ class Update:
                 f"no finite gradient in {self._skips_in_a_row} updates in a row, whatever the fp16 scale"
             )
         return False
+
+    def _note_nonfinite(self, found: Sequence[dict[torch.device, Tensor]]) -> None:
+        """Add what a hook has made of the gradients to what the scaler knows of them."""
+        for optimizer, flags in zip(self.optimizers, found, strict=True):
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None and p.grad.device in flags:
+                        values = p.grad.coalesce().values() if p.grad.is_sparse else p.grad
+                        flags[p.grad.device].logical_or_(~values.isfinite().all())
 
     def _skip(self) -> None:
         self.num_skipped += 1

@@ -1,0 +1,222 @@
+"""A `train_one_iter` of the user's: what it asks of the trainer, what is left to do behind it, what it does not go through."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_frame.distributed.strategy import Strategy
+from torch_frame.errors import SettingError, StepOutputError
+from torch_frame.training.losses import read_losses
+from torch_frame.training.optimization import Calls, Optimization, Unit
+from torch_frame.training.precision import Precision
+from torch_frame.training.update import check_weight
+
+_logger = logging.getLogger("torch_frame")
+
+
+class OwnStep:
+    """The other side of `Trainer.autocast` and `Trainer.update`.
+
+    Args:
+        optimization: makes the updates.
+        precision, strategy: of the forward pass.
+        device: that trains.
+        hooks: gives the names of those with something to do before or after an update.
+
+    Attributes:
+        function: the override; None: the trainer's own step trains.
+        batch: the one under way.
+        values: that are recorded with the step's: norms of gradients.
+    """
+
+    def __init__(
+        self,
+        optimization: Optimization,
+        precision: Precision,
+        strategy: Strategy,
+        device: torch.device,
+        hooks: Callable[[], Sequence[str]],
+    ) -> None:
+        self.function: Callable[..., Any] | None = None
+        self.values: dict[str, Any] = {}
+        self._optimization = optimization
+        self._precision = precision
+        self._strategy = strategy
+        self._hooks = hooks
+        self.batch: Any = None
+        self._reads_late = device.type != "cpu" and precision.scaler is None
+        self._all_finite: Tensor | None = None  # the losses since they were last looked at, on the device
+        self._look: Look | None = None
+        self._seen: Callable[..., Any] | None = None
+
+    def begin_epoch(self, step: Callable[..., Any], standard: Callable[..., Any]) -> None:
+        """See whether the trainer's method, which may be an attribute of the object, is the standard one."""
+        function = getattr(step, "__func__", step)
+        self.function = None if function is standard else function
+        if self.function is not None and self.function is not self._seen:
+            self._seen = self.function
+            self._look = Look(self._optimization, self.function)
+
+    def beginning(self, placed: Iterator[tuple[Any, int]]) -> Iterator[tuple[Any, int]]:
+        """The same batches; each begins here."""
+        for batch, position in placed:
+            self.batch = batch
+            self._optimization.begin_batch()
+            if self._look is not None:
+                self._look.begin_batch()
+            yield batch, position
+        self.batch = None
+
+    def autocast(self, *, is_last: bool) -> AbstractContextManager[Any]:
+        """See `Trainer.autocast`; `is_last`: the batch ends its window."""
+        if self._look is not None:
+            self._look.used_autocast = True
+        own = self._strategy.autocast(self._precision.autocast())
+        accumulating = self._optimization.accumulating(is_last=is_last)
+        return own if accumulating is None else _both(accumulating, own)
+
+    def update(self, loss: Any, name: str | None, weight: Any, *, is_last: bool) -> Calls:
+        """See `Trainer.update`."""
+        if self._look is not None:
+            self._look.used_update = True
+        optimization = self._optimization
+        unit = self._unit(name)
+        if not isinstance(loss, Tensor):
+            raise StepOutputError(f"update() got a {type(loss).__name__}; it takes the loss, a tensor of one element.")
+        loss, _ = read_losses(loss)
+        self._note(loss)
+        weight = None if weight is None else check_weight(weight)
+        unit.num_calls += 1
+        if unit.num_calls > 1 and optimization.window_len > 1:
+            raise SettingError(
+                f"update({'' if name is None else repr(name)}) was called twice in one batch with gradient_accumulation_steps="
+                f"{optimization.window_len}: a window holds one loss of each batch. Add the losses into one."
+            )
+        optimization.begin_update(unit)
+        accumulating = optimization.accumulating(is_last=is_last)
+        calls = optimization.update(unit, loss, weight, self.values, is_last=is_last)
+        if accumulating is None:
+            yield from calls
+        else:
+            with accumulating:
+                yield from calls
+
+    def _note(self, loss: Tensor) -> None:
+        """On a device other than the CPU whether a loss is finite is read with the values of the steps."""
+        if self._reads_late and self._optimization.on_nonfinite == "raise":
+            finite = loss.detach().isfinite().all()
+            self._all_finite = finite if self._all_finite is None else self._all_finite & finite
+
+    def check_losses(self) -> None:
+        """The host reads values of the device now: the losses too.
+
+        Raises:
+            NonFiniteError: if one since the last time is not finite.
+        """
+        finite, self._all_finite = self._all_finite, None
+        if finite is not None and not finite.item():
+            raise self._optimization.nonfinite("a loss given to update() is not finite", {})
+
+    def _unit(self, name: str | None) -> Unit:
+        units = self._optimization.units
+        unit = units.get(name)
+        if unit is not None:
+            return unit
+        if None in units:
+            raise SettingError(
+                f"update(..., {name!r}) names an optimizer, but the trainer has no dict of them: call update(loss)."
+            )
+        names = ", ".join(map(repr, units))
+        raise SettingError(f"update(loss, {name!r}): the optimizers are {names}. Name the one that the loss is for.")
+
+    def end_batch(self, is_last: Callable[[], bool]) -> Calls:
+        """Behind the user's step; `is_last`: whether the batch ends its window."""
+        if self._optimization.by_name:
+            yield from self._optimization.end_batch(self.values, is_last=is_last())
+        if self._look is not None and self._look.is_sure:
+            self.end_look()
+
+    def end_look(self) -> None:
+        """Behind the first batch, or the epoch: what was not called by now is not called."""
+        if self._look is not None and self.function is not None:
+            self._look.tell(self._optimization.in_words(self._hooks()))
+            self._look = None
+
+    def take_values(self) -> dict[str, Any]:
+        values, self.values = self.values, {}
+        return values
+
+
+class Look:
+    """What a user's step does, looked at in its first batch.
+
+    Attributes:
+        used_autocast, used_update: it has called them.
+    """
+
+    def __init__(self, optimization: Optimization, function: Callable[..., Any]) -> None:
+        self.used_autocast = self.used_update = False
+        self._optimization = optimization
+        self._names = getattr(getattr(function, "__code__", None), "co_names", ())
+        self._counts_before: Mapping[str, Any] = {}
+
+    def begin_batch(self) -> None:
+        if not self._counts_before:
+            self._counts_before = self._counts()
+
+    def _counts(self) -> dict[str, Any]:
+        optimization = self._optimization
+        schedules = list(optimization.schedules.values())
+        updaters = [unit.updater for unit in optimization.units.values()]
+        return {
+            "updates": [(updater.num_micro_batches, updater.num_skipped) for updater in updaters]
+            + [optimization.num_updates],
+            "warm-up": [schedule.num_updates for schedule in schedules],
+            "schedule": [getattr(schedule.scheduler, "last_epoch", None) for schedule in schedules],
+            "ema": None if optimization.ema is None else optimization.ema.updates,
+        }
+
+    @property
+    def is_sure(self) -> bool:
+        """It has called `update`, or its code does not: some steps call it in some batches only."""
+        return self.used_update or "update" not in self._names
+
+    def tell(self, settings: Mapping[str, str]) -> None:
+        """Name the settings without effect, in one warning.
+
+        Args:
+            settings: kind -> text; the kinds "precision", "scaler", "warm-up", "schedule" and "ema" may be gone through in other
+                ways than by `update`.
+        """
+        now = self._counts()
+        left = dict(settings)
+        if self.used_autocast:
+            left.pop("precision", None)
+        if self.used_update or now["updates"] != self._counts_before.get("updates"):
+            whole_step = not self.used_update  # the standard one, called by super()
+            left = {} if whole_step else {kind: text for kind, text in left.items() if kind == "precision"}
+        for kind in ("warm-up", "schedule", "ema"):
+            if now[kind] != self._counts_before.get(kind):
+                left.pop(kind, None)
+        if not left:
+            return
+        calls = "self.autocast()" if self.used_update else "self.update()"
+        _logger.warning(
+            "train_one_iter is overridden and does not call %s, so these settings have no effect: %s. Compute the loss inside "
+            "self.autocast() and call self.update(loss) instead of zero_grad, backward and step (docs/optimizers.md), or leave "
+            "them out.",
+            calls,
+            ", ".join(left.values()),
+        )
+
+
+@contextmanager
+def _both(first: AbstractContextManager[Any], second: AbstractContextManager[Any]) -> Iterator[None]:
+    with first, second:
+        yield

@@ -1,0 +1,479 @@
+"""A `train_one_iter` of one's own: with autocast() and update() it is the plain Trainer's; without, the user is told."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import ExponentialLR
+
+from tests.small_hooks import On, Stages
+from tests.small_runs import (
+    Net,
+    Unsized,
+    UserError,
+    differences,
+    fail,
+    library_frames,
+    make_batches,
+    raised_by,
+    seed_everything,
+    weights_of,
+)
+from tests.training.small_updates import poisoned, poisoned_step
+from torch_frame import CheckpointerHook, HookBase, LoggerHook, Trainer
+from torch_frame.errors import SettingError, StepOutputError
+from torch_frame.hooks.defaults import default_hooks
+
+
+def step(model: Any, batch: Any) -> Tensor:
+    return model(batch)
+
+
+class Own(Trainer):
+    def train_one_iter(self, batch: Any) -> Any:
+        with self.autocast():
+            loss = step(self.model, batch)
+        self.update(loss)
+        return {"total_loss": loss}
+
+
+class Old(Trainer):
+    """As a subclass written for 1.7."""
+
+    def train_one_iter(self, batch: Any) -> Any:
+        loss = step(self.model, batch)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return {"total_loss": loss.detach()}
+
+
+def build(kind: type[Trainer], work_dir: Path, *, schedule: bool = True, epochs: int = 3, **settings: Any) -> Trainer:
+    model = Net(norm=True, dropout=True)
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    scheduler = ExponentialLR(optimizer, 0.9) if schedule else None
+    data = settings.pop("data", make_batches(7))
+    given = {"hooks": [], "step_fn": step if kind is Trainer else None, **settings}
+    return kind(model, optimizer, scheduler, data, epochs, work_dir, **given)
+
+
+def state_of(trainer: Trainer) -> Any:
+    left_out = ("metric_storage", "environment", "hooks", "settings", "rng", "modes")
+    return {name: part.state_dict() for name, part in trainer._parts().items() if name not in left_out}
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bf16": {"precision": "bf16"},
+    "fp16": {"precision": "fp16"},
+    "accumulation": {"gradient_accumulation_steps": 3},
+    "clipping": {"clip_grad_norm": 0.1},
+    "warm-up": {"warmup_method": "linear", "warmup_iters": 5},
+    "by iteration": {"lr_scheduler_interval": "iter"},
+    "ema": {"use_ema": True},
+    "weights": {"loss_weight": lambda batch: len(batch[0]), "data": make_batches(7, last=2), "gradient_accumulation_steps": 2},
+    "no length": {"data": Unsized(), "gradient_accumulation_steps": 3},
+    "all": {
+        "precision": "fp16",
+        "gradient_accumulation_steps": 2,
+        "clip_grad_norm": 0.1,
+        "warmup_method": "exp",
+        "warmup_iters": 4,
+        "lr_scheduler_interval": "iter",
+        "use_ema": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_with_autocast_and_update_it_has_the_plain_trainers_bits(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs = []
+    for kind in (Trainer, Own):
+        seed_everything(0)
+        stages = Stages("before_update", "after_update", "after_iter")
+        trainer = build(kind, tmp_path / kind.__name__, hooks=[stages], **SETTINGS[name])
+        trainer.train()
+        runs.append(
+            (state_of(trainer), stages.calls, {key: buffer.latest for key, buffer in trainer.metric_storage.items()})
+        )
+    (plain, plain_calls, plain_values), (own, own_calls, own_values) = runs
+    assert differences(plain, own) == []
+    assert plain_calls == own_calls
+    times = {"data_time", "iter_time"}
+    assert {k: v for k, v in plain_values.items() if k not in times} == {
+        k: v for k, v in own_values.items() if k not in times
+    }
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_skipped_updates_are_the_plain_trainers(tmp_path: Path) -> None:
+    class Poisoned(Trainer):
+        def train_one_iter(self, batch: Any) -> Any:
+            losses = poisoned_step(self.model, batch)
+            self.update(sum(losses.values()))  # type: ignore[arg-type]
+            return {"total_loss": 0.0}
+
+    data = poisoned(8, {2, 5}, "nan_input")
+    runs = []
+    for kind in (Trainer, Poisoned):
+        trainer = build(kind, tmp_path / kind.__name__, data=data, on_nonfinite="skip", step_fn=poisoned_step)
+        seed_everything(0)
+        trainer.train(5, 5)
+        runs.append(state_of(trainer))
+        assert trainer.updater.num_skipped == 6
+    assert differences(*runs) == []
+
+
+def test_it_is_resumed_bitwise_inside_an_epoch(tmp_path: Path) -> None:
+    def run(folder: str, epochs: int = 3, resume: Any = None, stop: bool = False) -> Trainer:
+        seed_everything(0)
+        hooks: list[HookBase] = [CheckpointerHook(every_n_iters=4)]
+        hooks += [On(before_iter=lambda trainer: trainer.cur_iter == 11 and fail())] if stop else []
+        more = {**SETTINGS["all"], "hooks": hooks, "create_new_dir": None, "resume": resume}
+        trainer = build(Own, tmp_path / folder, epochs=epochs, **more)
+        trainer.train(5, 5)
+        return trainer
+
+    whole = run("whole")
+    raised_by(lambda: run("parts", stop=True), UserError)
+    resumed = run("parts", resume="auto")
+    assert differences(state_of(whole), state_of(resumed)) == []
+
+
+NAMED: dict[str, tuple[dict[str, Any], str]] = {
+    "bf16": ({"precision": "bf16"}, "precision='bf16'"),
+    "fp16": ({"precision": "fp16"}, "the gradient scaler of precision='fp16'"),
+    "accumulation": ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2"),
+    "clipping": ({"clip_grad_norm": 1.0}, "clip_grad_norm=1"),
+    "warm-up": ({"warmup_method": "linear"}, "warmup_method='linear'"),
+    "schedule": ({"schedule": True, "lr_scheduler_interval": "iter"}, "lr_scheduler_interval='iter'"),
+    "ema": ({"use_ema": True}, "use_ema=True"),
+    "hooks": ({"hooks": [On(before_update=lambda trainer: None)]}, "before_update and after_update of On"),
+    "weights": ({"loss_weight": lambda batch: 1.0}, "loss_weight"),
+    "skip": ({"on_nonfinite": "skip"}, "on_nonfinite='skip'"),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_what_has_no_effect_without_update_is_told_once(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings, words = NAMED[name]
+    build(Old, tmp_path, **{"schedule": False, **settings}).train()
+    (told,) = (record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING)
+    assert "train_one_iter is overridden and does not call self.update()" in told
+    assert words in told
+
+
+def test_what_has_an_effect_is_not_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class AsIn17(Old):
+        def train_one_iter(self, batch: Any) -> Any:
+            values = super().train_one_iter(batch)
+            self.lr_scheduler.step()
+            assert self.model_ema is not None
+            self.model_ema.update(self.model)
+            return values
+
+    class Standard(Trainer):
+        def train_one_iter(self, batch: Any) -> Any:
+            return {**super().train_one_iter(batch), "more": 1.0}
+
+    class Sometimes(Trainer):
+        def train_one_iter(self, batch: Any) -> Any:
+            loss = step(self.model, batch)
+            if self.inner_iter % 2 == 1:
+                self.update(loss)
+            return {"total_loss": loss}
+
+    build(Old, tmp_path / "none", schedule=True).train()
+    build(AsIn17, tmp_path / "17", use_ema=True, warmup_method="linear").train()
+    build(Standard, tmp_path / "standard", step_fn=step, **SETTINGS["all"]).train()
+    build(Sometimes, tmp_path / "sometimes", use_ema=True, clip_grad_norm=1.0).train()
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_update_without_autocast_is_told_where_it_matters(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class NoAutocast(Trainer):
+        def train_one_iter(self, batch: Any) -> Any:
+            loss = step(self.model, batch)
+            self.update(loss)
+            return {"total_loss": loss}
+
+    build(NoAutocast, tmp_path, precision="bf16", clip_grad_norm=1.0).train()
+    (told,) = (record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING)
+    assert "does not call self.autocast(), so these settings have no effect: precision='bf16'." in told
+
+
+def test_a_weight_may_be_given_with_each_loss(tmp_path: Path) -> None:
+    class Weighted(Trainer):
+        def train_one_iter(self, batch: Any) -> Any:
+            loss = step(self.model, batch)
+            self.update(loss, weight=len(batch[0]))
+            return {"total_loss": loss}
+
+    sizes: Any = {"data": make_batches(4, last=2), "gradient_accumulation_steps": 2, "epochs": 1}
+    seed_everything(0)
+    plain = build(Trainer, tmp_path / "plain", loss_weight=lambda batch: len(batch[0]), **sizes)
+    plain.train(5, 5)
+    seed_everything(0)
+    own = build(Weighted, tmp_path / "own", **sizes)
+    own.train(5, 5)
+    assert differences(weights_of(plain.model), weights_of(own.model)) == []
+
+
+BAD: dict[str, tuple[Any, type[Exception], str]] = {
+    "a dict": (lambda loss: {"loss": loss}, StepOutputError, "got a dict; it takes the loss"),
+    "detached": (lambda loss: loss.detach(), StepOutputError, "has no graph"),
+    "two elements": (lambda loss: loss * torch.ones(2), StepOutputError, "one element"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_wrong_loss_is_a_sentence(name: str, tmp_path: Path) -> None:
+    spoil, error, text = BAD[name]
+
+    class Wrong(Trainer):
+        def train_one_iter(self, batch: Any) -> Any:
+            self.update(spoil(step(self.model, batch)))
+
+    with pytest.raises(error, match=text):
+        build(Wrong, tmp_path).train(5, 5)
+
+
+def test_a_name_or_weights_that_do_not_belong_are_errors(tmp_path: Path) -> None:
+    class Wrong(Trainer):
+        def train_one_iter(self, batch: Any) -> Any:
+            weight = 1.0 if self.named is None and self.cur_iter == 1 else None
+            self.update(step(self.model, batch), self.named, weight)
+            return {"total_loss": 0.0}
+
+        named: str | None = None
+
+    with pytest.raises(SettingError, match="Give each one a weight"):
+        build(Wrong, tmp_path / "weights", gradient_accumulation_steps=2).train(5, 5)
+    trainer = build(Wrong, tmp_path / "name")
+    trainer.named = "g"  # type: ignore[attr-defined]
+    with pytest.raises(SettingError, match="has no dict of them"):
+        trainer.train(5, 5)
+
+
+@pytest.mark.parametrize("stage", ["before_update", "after_update"])
+def test_few_library_frames_stand_above_an_error_in_a_hook(stage: str, tmp_path: Path) -> None:
+    trainer = build(Own, tmp_path, hooks=[On(**{stage: fail})])
+    assert len(library_frames(raised_by(trainer.train, UserError))) <= 3
+
+
+# ---------------------------------------------------------------- other methods of 1.7
+
+
+def test_train_one_epoch_of_17_is_refused_with_its_new_name(tmp_path: Path) -> None:
+    class Epoch(Trainer):
+        def _train_one_epoch(self) -> None: ...
+
+    with pytest.raises(SettingError, match=r"Epoch overrides _train_one_epoch.*train_one_epoch\(\) now"):
+        build(Epoch, tmp_path)
+
+
+def test_overrides_of_17s_private_methods_are_called(tmp_path: Path) -> None:
+    calls: list[Any] = []
+
+    class Old17(Trainer):
+        def _prepare_for_training(self, console_log_level: int = 2, file_log_level: int = 2) -> None:
+            super()._prepare_for_training(console_log_level, file_log_level)
+            calls.append(("prepare", console_log_level, file_log_level))
+
+        def _build_default_hooks(self) -> list[HookBase]:
+            return [*default_hooks(), On(before_train=lambda trainer: calls.append("before_train"))]
+
+        def _update_iter_metrics(self, loss_dict: Any, data_time: float, iter_time: float, lr: float) -> None:
+            assert all(type(value) is float for value in (*loss_dict.values(), data_time, iter_time, lr))
+            super()._update_iter_metrics({**loss_dict, "twice": 2 * loss_dict["total_loss"]}, data_time, iter_time, lr)
+
+    trainer = build(Old17, tmp_path, step_fn=step, hooks=None, epochs=1)
+    trainer.train(5, 5)
+    assert calls == [("prepare", 5, 5), "before_train"]
+    storage = trainer.metric_storage
+    assert storage["twice"].latest == pytest.approx(2 * storage["total_loss"].latest)
+    assert {"lr", "data_time", "iter_time"} <= set(storage)
+
+
+def test_metrics_may_be_logged_by_the_override_itself(tmp_path: Path) -> None:
+    class Old17(Trainer):
+        def _update_iter_metrics(self, loss_dict: Any, data_time: float, iter_time: float, lr: float) -> None:
+            self.log(self.cur_iter, data_time=data_time, iter_time=iter_time)
+            self.log(self.cur_iter, lr=lr, smooth=False)
+            self.log(self.cur_iter, **{f"my_{name}": value for name, value in loss_dict.items()})
+
+    trainer = build(Old17, tmp_path, step_fn=step, hooks=[LoggerHook(progress_bar=False)], epochs=2)
+    trainer.train(5, 5)
+    assert set(trainer.metric_storage) == {"my_total_loss", "lr", "data_time", "iter_time"}
+
+
+def test_an_override_of_loggerhooks_tensorboard_is_called(tmp_path: Path) -> None:
+    seen: list[dict[str, Any]] = []
+
+    class Own17(LoggerHook):
+        def _write_tensorboard(self) -> None:
+            seen.append({name: step for name, (step, _) in self.metric_storage.values_maybe_smooth.items()})
+            super()._write_tensorboard()
+
+    build(Trainer, tmp_path, hooks=[Own17(period=3, progress_bar=False)], epochs=1).train(5, 5)
+    assert [row["total_loss"] for row in seen] == [2, 5, 6]
+
+
+# ---------------------------------------------------------------- objects that scripts and hooks set
+
+
+def test_an_optimizer_that_is_set_counts_and_an_undriven_schedule_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def other(trainer: Any) -> None:
+        if trainer.epoch == 1:
+            trainer.optimizer = SGD(trainer.model.parameters(), lr=0.0)
+
+    weights: list[Any] = []
+    note = On(after_epoch=lambda trainer: weights.append(trainer.model.layers[0].weight.detach().clone()))
+    trainer = build(Trainer, tmp_path, hooks=[On(before_epoch=other), note])
+    trainer.train()
+    assert torch.equal(weights[0], weights[1])
+    assert trainer.lr == 0.0
+    (told,) = (record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING)
+    assert told.startswith("trainer.optimizer was set during the run, but lr_scheduler drives the old one")
+
+
+def test_with_its_schedule_nothing_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = build(Trainer, tmp_path, epochs=2)
+    optimizer = SGD(trainer.model.parameters(), lr=0.02)
+    trainer.optimizer = optimizer
+    trainer.lr_scheduler = ExponentialLR(optimizer, 0.5)
+    trainer.train()
+    assert trainer.optimizer is optimizer
+    assert trainer.lr == 0.005
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("had", [False, True])
+def test_a_scheduler_that_is_set_has_the_warm_up_of_one_that_was_given(had: bool, tmp_path: Path) -> None:
+    warmup: Any = {"warmup_method": "linear", "warmup_iters": 5, "warmup_factor": 0.1, "lr_scheduler_interval": "iter"}
+    rates: list[list[float]] = []
+    for given in (True, False):
+        seen: list[float] = []
+        trainer = build(
+            Trainer,
+            tmp_path / str(given),
+            schedule=given or had,
+            hooks=[On(before_iter=lambda trainer, seen=seen: seen.append(trainer.lr))],
+            epochs=1,
+            **warmup,
+        )
+        if not given:
+            trainer.lr_scheduler = ExponentialLR(trainer.optimizer, 0.9)
+        trainer.train(5, 5)
+        rates.append(seen)
+    assert rates[0] == rates[1]
+
+
+def test_an_optimizer_cannot_be_set_inside_a_window(tmp_path: Path) -> None:
+    def other(trainer: Any) -> None:
+        trainer.optimizer = SGD(trainer.model.parameters(), lr=0.1)
+
+    trainer = build(Trainer, tmp_path, gradient_accumulation_steps=2, hooks=[On(after_iter=other)])
+    with pytest.raises(SettingError, match="inside a window"):
+        trainer.train(5, 5)
+
+
+def test_a_state_with_an_optimizer_that_was_set_resumes(tmp_path: Path) -> None:
+    def run(epochs: int, folder: str, resume: Any = None) -> Trainer:
+        seed_everything(0)
+        trainer = build(
+            Trainer,
+            tmp_path / folder,
+            epochs=epochs,
+            hooks=[CheckpointerHook()],
+            create_new_dir=None,
+            resume=resume,
+            schedule=False,
+        )
+        trainer.optimizer = torch.optim.Adam(trainer.model.parameters(), lr=0.01)
+        trainer.train(5, 5)
+        return trainer
+
+    whole = run(3, "whole")
+    run(1, "parts")
+    assert differences(state_of(whole), state_of(run(3, "parts", "auto"))) == []
+
+
+def test_start_epoch_may_be_set_by_a_script_or_in_before_train(tmp_path: Path) -> None:
+    for by_hook in (False, True):
+        epochs: list[int] = []
+        hooks: list[HookBase] = [On(before_epoch=lambda trainer, epochs=epochs: epochs.append(trainer.epoch))]
+        if by_hook:
+            hooks.append(On(before_train=lambda trainer: setattr(trainer, "start_epoch", 1)))
+        trainer = build(Trainer, tmp_path / str(by_hook), hooks=hooks)
+        if not by_hook:
+            trainer.start_epoch = 1
+        trainer.train(5, 5)
+        assert epochs == [1, 2]
+        assert (trainer.start_epoch, trainer.cur_iter) == (1, 20)
+
+
+def test_a_start_epoch_that_is_trained_already_is_an_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = build(Trainer, tmp_path, hooks=[On(after_epoch=lambda trainer: setattr(trainer, "start_epoch", 0))])
+    trainer.train()
+    assert "which changes nothing" in caplog.text
+    trainer.start_epoch = 1
+    with pytest.raises(SettingError, match="3 epochs and 0 batches are trained"):
+        trainer.train(5, 5)
+
+
+def test_gradients_of_parameters_that_no_optimizer_has_do_not_add_up(tmp_path: Path) -> None:
+    norms: list[float] = []
+    model = Net()
+    note = On(after_iter=lambda trainer: norms.append(model.layers[0].weight.grad.norm().item()))
+    optimizer = SGD(model.layers[2].parameters(), lr=0.0)
+    batch = make_batches(1)
+    Trainer(model, optimizer, None, batch, 3, tmp_path, hooks=[note]).train(5, 5)
+    assert norms[0] == norms[1] == norms[2] > 0
+
+
+def test_accumulation_that_a_hook_changes_counts_from_the_next_window(tmp_path: Path) -> None:
+    ends: list[int] = []
+
+    def shorter(trainer: Any) -> None:
+        trainer.gradient_accumulation_steps = 2
+
+    hooks = [
+        On(before_epoch=lambda trainer: trainer.epoch == 1 and shorter(trainer)),
+        On(after_update=lambda trainer: ends.append(trainer.inner_iter)),
+    ]
+    model, by_hand = Net(), Net()
+    trainer = Trainer(model, SGD(model.parameters(), lr=0.1), None, make_batches(4), 2, tmp_path, hooks=hooks)
+    trainer.train(5, 5)
+    assert ends == [0, 1, 2, 3, 1, 3]
+    optimizer = SGD(by_hand.parameters(), lr=0.1)
+    for window in (1, 2):
+        for first in range(0, 4, window):
+            optimizer.zero_grad()
+            for batch in make_batches(4)[first : first + window]:
+                (by_hand(batch) / window).backward()
+            optimizer.step()
+    for name, value in weights_of(by_hand).items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-6, atol=1e-7)
+
+
+def test_what_stands_for_several_optimizers_cannot_be_changed_unnoticed(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+    several: Any = [SGD(model[0].parameters(), lr=0.1), SGD(model[1].parameters(), lr=0.1)]
+    trainer = Trainer(model, several, None, [torch.ones(2, 3)], 1, tmp_path, hooks=[])
+    with pytest.raises(TypeError):
+        trainer.optimizer[0] = several[1]
+    trainer.optimizer = several[::-1]
+    assert trainer.optimizer == tuple(several[::-1])
