@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import subprocess
@@ -138,3 +139,26 @@ def test_nested_tensors_go_to_the_cpu() -> None:
     moved = on_cpu(value)
     assert moved["a"][1] == (1, "b")
     assert not moved["a"][0].requires_grad
+
+
+def leave() -> tuple[int, int, int]:
+    """Threads of the process before a channel is made, while it stands, and when Python has run what it runs at its end."""
+    before = num_threads()
+    channel = Channel()
+    channel.gather(torch.zeros(1000))
+    standing = num_threads()
+    atexit._run_exitfuncs()
+    return before, standing, num_threads()
+
+
+def num_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="counts the process's threads in /proc")
+def test_no_thread_of_a_channel_outlives_python(tmp_path: Path) -> None:
+    # One that frees a tensor when Python is gone aborts the process: 134, "terminate called without an active exception".
+    for before, standing, after in on_processes(leave, tmp_path):
+        assert standing > before
+        assert after < standing
+        assert after <= before

@@ -8,6 +8,7 @@ has said that it works alone (an evaluation that only it has), no time-out count
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import datetime
@@ -15,6 +16,7 @@ import io
 import math
 import struct
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,10 +53,12 @@ class Channel:
         self.world_size = dist.get_world_size()
         self.timeout_s = _timeout_of_group() if timeout_s is None else timeout_s
         self._store = PrefixStore(f"torch_frame/{_num_channels}", _get_default_store())
-        self._group = dist.new_group(backend="gloo", timeout=_GLOO_TIMEOUT)
+        self._group: Any = dist.new_group(backend="gloo", timeout=_GLOO_TIMEOUT)
         self._sent = torch.empty(2, dtype=torch.int64)
         self._received = [torch.empty(2, dtype=torch.int64) for _ in range(self.world_size)]
         self._exchanged: Any = None  # tensors of the exchange under way
+        self._is_kept = False
+        atexit.register(_close, weakref.ref(self))
 
     # ---------------------------------------------------------------- exchanges
 
@@ -121,6 +125,7 @@ class Channel:
             self._exchanged = None
         except BaseException:  # a Ctrl-C, too
             if not work.is_completed():
+                self._is_kept = True
                 _keep_for_ever(self)
             raise
 
@@ -158,6 +163,17 @@ class Channel:
             )
         return since
 
+    def close(self) -> None:
+        """End the group and its threads, at the process's end.
+
+        A thread that is about to free the last exchange's tensors needs Python for that, and aborts the process if Python is
+        gone by then: "terminate called without an active exception".
+        """
+        if not self._is_kept and self._group is not None:
+            group, self._group = self._group, None
+            with contextlib.suppress(Exception):  # the script has destroyed all groups
+                dist.destroy_process_group(group)
+
     # ---------------------------------------------------------------- what is told to ranks that wait
 
     @contextlib.contextmanager
@@ -184,6 +200,12 @@ class Channel:
             return self._store.get(key).decode() if self._store.check([key]) else None
         except Exception as error:
             raise RanksError("Rank 0 has ended: its store does not answer.") from error
+
+
+def _close(reference: weakref.ref[Channel]) -> None:
+    channel = reference()
+    if channel is not None:
+        channel.close()
 
 
 def _keep_for_ever(channel: Channel) -> None:

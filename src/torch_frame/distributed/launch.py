@@ -28,10 +28,13 @@ def num_processes(environ: Mapping[str, str] = os.environ) -> int:
 def join_group() -> None:
     """Make the process group that torchrun's environment describes, if there is none yet; this process gets its GPU.
 
+    At the process's end the group is left, whoever made it: a gloo group that still stands then may abort the process.
+
     Raises:
         ValueError: with neither a group nor that environment.
     """
     if is_dist_avail_and_initialized():
+        atexit.register(_leave_group)
         return
     missing = [name for name in _VARIABLES if name not in os.environ]
     if missing:
