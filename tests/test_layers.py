@@ -16,7 +16,7 @@ FLOORS = [
     {"errors", "types", "progress", "_version", "_collision", "distributed", "alarm", "stopping"},
     {"training", "data", "metrics", "tracking", "checkpoint", "vision", "report", "bench"},
     {"hooks", "run"},
-    {"trainer", "ddp_trainer"},
+    {"trainer", "ddp_trainer", "accelerate_trainer"},
     {"__init__", "utils", "datasets", "lr_scheduler", "cli"},
 ]
 BESIDE = {
@@ -24,6 +24,7 @@ BESIDE = {
     "__init__": {"utils"},
     "bench": {"tracking"},
     "ddp_trainer": {"trainer"},
+    "accelerate_trainer": {"trainer"},
     "cli": {"__init__"},
 }
 

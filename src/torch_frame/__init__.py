@@ -7,6 +7,7 @@
 
 from torch_frame import _collision as _collision  # first: it says so where another package has overwritten this one
 from torch_frame._version import __version__
+from torch_frame.accelerate_trainer import AccelerateTrainer
 from torch_frame.bench.cnn_speed import gpu_cnn_speed
 from torch_frame.data.infinite import InfiniteDataLoader
 from torch_frame.data.repeat import RepeatDataset
@@ -37,6 +38,7 @@ from torch_frame.utils import metric, misc
 
 __all__ = [
     "EMA",
+    "AccelerateTrainer",
     "CheckpointError",
     "CheckpointerHook",
     "DDPTrainer",

@@ -167,8 +167,12 @@ class DDP(SingleProcess):
             )  # DDP learns a static graph in a pass that exchanges; averaging twice does no harm
         return wrapped.no_sync()
 
-    def backward(self, loss: Tensor, inputs: Sequence[Tensor] | None = None) -> None:
+    def run_backward(self, loss: Tensor, inputs: Sequence[Tensor] | None) -> None:
+        """The backward pass itself."""
         loss.backward(inputs=inputs)
+
+    def backward(self, loss: Tensor, inputs: Sequence[Tensor] | None = None) -> None:
+        self.run_backward(loss, inputs)
         syncs = self._wrapped is not None and self._wrapped.require_backward_grad_sync
         if syncs and not self._was_called and not self._told:
             self._told = True

@@ -150,5 +150,7 @@ def _can_be_averaged(tensor: Tensor) -> bool:
 
 
 def _bare(model: nn.Module) -> nn.Module:
+    """Without the wrappers of DDP, DataParallel and torch.compile, in any order."""
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    return model.module if isinstance(model, wrappers) else model
+    inner: nn.Module | None = model.module if isinstance(model, wrappers) else model._modules.get("_orig_mod")
+    return model if inner is None else _bare(inner)

@@ -157,6 +157,11 @@ class Optimization:
         )
         return Unit(name, updater, [self.schedules[label] for label in labels])
 
+    def use_model(self, model: nn.Module) -> None:
+        """The loop calls the model as this from now on: prepared, or wrapped in another way."""
+        self._model = model
+        self._take(self._given, self.schedules)
+
     # ---------------------------------------------------------------- what scripts and hooks read and set
 
     @property
