@@ -6,6 +6,7 @@
 """
 
 from torch_frame import _collision as _collision  # first: it says so where another package has overwritten this one
+from torch_frame import vision
 from torch_frame._version import __version__
 from torch_frame.accelerate_trainer import AccelerateTrainer
 from torch_frame.bench.cnn_speed import gpu_cnn_speed
@@ -67,4 +68,5 @@ __all__ = [
     "misc",
     "set_random_seed",
     "setup_logger",
+    "vision",
 ]

@@ -1,0 +1,49 @@
+"""The boxes that augmentations move: rows of an array, the box first or behind the class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+Rows = npt.NDArray[Any]
+"""(n, 4 or more) x1, y1, x2, y2, ..., or (n, 5 or more) class, x1, y1, x2, y2, ...; pixels, on the pixels' edges."""
+
+
+def rows_of(boxes: Any, *, class_first: bool) -> Rows:
+    """The boxes as a new array; an empty list or array is (0, 5) or (0, 4).
+
+    Raises:
+        ValueError: a shape that no boxes have.
+    """
+    rows = np.array(boxes.detach().cpu() if isinstance(boxes, Tensor) else boxes)  # a copy
+    width = 5 if class_first else 4
+    if rows.size == 0 and (rows.ndim != 2 or rows.shape[1] < width):
+        return np.zeros((0, width))
+    if rows.ndim != 2 or rows.shape[1] < width or not np.issubdtype(rows.dtype, np.number):
+        columns = "class, x1, y1, x2, y2" if class_first else "x1, y1, x2, y2"
+        raise ValueError(f"Boxes are rows of numbers {columns}; these are of shape {rows.shape} and {rows.dtype}.")
+    return rows
+
+
+def corners(rows: Rows, *, class_first: bool) -> Rows:
+    """The (n, 4) xyxy columns: a view, so that what is written there is written into the rows."""
+    return rows[:, 1:5] if class_first else rows[:, :4]
+
+
+def floating(rows: Rows) -> Rows:
+    """Integers as float64."""
+    return rows if np.issubdtype(rows.dtype, np.floating) else rows.astype(np.float64)
+
+
+def moved(corner_columns: Rows, scale_x: float, scale_y: float, left: float, top: float) -> Rows:
+    """(n, 4) xyxy scaled, then shifted, as a new array."""
+    return np.asarray(corner_columns * np.array([scale_x, scale_y] * 2) + np.array([left, top] * 2))
+
+
+def clip(corner_columns: Rows, x1: float, y1: float, x2: float, y2: float) -> None:
+    """Cut (n, 4) xyxy to a window, in place."""
+    np.clip(corner_columns[:, 0::2], x1, x2, out=corner_columns[:, 0::2])
+    np.clip(corner_columns[:, 1::2], y1, y2, out=corner_columns[:, 1::2])
