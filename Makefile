@@ -12,6 +12,7 @@ STAMP := $(VENV)/.installed
 # All modules except private ones ("_" at the beginning), the command line, and 1.7's import paths, which only re-export.
 DOCUMENTED = torch_frame $(shell cd src && find torch_frame -name '*.py' ! -path '*/_*' ! -path 'torch_frame/cli/*' \
 	! -path 'torch_frame/utils/*' ! -path torch_frame/datasets.py ! -path torch_frame/lr_scheduler.py \
+	! -path 'torch_frame/vision/tools/*' ! -path 'torch_frame/vision/augmentations/*' \
 	| sed 's/\.py$$//; y|/|.|' | LC_ALL=C sort)
 BENCHMARKS := $(sort $(filter-out benchmarks/_% benchmarks/gpu.py,$(wildcard benchmarks/*.py)))
 

@@ -40,6 +40,28 @@ def test_every_exported_name_exists():
         ("torch_frame.utils.logger", "setup_logger"),
         ("torch_frame.utils.progress_bar", "ProgressBar"),
         ("torch_frame.utils.test_speed", "BENCHMARK gpu_cnn_speed"),
+        ("torch_frame", "vision"),
+        (
+            "torch_frame.vision",
+            "filter_box det_postprocess bboxes_iou xyxy2cxcywh box_candidates eval_map random_perspective mixup_boxes mosaic "
+            "RandomBrightness RandomGammaCorrection RandomHueSaturation RandomContrast tools augmentations",
+        ),
+        ("torch_frame.vision.tools", "filter_box det_postprocess bboxes_iou xyxy2cxcywh box_candidates eval_map"),
+        (
+            "torch_frame.vision.tools.object_detection",
+            "filter_box det_postprocess bboxes_iou xyxy2cxcywh box_candidates eval_map bboxes_iou_torch bboxes_iou_numpy "
+            "cal_match calc_ap clac_voc_ap",
+        ),
+        (
+            "torch_frame.vision.augmentations",
+            "RandomBrightness RandomGammaCorrection RandomHueSaturation RandomContrast random_perspective mixup_boxes mosaic",
+        ),
+        (
+            "torch_frame.vision.augmentations.colors",
+            "RandomBrightness RandomGammaCorrection RandomHueSaturation RandomContrast",
+        ),
+        ("torch_frame.vision.augmentations.boxes", "random_perspective mixup_boxes mosaic"),
+        ("torch_frame.vision.augmentations.base", "mixup"),
     ],
 )
 def test_import_paths_of_1_7_work(path, names):

@@ -4,6 +4,7 @@
 torchvision are used where they are installed, for speed alone, and imported at the first use.
 """
 
+from torch_frame.vision import augmentations, tools
 from torch_frame.vision.average_precision import eval_map
 from torch_frame.vision.boxes import (
     bboxes_iou,
@@ -50,6 +51,7 @@ __all__ = [
     "adjust_contrast",
     "adjust_gamma",
     "adjust_hue_saturation",
+    "augmentations",
     "batched_nms",
     "bboxes_iou",
     "box_candidates",
@@ -69,6 +71,7 @@ __all__ = [
     "random_crop",
     "random_flip",
     "random_perspective",
+    "tools",
     "unletterbox",
     "xyxy2cxcywh",
 ]

@@ -114,7 +114,8 @@ def warped(image: Image, matrix: npt.NDArray[np.float64], height: int, width: in
     """
     fill = fill_of(image, fill_value)
     cv2 = opencv()
-    if cv2 is None or image.dtype not in (np.uint8, np.float32, np.float64) or np.atleast_3d(image).shape[2] > 4:
+    # OpenCV warps float64 by coordinates that are rounded to 1/32 of a pixel
+    if cv2 is None or image.dtype not in (np.uint8, np.float32) or np.atleast_3d(image).shape[2] > 4:
         return _warped_by_torch(image, matrix, height, width, fill)
     border = [fill] * 4 if isinstance(fill, float | int) else fill
     picture = np.ascontiguousarray(image)

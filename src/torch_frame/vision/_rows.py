@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 Rows = npt.NDArray[Any]
@@ -18,7 +19,10 @@ def rows_of(boxes: Any, *, class_first: bool) -> Rows:
     Raises:
         ValueError: a shape that no boxes have.
     """
-    rows = np.array(boxes.detach().cpu() if isinstance(boxes, Tensor) else boxes)  # a copy
+    if isinstance(boxes, Tensor):
+        boxes = boxes.detach().cpu()
+        boxes = (boxes.float() if boxes.dtype == torch.bfloat16 else boxes).numpy()  # NumPy has no bfloat16
+    rows = np.array(boxes)  # a copy
     width = 5 if class_first else 4
     if rows.size == 0 and (rows.ndim != 2 or rows.shape[1] < width):
         return np.zeros((0, width))

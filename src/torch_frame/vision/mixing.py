@@ -71,8 +71,9 @@ def mosaic(
         _paste(result, piece, left, top)
         columns = corners(rows, class_first=class_first)
         placed = moved(columns, scale, scale, left, top)
-        right, bottom = left + image.shape[1] * scale, top + image.shape[0] * scale
-        clip(placed, max(left, 0), max(top, 0), min(right, 2 * width), min(bottom, 2 * height))
+        x1, y1 = max(left, 0), max(top, 0)
+        x2, y2 = min(left + image.shape[1] * scale, 2 * width), min(top + image.shape[0] * scale, 2 * height)
+        clip(placed, x1, y1, max(x1, x2), max(y1, y2))
         columns[:] = placed  # an array of integers cuts off what is behind the point
         parts.append(rows)
     merged = _stacked(parts)
@@ -152,7 +153,7 @@ def _blended(images: Sequence[Image], alpha: float, draw: Draws) -> tuple[list[t
     places = []
     for image, weight in zip(images, (alpha, 1 - alpha), strict=True):
         top, left = draw.randint(0, height - image.shape[0]), draw.randint(0, width - image.shape[1])
-        total[top : top + image.shape[0], left : left + image.shape[1]] += image * weight
+        total[top : top + image.shape[0], left : left + image.shape[1]] += np.multiply(image, weight, dtype=np.float64)
         places.append((left, top))
     return places, total.astype(images[0].dtype)
 

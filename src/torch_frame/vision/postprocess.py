@@ -31,19 +31,21 @@ def det_postprocess(
         nms_thre: highest IoU of two boxes that are both kept.
         class_agnostic: a box may be suppressed by one of another class.
         merge_score: one score, the product, in place of two.
-        ret_np: NumPy arrays of float32 in place of tensors.
+        ret_np: NumPy arrays in place of tensors; both are float32, of a prediction of float64 float64.
 
     Returns:
         For each image None, where nothing is left, or (k, 7) x1, y1, x2, y2, objectness, class score, class index by falling
         product of the two; with merge_score (k, 6) x1, y1, x2, y2, product, class index.
 
     Raises:
-        ValueError: a prediction of another shape.
+        TypeError: no tensor. ValueError: a prediction of another shape.
 
     >>> head = torch.tensor([[[50.0, 50.0, 20.0, 20.0, 0.9, 0.1, 1.0]]])
     >>> [rows.tolist() for rows in det_postprocess(head, 2, ret_np=True, merge_score=True)]
     [[[40.0, 40.0, 60.0, 60.0, 0.8999999761581421, 1.0]]]
     """
+    if not isinstance(prediction, Tensor):
+        raise TypeError(f"The prediction is a tensor (B, N, 5 + num_classes); this is a {type(prediction).__name__}.")
     if prediction.ndim != 3 or prediction.shape[2] < 5 + num_classes or num_classes < 1:
         wanted, shape = 5 + num_classes, tuple(prediction.shape)
         raise ValueError(
@@ -53,7 +55,7 @@ def det_postprocess(
         _image_boxes(rows[:, : 5 + num_classes], conf_thre, nms_thre, class_agnostic, merge_score)
         for rows in prediction
     ]
-    return [None if rows is None else rows.detach().float().cpu().numpy() for rows in results] if ret_np else results
+    return [None if rows is None else rows.detach().cpu().numpy() for rows in results] if ret_np else results
 
 
 def _image_boxes(

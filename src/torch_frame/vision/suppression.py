@@ -182,15 +182,19 @@ def _iou(
 def _torchvision_groups(
     theirs: Callable[..., Tensor], boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_threshold: float
 ) -> Tensor:
-    scores = scores.to(boxes.dtype).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    order = (-scores.double()).argsort(stable=True)  # NaN comes last
+    boxes = boxes[order]
+    falling = torch.arange(len(order), 0, -1, device=boxes.device).to(
+        boxes.dtype
+    )  # which torchvision sorts in the same order
     if groups is None:
-        return theirs(boxes, scores, iou_threshold)
-    kept = []
+        return order[theirs(boxes, falling, iou_threshold)]
+    groups = groups[order]
+    kept = torch.zeros(len(order), dtype=torch.bool, device=boxes.device)
     for group in groups.unique():
         members = torch.nonzero(groups == group)[:, 0]
-        kept.append(members[theirs(boxes[members], scores[members], iou_threshold)])
-    indices = torch.cat(kept).sort()[0] if kept else torch.empty(0, dtype=torch.int64, device=boxes.device)
-    return indices[scores[indices].argsort(descending=True, stable=True)]
+        kept[members[theirs(boxes[members], falling[members], iou_threshold)]] = True
+    return order[kept]
 
 
 @functools.cache
