@@ -15,7 +15,8 @@ from torch import Tensor
 from torch_frame.vision.boxes import Array
 
 # Boxes that are settled at a time, and boxes that they are compared with at a time: the tables fit into the processor's cache.
-_BLOCK, _STRIP = 256, 512
+_BLOCK, _STRIP = 128, 256
+_FEW = 1000  # fewer boxes on the CPU are faster in torchvision, more of them here
 logger = logging.getLogger("torch_frame")
 
 
@@ -89,7 +90,7 @@ def _of_groups(boxes: Any, scores: Any, groups: Any, iou_threshold: float) -> An
     boxes, scores = boxes.detach(), scores.detach()
     boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32) if boxes.is_floating_point() else torch.float64)
     theirs = torchvision_nms()
-    if theirs is not None:
+    if theirs is not None and (boxes.device.type != "cpu" or len(boxes) < _FEW):
         return _torchvision_groups(theirs, boxes, scores, groups, iou_threshold)
     numbers = None if groups is None else groups.detach().double().cpu().numpy()
     kept = _numpy_groups(boxes.cpu().numpy(), scores.double().cpu().numpy(), numbers, iou_threshold)
@@ -155,10 +156,11 @@ def _sparse_axis(columns: npt.NDArray[Any]) -> int:
 
 def _settled(overlaps: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     """(n, n) who overlaps whom, best first -> (n,) who stays."""
+    worse = np.triu(overlaps, 1)
     stay = np.ones(len(overlaps), dtype=bool)
-    for place in range(len(overlaps)):
+    for place in np.flatnonzero(worse.any(axis=1)):
         if stay[place]:
-            stay[place + 1 :] &= ~overlaps[place, place + 1 :]
+            stay[worse[place]] = False
     return stay
 
 
@@ -170,8 +172,7 @@ def _iou(
     wide -= np.maximum(a[0][:, None], b[0])
     np.maximum(wide, 0, out=wide)
     high = np.minimum(a[3][:, None], b[3])
-    high -= np.maximum(a[1][:, None], b[1])
-    np.maximum(high, 0, out=high)
+    high -= np.maximum(a[1][:, None], b[1])  # below 0 where boxes are apart, and so is the IoU: below every threshold
     wide *= high
     union = area_a[:, None] + area_b
     union -= wide
