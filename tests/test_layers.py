@@ -26,6 +26,7 @@ BESIDE = {
     "ddp_trainer": {"trainer"},
     "accelerate_trainer": {"trainer"},
     "cli": {"__init__"},
+    "metrics": {"vision"},
 }
 
 

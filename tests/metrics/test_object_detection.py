@@ -10,7 +10,7 @@ from tests.metrics.coco_reference import Case, random_case
 from tests.metrics.test_voc import devkit
 from torch_frame.errors import SettingError
 from torch_frame.metrics import ObjDetMAPMetric, results_of
-from torch_frame.metrics.object_detection import yolo_postprocess
+from torch_frame.vision import det_postprocess
 
 
 def batch_of(case: Case, indices: list[int], *, is_xyxy: bool) -> tuple[list, torch.Tensor]:
@@ -105,7 +105,7 @@ def test_the_yolo_head_is_the_default():
     )
     prediction = torch.stack([head, head * torch.tensor([1, 1, 1, 1, 0.1, 1, 1])])
     before = prediction.clone()
-    kept, nothing = yolo_postprocess(prediction, num_classes=2)
+    kept, nothing = det_postprocess(prediction, 2, class_agnostic=True, merge_score=True)
     assert torch.equal(prediction, before)
     assert nothing is None
     torch.testing.assert_close(kept, torch.tensor([[5.0, 5, 15, 15, 0.9, 1], [40, 40, 60, 60, 0.7, 0]]))

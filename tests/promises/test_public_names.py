@@ -34,7 +34,7 @@ def test_every_exported_name_exists():
         ),
         ("torch_frame.utils.dist_utils", "get_rank get_world_size is_dist_avail_and_initialized"),
         ("torch_frame.utils.misc", "collect_env create_small_table get_workspace set_random_seed symlink"),
-        ("torch_frame.utils.metric", "BaseMetric ModelMetric ObjDetMAPMetric"),
+        ("torch_frame.utils.metric", "BaseMetric ModelMetric ObjDetMAPMetric det_postprocess eval_map"),
         ("torch_frame.utils.ema", "EMA"),
         ("torch_frame.utils.history_buffer", "HistoryBuffer"),
         ("torch_frame.utils.logger", "setup_logger"),

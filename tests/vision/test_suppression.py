@@ -176,3 +176,16 @@ def test_a_torchvision_that_does_not_fit_torch_counts_as_not_installed(tmp_path,
         ]
     finally:
         torchvision_nms.cache_clear()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_boxes_on_a_card_are_suppressed_as_on_the_cpu():
+    boxes, scores = (torch.from_numpy(x) for x in crowd(2, 500, dtype=np.float32))
+    groups = torch.arange(500) % 3
+    on_card = batched_nms(boxes.cuda(), scores.cuda(), groups.cuda(), 0.5)
+    assert on_card.device.type == "cuda"
+    assert on_card.tolist() == batched_nms(boxes, scores, groups, 0.5).tolist()
+    assert nms(boxes.cuda(), scores.cuda(), 0.5).tolist() == nms(boxes, scores, 0.5).tolist()
+    overlaps = box_iou(boxes.cuda(), boxes.cuda(), mode="ciou")
+    torch.testing.assert_close(overlaps.cpu(), box_iou(boxes, boxes, mode="ciou"))

@@ -16,6 +16,7 @@ from torch_frame.metrics._batch import DETECTION_COLUMNS, TRUTH_COLUMNS, Table, 
 from torch_frame.metrics._images import led_by_place, pack, unpack
 from torch_frame.metrics.metric import ModelMetric
 from torch_frame.metrics.voc import voc_average_precision
+from torch_frame.vision.postprocess import det_postprocess
 
 
 class ObjDetMAPMetric(ModelMetric):
@@ -30,7 +31,7 @@ class ObjDetMAPMetric(ModelMetric):
         is_xyxy: whether truth's boxes are x1, y1, x2, y2; else centre x, centre y, w, h.
         ovthresh: the IoU from which on a detection is right.
         postprocess: what the model returned -> for each image None or (n, 6) rows x1, y1, x2, y2, score, class index.
-            None: `yolo_postprocess` with the two thresholds below.
+            None: `torch_frame.vision.det_postprocess`, whatever the classes, with the two thresholds below.
         confthre: lowest score that counts. nmsthre: highest IoU of two boxes that are both kept. For postprocess=None alone.
 
     >>> truth = torch.tensor([[[0.0, 5.0, 5.0, 10.0, 10.0]]])
@@ -59,7 +60,12 @@ class ObjDetMAPMetric(ModelMetric):
         self.is_xyxy = is_xyxy
         self.ovthresh = ovthresh
         self.postprocess = postprocess or partial(
-            yolo_postprocess, num_classes=len(class2idx), conf_thre=confthre, nms_thre=nmsthre
+            det_postprocess,
+            num_classes=len(class2idx),
+            conf_thre=confthre,
+            nms_thre=nmsthre,
+            class_agnostic=True,
+            merge_score=True,
         )
         self._places = {index: place for place, index in enumerate(class2idx.values())}
         self._images: list[tuple[Table, Table]] = []
@@ -157,47 +163,3 @@ def _rows(rows: Any, width: int, what: str, columns: str) -> Table:
     if array.ndim != 2 or array.shape[1] != width:
         raise ValueError(f"{what} an array of shape {array.shape} for an image; it has to be (n, {width}): {columns}.")
     return array
-
-
-def yolo_postprocess(
-    prediction: Tensor, *, num_classes: int, conf_thre: float = 0.7, nms_thre: float = 0.45
-) -> list[Tensor | None]:
-    """A YOLO head's boxes, kept where the score is high enough and no better box, of whatever class, overlaps them too much.
-
-    Args:
-        prediction: (B, N, 5 + num_classes) centre x, centre y, w, h, objectness, class scores; left as it is.
-        num_classes: how many class scores there are.
-        conf_thre: lowest objectness * best class score that is kept.
-        nms_thre: highest IoU of two boxes that are both kept.
-
-    Returns:
-        For each image (n, 6) x1, y1, x2, y2, score, class index by falling score, or None where nothing is left.
-    """
-    return [_yolo_image(rows[:, : 5 + num_classes], conf_thre, nms_thre) for rows in prediction]
-
-
-def _yolo_image(rows: Tensor, conf_thre: float, nms_thre: float) -> Tensor | None:
-    class_scores, labels = rows[:, 5:].max(dim=1)
-    scores = rows[:, 4] * class_scores
-    order = scores.argsort(descending=True, stable=True)
-    order = order[scores[order] >= conf_thre]
-    if len(order) == 0:
-        return None
-    centres, halves = rows[order, :2], rows[order, 2:4] / 2
-    boxes = torch.cat([centres - halves, centres + halves], dim=1)
-    kept = _suppress(boxes, nms_thre)
-    return torch.cat([boxes, scores[order, None], labels[order, None].to(boxes.dtype)], dim=1)[kept]
-
-
-def _suppress(boxes: Tensor, nms_thre: float) -> Tensor:
-    """Indices of the (n, 4) xyxy boxes, best first, that overlap no kept box before them by more than `nms_thre`."""
-    sides = boxes[:, 2:] - boxes[:, :2]
-    areas = sides[:, 0] * sides[:, 1]
-    left, kept = torch.arange(len(boxes), device=boxes.device), []
-    while len(left):
-        best, left = left[0], left[1:]
-        kept.append(best)
-        overlap = torch.minimum(boxes[best, 2:], boxes[left, 2:]) - torch.maximum(boxes[best, :2], boxes[left, :2])
-        overlap = overlap.clamp(min=0).prod(dim=1)
-        left = left[~(overlap > nms_thre * (areas[best] + areas[left] - overlap))]
-    return torch.stack(kept)
