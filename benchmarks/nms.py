@@ -21,8 +21,7 @@ import torch
 from _report import write
 
 from torch_frame.vision import batched_nms, nms
-from torch_frame.vision._images import opencv
-from torch_frame.vision.suppression import torchvision_nms
+from torch_frame.vision._optional import opencv, torchvision_ops
 
 SCENES = {
     "crowded": (640, 60, 0.5),
@@ -49,9 +48,9 @@ def calls(count: int, span: float, size: float, threshold: float) -> dict[str, C
         "nms, float64": lambda: nms(doubles, scores, threshold),
         "batched_nms, 80 classes": lambda: batched_nms(boxes, scores, classes, threshold),
     }
-    theirs, cv2 = torchvision_nms(), opencv()
+    theirs, cv2 = torchvision_ops(), opencv()
     if theirs is not None:
-        rows["torchvision"] = lambda: theirs(*tensors, threshold)
+        rows["torchvision"] = lambda: theirs.nms(*tensors, threshold)
     if cv2 is not None and count <= 10_000:
         listed = np.c_[boxes[:, :2], boxes[:, 2:] - boxes[:, :2]].tolist(), scores.tolist()
         rows["OpenCV"] = lambda: cv2.dnn.NMSBoxes(*listed, 0.0, threshold)

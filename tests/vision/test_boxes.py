@@ -104,6 +104,23 @@ def test_overlap_is_symmetric_and_within_its_bounds(a, b, mode, kind):
 
 
 @quick
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from(MODES),
+    st.sampled_from(["xywh", "cxcywh"]),
+    st.sampled_from([np.float32, np.float64]),
+)
+def test_tiny_boxes_far_from_0_stay_within_the_bounds_in_every_format(seed, mode, box_format, dtype):
+    rng = np.random.default_rng(seed)
+    sides = 10 ** rng.uniform(-9, 2, (6, 2))
+    rows = np.c_[rng.uniform(0, 1000, (6, 2)).round(1), sides].astype(dtype)
+    near = np.r_[rows, rows + np.array([0, 0, 1e-8, 1e-7])].astype(dtype)
+    overlap = box_iou(rows, near, mode=mode, box_format=box_format)
+    assert (overlap <= 1).all()
+    assert (overlap >= {"iou": 0, "iof": 0, "giou": -1, "ciou": -2}[mode] - 1e-6).all()
+
+
+@quick
 @given(boxes_xyxy(), st.sampled_from(MODES), st.sampled_from(FORMATS))
 def test_a_box_with_an_area_overlaps_itself_wholly_in_every_format(boxes, mode, box_format):
     boxes = boxes[(boxes[:, 2:] - boxes[:, :2] > 1e-3).all(axis=1)]

@@ -157,12 +157,15 @@ def test_draws_are_in_1_7s_order_and_from_the_generator_that_is_passed():
 
 
 def test_wrong_arguments_are_told():
-    for low, high in ((-81, 10), (0, 81)):
+    for low, high in ((-81, 10), (0, 81), (5, 4), (0, 1.5)):
         with pytest.raises(ValueError, match="at least -80, high at most 80"):
             RandomBrightness(low, high)
     for low, high in ((0.4, 1), (1, 2.1), (1.1, 1.1), (1.2, 1.1)):
         with pytest.raises(ValueError, match=r"within 0.5..2"):
             RandomContrast(low, high)
+    for augmentation in (*OLD, ColorJitter):
+        with pytest.raises(ValueError, match=r"p is 1.5; a probability is 0..1"):
+            augmentation(p=1.5)
     image = noise("float32 3")
     with pytest.raises(ValueError, match=r"levels 0..1; this one's are .*Divide it by 255"):
         adjust_contrast(image * 255, 1.1)

@@ -278,8 +278,17 @@ def test_boxes_of_any_kind_with_the_class_first_or_last(as_kind):
     )  # exact, so whole numbers stay
 
 
+def _seeded_twice():
+    """python's `random` as the default, and as a module that is passed."""
+    random.seed(8)
+    yield None
+    random.seed(8)
+    yield random
+
+
 def test_the_generator_that_is_passed_decides_alone():
     image, boxes = np.arange(900, dtype=np.uint8).reshape(30, 30), [[3, 3, 20, 20]]
+    assert np.array_equal(*(random_crop(image, boxes, rng=rng)[0].shape for rng in _seeded_twice()))
     makers = [random.Random, np.random.default_rng, lambda seed: torch.Generator().manual_seed(seed)]
     for augment in (random_flip, random_crop, random_perspective):
         for maker in makers:
@@ -329,8 +338,14 @@ def test_odd_pictures_work_and_no_pictures_are_told():
         flip(np.zeros((4, 4), np.uint8), [[1, 2, 3]])
     with pytest.raises(ValueError, match="rows of numbers class"):
         flip(np.zeros((4, 4), np.uint8), [[1, 2, 3, 4]], class_first=True)
-    with pytest.raises(ValueError, match="fill_value"):
-        letterbox(np.zeros((4, 4, 3), np.uint8), (9, 5), fill_value=(1, 2))
+    for fill in ((1, 2), 256, -1, np.nan, None):
+        with pytest.raises(ValueError, match="fill_value"):
+            letterbox(np.zeros((4, 4, 3), np.uint8), (9, 5), fill_value=fill)
+    for wrong in ({"scale": (0, 1)}, {"shear": 45}, {"shear": np.nan}):
+        with pytest.raises(ValueError, match="scales are above 0"):
+            random_perspective(np.zeros((4, 4), np.uint8), [], **wrong)
+    with pytest.raises(ValueError, match="vertical_p is -1"):
+        random_flip(np.zeros((4, 4), np.uint8), vertical_p=-1)
 
 
 def test_fill_is_in_levels_of_255_whatever_the_dtype():

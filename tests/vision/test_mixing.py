@@ -167,6 +167,8 @@ def test_wrong_arguments_are_told():
         mosaic([(image, [])] * 4, (4, 4, 3))
     with pytest.raises(ValueError, match="rows of numbers class"):
         mosaic([(image, [[0, 0, 1, 1]])] * 4, (4, 4))
+    with pytest.raises(ValueError, match=r"mixup_scale is 0.6"):
+        mixup(image, image, 0.6)
     with pytest.raises(TypeError, match="this is a str"):
         mosaic([("a.jpg", [])] * 4, (4, 4))
 

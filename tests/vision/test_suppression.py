@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torch_frame.vision import batched_nms, box_iou, nms
-from torch_frame.vision.suppression import torchvision_nms
+from torch_frame.vision import batched_nms, box_iou, letterbox, nms
+from torch_frame.vision._optional import imported
 
 
 def by_definition(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> list[int]:
@@ -158,24 +158,35 @@ def test_opencv_keeps_the_same():
         assert nms(boxes, scores, 0.5).tolist() == list(theirs)
 
 
-def test_a_torchvision_that_does_not_fit_torch_counts_as_not_installed(tmp_path, caplog, monkeypatch):
-    (tmp_path / "torchvision").mkdir()
-    (tmp_path / "torchvision" / "__init__.py").write_text(
-        "raise RuntimeError('operator torchvision::nms does not exist')"
-    )
+@pytest.mark.parametrize(
+    ("package", "reason", "use"),
+    [
+        (
+            "torchvision",
+            "RuntimeError('operator torchvision::nms does not exist')",
+            "NMS runs in NumPy, with the same results",
+        ),
+        ("cv2", "ImportError('libGL.so.1')", "torch and NumPy change pictures instead, up to a level apart"),
+    ],
+)
+def test_a_package_that_is_broken_counts_as_not_installed_and_is_told_once(
+    package, reason, use, tmp_path, caplog, monkeypatch
+):
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text(f"raise {reason}")
     monkeypatch.syspath_prepend(str(tmp_path))
-    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
-    torchvision_nms.cache_clear()
+    imported.cache_clear()
     try:
         with caplog.at_level("INFO", logger="torch_frame"):
             for _ in range(2):
                 assert nms(torch.tensor([[0.0, 0, 1, 1]]), torch.tensor([1.0]), 0.5).tolist() == [0]
-        assert [record.getMessage() for record in caplog.records] == [
-            "torchvision can't be imported (operator torchvision::nms does not exist); NMS runs in NumPy, with the same results."
-        ]
+                assert letterbox(np.full((2, 2), 7, np.uint8), (3, 3)).image.max() == 7
+        lines = [record.getMessage() for record in caplog.records if package in record.getMessage()]
+        assert lines == [f"{package} can't be imported ({reason[reason.index(chr(39)) + 1 : -2]}); {use}."]
     finally:
-        torchvision_nms.cache_clear()
+        imported.cache_clear()
 
 
 @pytest.mark.cuda

@@ -5,7 +5,6 @@ OpenCV does it where it is installed, for it is faster; torch does it otherwise.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,21 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from torch_frame.vision._optional import opencv
+
 Image = npt.NDArray[Any]
 """(H, W), (H, W, 1) or (H, W, C): uint8, levels 0..255, or floats, 0..1."""
 
 Fill = float | Sequence[float]
 """The level of an empty place, 0..255 (in a picture of floats divided by 255): one number, or one for each channel."""
-
-
-@functools.cache
-def opencv() -> Any:
-    """The module cv2, or None where it can't be imported."""
-    try:
-        import cv2
-    except (ImportError, OSError, RuntimeError):
-        return None
-    return cv2
 
 
 def checked(image: Any) -> Image:
@@ -58,6 +49,8 @@ def fill_of(image: Image, fill_value: Fill) -> float | list[float]:
     """What an empty place of the picture holds, in its own unit: one number, or one for each of its channels."""
     values = np.atleast_1d(np.asarray(fill_value, dtype=np.float64))
     channels = 1 if image.ndim == 2 else image.shape[2]
+    if not ((values >= 0) & (values <= 255)).all():
+        raise ValueError(f"fill_value is {fill_value!r}; levels are 0..255, whatever the picture's dtype.")
     if values.ndim != 1 or (len(values) not in (1, channels) and np.ptp(values) > 0):
         raise ValueError(f"fill_value is {fill_value!r}; it is one number, or one for each of the {channels} channels.")
     if len(values) != channels or channels == 1:

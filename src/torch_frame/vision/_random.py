@@ -31,7 +31,8 @@ def draws(rng: Generator) -> Draws:
     Raises:
         TypeError: something else than a generator.
     """
-    if rng is None:
+    given: Any = rng
+    if given is None or given is random:
         return random
     if isinstance(rng, random.Random):
         return rng
@@ -61,3 +62,14 @@ class _Drawing:
         if isinstance(self.rng, torch.Generator):
             return int(torch.randint(a, b + 1, (), generator=self.rng, device=self.rng.device))
         return int(self.rng.integers(a, b, endpoint=True))
+
+
+def probability(p: float, name: str = "p") -> float:
+    """The number itself.
+
+    Raises:
+        ValueError: it is not within 0..1.
+    """
+    if not 0 <= p <= 1:
+        raise ValueError(f"{name} is {p}; a probability is 0..1.")
+    return p

@@ -149,7 +149,8 @@ def box_iou(
     | "ciou" | IoU minus the centres' distance, and minus how far the shapes differ (Zheng et al. 2020) |
 
     Boxes without area, and inverted ones (x2 < x1), have an IoU of 0 with everything. Integers are exact: areas are computed in
-    int64. float16 and bfloat16 are computed in float32 and come back in their own dtype.
+    int64. float16 and bfloat16 are computed in float32 and come back in their own dtype; for a loss take float32, because CIoU's
+    gradient at very thin boxes is beyond what float16 holds.
 
     Args:
         boxes_a: (n, 4). boxes_b: (m, 4), of the same kind.
@@ -222,6 +223,11 @@ def _overlap(boxes_a: Any, boxes_b: Any, mode: str, box_format: str, paired: boo
     bx1, by1, bx2, by2, bw, bh = b
     wide = (numbers.minimum(ax2, bx2) - numbers.maximum(ax1, bx1)).clip(min=0)
     high = (numbers.minimum(ay2, by2) - numbers.maximum(ay1, by1)).clip(min=0)
+    if (
+        box_format != "xyxy"
+    ):  # edges of a small box far from 0 are rounded: they may lie further apart than its sides are long
+        wide = numbers.minimum(wide, numbers.minimum(aw, bw))
+        high = numbers.minimum(high, numbers.minimum(ah, bh))
     both, area_a, area_b = wide * high, aw * ah, bw * bh
     if mode == "iof":
         return _share(both, numbers.minimum(area_a, area_b), eps)
@@ -233,7 +239,7 @@ def _overlap(boxes_a: Any, boxes_b: Any, mode: str, box_format: str, paired: boo
     hull_h = numbers.maximum(ay2, by2) - numbers.minimum(ay1, by1)
     if mode == "giou":
         hull = hull_w * hull_h
-        return iou - _share(hull - union, hull, eps)
+        return iou - _share((hull - union).clip(min=0), hull, eps)  # below 0 by rounding alone
     apart = (ax1 + ax2 - bx1 - bx2) ** 2 / 4 + (ay1 + ay2 - by1 - by2) ** 2 / 4
     shape = 4 / math.pi**2 * (numbers.arctan2(bw, bh) - numbers.arctan2(aw, ah)) ** 2
     weight = _share(shape, 1 - iou + shape, eps)  # a constant to the gradient, as in the paper

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from torch_frame.vision._images import Image, checked, level, opencv
-from torch_frame.vision._random import Generator, draws
+from torch_frame.vision._images import Image, checked, level
+from torch_frame.vision._optional import opencv
+from torch_frame.vision._random import Generator, draws, probability
 
 
 def adjust_brightness(image: Image, amount: float) -> Image:
@@ -115,7 +116,7 @@ class ColorJitter:
         self.gamma = gamma
         self.hue = hue
         self.saturation = saturation
-        self.p = p
+        self.p = probability(p)
         self.channel_order = channel_order
         self.rng = rng
 
@@ -145,15 +146,17 @@ class RandomBrightness:
         rng: the generator to draw from. None: python's `random`.
 
     Raises:
-        ValueError: low or high beyond its limit.
+        ValueError: low or high beyond its limit or no whole number, low above high, or p outside of 0..1.
     """
 
     def __init__(self, low: int = -10, high: int = 10, p: float = 0.2, *, rng: Generator = None) -> None:
-        if low < -80 or high > 80:
-            raise ValueError(f"low is {low} and high is {high}; low has to be at least -80, high at most 80.")
-        self.low = low
-        self.high = high
-        self.p = p
+        if not -80 <= low <= high <= 80 or low != int(low) or high != int(high):
+            raise ValueError(
+                f"low is {low} and high is {high}; they are whole numbers, low at least -80, high at most 80 and not below low."
+            )
+        self.low = int(low)
+        self.high = int(high)
+        self.p = probability(p)
         self.rng = rng
 
     def __call__(self, image: Image) -> Image:
@@ -173,7 +176,7 @@ class RandomContrast:
         rng: the generator to draw from. None: python's `random`.
 
     Raises:
-        ValueError: low or high beyond its limit, or low not below high.
+        ValueError: low or high beyond its limit, low not below high, or p outside of 0..1.
     """
 
     def __init__(self, low: float = 0.9, high: float = 1.1, p: float = 0.2, *, rng: Generator = None) -> None:
@@ -181,7 +184,7 @@ class RandomContrast:
             raise ValueError(f"low is {low} and high is {high}; low has to be below high, both within 0.5..2.")
         self.low = low
         self.high = high
-        self.p = p
+        self.p = probability(p)
         self.rng = rng
 
     def __call__(self, image: Image) -> Image:
@@ -204,7 +207,7 @@ class RandomGammaCorrection:
     def __init__(self, lower: float = 0.666, upper: float = 1.5, p: float = 0.5, *, rng: Generator = None) -> None:
         self.lower = lower
         self.upper = upper
-        self.p = p
+        self.p = probability(p)
         self.rng = rng
 
     def __call__(self, image: Image) -> Image:
@@ -241,7 +244,7 @@ class RandomHueSaturation:
         self.hue_upper = hue_upper
         self.sat_lower = sat_lower
         self.sat_upper = sat_upper
-        self.p = p
+        self.p = probability(p)
         self.channel_order = channel_order
         self.rng = rng
 

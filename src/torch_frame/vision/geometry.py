@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from torch_frame.vision._images import Fill, Image, canvas, checked, resized, warped
-from torch_frame.vision._random import Draws, Generator, draws
+from torch_frame.vision._random import Draws, Generator, draws, probability
 from torch_frame.vision._rows import Rows, clip, corners, floating, moved, rows_of
 from torch_frame.vision.boxes import box_candidates
 
@@ -142,7 +142,8 @@ def random_flip(
         rng: the generator to draw from. None: python's `random`.
     """
     draw = draws(rng)
-    horizontal, vertical = draw.random() < p, draw.random() < vertical_p
+    horizontal = draw.random() < probability(p)
+    vertical = draw.random() < probability(vertical_p, "vertical_p")
     return flip(image, boxes, horizontal=horizontal, vertical=vertical, class_first=class_first)
 
 
@@ -215,7 +216,7 @@ def random_crop(
     height, width = checked(image).shape[:2]
     draw = draws(rng)
     window = [0, 0, width, height]
-    if draw.random() < p:
+    if draw.random() < probability(p):
         new_height, new_width = (max(1, round(side * draw.uniform(*scale))) for side in (height, width))
         top, left = draw.randint(0, height - new_height), draw.randint(0, width - new_width)
         window = [left, top, left + new_width, top + new_height]
@@ -260,13 +261,18 @@ def random_perspective(
         rng: the generator to draw from. None: python's `random`.
 
     Raises:
-        ValueError: nothing is left of the picture, or perspective is not within 0..0.5. TypeError: no picture.
+        ValueError: nothing is left of the picture; perspective is not within 0..0.5, a scale not above 0, or shear 45 or more.
+        TypeError: no picture.
     """
     rows = floating(rows_of(targets, class_first=class_first))
     padded, columns = _padded(checked(img), border, fill_value), corners(rows, class_first=class_first)
     height, width = padded.shape[:2]
     if not 0 <= perspective <= 0.5:
         raise ValueError(f"perspective is {perspective}; it has to be within 0..0.5.")
+    if not (min(scale) > 0 and abs(shear) < 45):
+        raise ValueError(
+            f"scale is {scale} and shear is {shear}; scales are above 0, shears below 45 degrees each way."
+        )
     matrix, factor = _random_matrix(draws(rng), height, width, angle, translate, scale, shear, perspective)
     if not np.array_equal(matrix, np.eye(3)):
         padded = warped(padded, matrix, height, width, fill_value)

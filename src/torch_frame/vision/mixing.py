@@ -111,8 +111,10 @@ def mixup_boxes(
         rng: the generator to draw from. None: python's `random`.
 
     Raises:
-        ValueError: pictures that differ in dtype or number of channels. TypeError: no pictures.
+        ValueError: pictures that differ in dtype or number of channels, mixup_scale beyond its range. TypeError: no pictures.
     """
+    if not 0 <= mixup_scale <= 0.5:
+        raise ValueError(f"mixup_scale is {mixup_scale}; weights are 0..1, so it has to be within 0..0.5.")
     draw = draws(rng)
     alpha = draw.uniform(0.5 - mixup_scale, 0.5 + mixup_scale)
     images = same_channels([checked(img1), checked(img2)])

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,12 +9,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from torch_frame.vision._optional import torchvision_ops
 from torch_frame.vision.boxes import Array
 
 # Boxes that are settled at a time, and boxes that they are compared with at a time: the tables fit into the processor's cache.
 _BLOCK, _STRIP = 128, 256
 _FEW = 1000  # fewer boxes on the CPU are faster in torchvision, more of them here
-logger = logging.getLogger("torch_frame")
 
 
 def nms(boxes: Array, scores: Array, iou_threshold: float) -> Array:
@@ -89,7 +86,7 @@ def _of_groups(boxes: Any, scores: Any, groups: Any, iou_threshold: float) -> An
         return _numpy_groups(boxes, scores.astype(np.float64, copy=False), groups, iou_threshold)
     boxes, scores = boxes.detach(), scores.detach()
     boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32) if boxes.is_floating_point() else torch.float64)
-    theirs = torchvision_nms()
+    theirs = torchvision_ops()
     if theirs is not None and (boxes.device.type != "cpu" or len(boxes) < _FEW):
         return _torchvision_groups(theirs, boxes, scores, groups, iou_threshold)
     numbers = None if groups is None else groups.detach().double().cpu().numpy()
@@ -181,7 +178,7 @@ def _iou(
 
 
 def _torchvision_groups(
-    theirs: Callable[..., Tensor], boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_threshold: float
+    theirs: Any, boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_threshold: float
 ) -> Tensor:
     order = (-scores.double()).argsort(stable=True)  # NaN comes last
     boxes = boxes[order]
@@ -189,26 +186,10 @@ def _torchvision_groups(
         boxes.dtype
     )  # which torchvision sorts in the same order
     if groups is None:
-        return order[theirs(boxes, falling, iou_threshold)]
+        return order[theirs.nms(boxes, falling, iou_threshold)]
     groups = groups[order]
     kept = torch.zeros(len(order), dtype=torch.bool, device=boxes.device)
     for group in groups.unique():
         members = torch.nonzero(groups == group)[:, 0]
-        kept[members[theirs(boxes[members], falling[members], iou_threshold)]] = True
+        kept[members[theirs.nms(boxes[members], falling[members], iou_threshold)]] = True
     return order[kept]
-
-
-@functools.cache
-def torchvision_nms() -> Callable[..., Tensor] | None:
-    """torchvision's `nms(boxes, scores, iou_threshold)`; None where torchvision can't be imported.
-
-    A torchvision that was built for another torch raises a RuntimeError at its import: it counts as not installed, in one line.
-    """
-    try:
-        from torchvision.ops import nms as theirs
-    except ImportError:
-        return None
-    except (RuntimeError, OSError, AttributeError) as error:
-        logger.info("torchvision can't be imported (%s); NMS runs in NumPy, with the same results.", str(error).strip())
-        return None
-    return theirs  # type: ignore[no-any-return]
