@@ -140,6 +140,10 @@ def test_whole_numbers_neither_wrap_around_nor_lose_digits(dtype):
     assert box_iou(torch.from_numpy(large), torch.from_numpy(large))[0, 1] == 0.5
     assert box_candidates(large, large).tolist() == [True, True]
     assert len(filter_box(large, 1)) == 2
+    square = np.array([[0, 0, 65536, 65536]], dtype=np.int32)  # an area of 2 ** 32
+    for boxes in (square, torch.from_numpy(square)):
+        assert len(filter_box(boxes)) == 1
+        assert box_candidates(boxes, boxes).tolist() == [True]
 
 
 def test_half_is_computed_in_float32_and_stays_half():
@@ -183,6 +187,20 @@ def test_generalised_and_complete_iou_of_the_papers_formulas():
     angle = 4 / np.pi**2 * (np.arctan(0.5) - np.arctan(1)) ** 2
     expected = 0 - (20**2 + 5**2) / (30**2 + 20**2) - angle / (1 + angle) * angle
     assert box_iou(a, b, mode="ciou")[0, 0] == pytest.approx(expected)
+
+
+def test_the_weight_of_ciou_is_a_constant_to_the_gradient():
+    boxes = torch.tensor([[0.0, 0, 10, 10]], dtype=torch.float64, requires_grad=True)
+    other = torch.tensor([[3.0, 1, 20, 9]], dtype=torch.float64)
+    (found,) = torch.autograd.grad(box_iou(boxes, other, mode="ciou").sum(), boxes)
+    sides, other_sides = boxes[0, 2:] - boxes[0, :2], other[0, 2:] - other[0, :2]
+    shape = 4 / torch.pi**2 * (torch.atan(other_sides[0] / other_sides[1]) - torch.atan(sides[0] / sides[1])) ** 2
+    centres = ((boxes[0, :2] + boxes[0, 2:] - other[0, :2] - other[0, 2:]) ** 2).sum() / 4
+    hull = (torch.maximum(boxes[0, 2:], other[0, 2:]) - torch.minimum(boxes[0, :2], other[0, :2])) ** 2
+    iou = box_iou(boxes, other).sum()
+    weight = (shape / (1 - iou + shape)).item()
+    (expected,) = torch.autograd.grad(iou - centres / hull.sum() - weight * shape, boxes)
+    torch.testing.assert_close(found, expected)
 
 
 def test_iof_is_over_the_smaller_area_and_eps_is_the_least_denominator():

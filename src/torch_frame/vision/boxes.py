@@ -223,9 +223,8 @@ def _overlap(boxes_a: Any, boxes_b: Any, mode: str, box_format: str, paired: boo
     bx1, by1, bx2, by2, bw, bh = b
     wide = (numbers.minimum(ax2, bx2) - numbers.maximum(ax1, bx1)).clip(min=0)
     high = (numbers.minimum(ay2, by2) - numbers.maximum(ay1, by1)).clip(min=0)
-    if (
-        box_format != "xyxy"
-    ):  # edges of a small box far from 0 are rounded: they may lie further apart than its sides are long
+    # Edges of a small box far from 0 are rounded: they may lie further apart than its sides are long.
+    if box_format != "xyxy":
         wide = numbers.minimum(wide, numbers.minimum(aw, bw))
         high = numbers.minimum(high, numbers.minimum(ah, bh))
     both, area_a, area_b = wide * high, aw * ah, bw * bh
