@@ -143,12 +143,10 @@ def _suppress(boxes: npt.NDArray[Any], iou_threshold: float) -> npt.NDArray[np.i
 
 def _sparse_axis(columns: npt.NDArray[Any]) -> int:
     """0 for x, 1 for y: the one along which fewer boxes share a place."""
-    crowds = (
-        [np.abs(columns[k + 2] - columns[k]).sum() / np.ptp(columns[[k, k + 2]]) for k in (0, 1)]
-        if columns.size
-        else [0, 0]
-    )
-    return int(crowds[1] < crowds[0])
+    if columns.size == 0:
+        return 0
+    x, y = (np.abs(columns[k + 2] - columns[k]).sum() / np.ptp(columns[[k, k + 2]]) for k in (0, 1))
+    return int(y < x)
 
 
 def _settled(overlaps: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
@@ -182,9 +180,7 @@ def _torchvision_groups(
 ) -> Tensor:
     order = (-scores.double()).argsort(stable=True)  # NaN comes last
     boxes = boxes[order]
-    falling = torch.arange(len(order), 0, -1, device=boxes.device).to(
-        boxes.dtype
-    )  # which torchvision sorts in the same order
+    falling = torch.arange(len(order), 0, -1, device=boxes.device).to(boxes.dtype)  # scores without ties, in this order
     if groups is None:
         return order[theirs.nms(boxes, falling, iou_threshold)]
     groups = groups[order]
