@@ -71,6 +71,14 @@ def test_letterbox_shows_all_of_the_picture_and_every_box_finds_its_way_back(sce
         assert max(result.scale_x, result.scale_y) <= 1
 
 
+def test_letterbox_rounds_each_side_and_reports_the_padding_that_is_there():
+    flat = letterbox(np.zeros((1571, 3775), np.uint8), (1280, 1280), [[0, 0, 3775, 1571]])
+    assert flat.boxes.tolist() == [[0, 373, 1280, 906]]  # 1571 * 1280 / 3775 is 532.7: 533 rows, 373 above
+    assert (flat.image[[372, 373, 905, 906], 0] == [114, 0, 0, 114]).all()
+    tall = letterbox(np.zeros((3775, 1571), np.uint8), (1280, 1280), [[0, 0, 1571, 3775]])
+    assert tall.boxes.tolist() == [[373, 0, 906, 1280]]
+
+
 @pytest.mark.parametrize("opencv", [True, False])
 def test_letterbox_is_opencvs_resize_with_a_border(opencv, monkeypatch):
     cv2 = pytest.importorskip("cv2")
@@ -163,6 +171,18 @@ def test_a_crop_is_the_slice_and_leaves_out_only_boxes_of_which_nothing_is_seen(
         b - window[[0, 1, 0, 1]] for b in seen if (b[2:] - b[:2] > 0).all() and (b[2] - b[0]) * (b[3] - b[1]) > 0
     ]
     np.testing.assert_allclose(rows[:, :4], np.reshape(expected, (-1, 4)), atol=1e-9)
+
+
+def test_boxes_without_end_are_cut_to_the_picture():
+    image, endless = np.zeros((30, 40), np.uint8), [[-np.inf, -np.inf, np.inf, np.inf]]
+    assert crop(image, endless, (5, 5, 20, 20))[1].tolist() == [[0, 0, 15, 15]]
+    assert flip(image, endless)[1].tolist() == [[0, 0, 40, 30]]
+    assert letterbox(image, (60, 80), endless).boxes.tolist() == [[0, 0, 80, 60]]
+    assert random_perspective(image, endless, area_thr=0)[1].tolist() == [[0, 0, 40, 30]]
+    for dtype in (np.float16, np.float32):
+        rows = flip(image, np.array(endless, dtype))[1]
+        assert rows.tolist() == [[0, 0, 40, 30]]
+        assert rows.dtype == np.float32
 
 
 def test_crop_thresholds_and_windows_beside_the_picture():
@@ -334,6 +354,8 @@ def test_odd_pictures_work_and_no_pictures_are_told():
         crop(np.zeros((0, 4), np.uint8), [], (0, 0, 1, 1))
     with pytest.raises(ValueError, match="size is"):
         letterbox(np.zeros((4, 4), np.uint8), (0, 5))
+    with pytest.raises(ValueError, match="Boxes have NaN, first in row 1"):
+        random_perspective(np.zeros((4, 4), np.uint8), [[0, 0, 1, 1], [0, np.nan, 1, 1]])
     with pytest.raises(ValueError, match="rows of numbers x1"):
         flip(np.zeros((4, 4), np.uint8), [[1, 2, 3]])
     with pytest.raises(ValueError, match="rows of numbers class"):

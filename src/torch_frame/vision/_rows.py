@@ -9,26 +9,35 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+_FAR = 1e9  # pixels: a box without end ends here, for infinity times 0 is no number
+
 Rows = npt.NDArray[Any]
 """(n, 4 or more) x1, y1, x2, y2, ..., or (n, 5 or more) class, x1, y1, x2, y2, ...; pixels, on the pixels' edges."""
 
 
 def rows_of(boxes: Any, *, class_first: bool) -> Rows:
-    """The boxes as a new array; an empty list or array is (0, 5) or (0, 4).
+    """The boxes as a new array, float16 as float32; an empty list or array is (0, 5) or (0, 4).
 
     Raises:
-        ValueError: a shape that no boxes have.
+        ValueError: a shape that no boxes have, or NaN.
     """
     if isinstance(boxes, Tensor):
         boxes = boxes.detach().cpu()
         boxes = (boxes.float() if boxes.dtype == torch.bfloat16 else boxes).numpy()  # NumPy has no bfloat16
     rows = np.array(boxes)  # a copy
+    rows = rows.astype(np.float32) if rows.dtype == np.float16 else rows  # which holds no half pixels beyond 1024
     width = 5 if class_first else 4
     if rows.size == 0 and (rows.ndim != 2 or rows.shape[1] < width):
         return np.zeros((0, width))
     if rows.ndim != 2 or rows.shape[1] < width or not np.issubdtype(rows.dtype, np.number):
         columns = "class, x1, y1, x2, y2" if class_first else "x1, y1, x2, y2"
         raise ValueError(f"Boxes are rows of numbers {columns}; these are of shape {rows.shape} and {rows.dtype}.")
+    broken = np.isnan(rows[:, :width]).any(axis=1)
+    if broken.any():
+        first = broken.argmax()
+        raise ValueError(f"Boxes have NaN, first in row {first}: {rows[first].tolist()}. Leave it out, or mend it.")
+    if np.issubdtype(rows.dtype, np.floating):
+        rows[:, width - 4 : width] = rows[:, width - 4 : width].clip(-_FAR, _FAR)
     return rows
 
 
