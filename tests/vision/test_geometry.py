@@ -242,6 +242,13 @@ def test_random_perspective_of_nothing_is_the_identity_with_the_border():
         random_perspective(image, [], perspective=0.6)
 
 
+def test_what_is_left_of_a_box_is_measured_against_the_scaled_box():
+    image, box = np.zeros((100, 100), np.uint8), [[20, 20, 40, 40]]
+    twice = {"angle": 0, "translate": 0, "scale": (2, 2), "shear": 0}  # -10.5..29.5, of which 54 % are seen
+    assert random_perspective(image, box, **twice, area_thr=0.5)[1].round(9).tolist() == [[0, 0, 29.5, 29.5]]
+    assert len(random_perspective(image, box, **twice, area_thr=0.6)[1]) == 0
+
+
 def test_a_warp_without_opencv_is_opencvs(monkeypatch):
     pytest.importorskip("cv2")
     arguments = [(kind, seed) for seed in range(12) for kind in KINDS]
