@@ -190,6 +190,14 @@ def test_a_package_that_is_broken_counts_as_not_installed_and_is_told_once(
         imported.cache_clear()
 
 
+def test_a_package_that_is_not_installed_is_not_spoken_of(caplog):
+    with caplog.at_level("INFO", logger="torch_frame"):
+        assert imported("a_package_that_nobody_has.ops", "never mind") is None
+        assert not caplog.records
+        assert imported("json.nothing", "never mind") is None  # installed, but lacks a part
+        assert len(caplog.records) == 1
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_boxes_on_a_card_are_suppressed_as_on_the_cpu():
