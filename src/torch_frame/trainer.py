@@ -517,12 +517,10 @@ class Trainer:
         checks.check_device(self.model, self.device)
         epochs_left = self.max_epochs - self.progress.epoch
         checks.check_loader(self.data_loader, epochs_left, self.epoch_len, prefetch=self.prefetch)
-        if epochs_left > 0:
-            schedulers = [schedule.scheduler for schedule in self.optimization.schedules.values()]
-            length, interval = self.updates_per_epoch, self.lr_scheduler_interval
-            checks.check_one_cycles(schedulers, interval, length, self.max_epochs, is_saved=self._settings.saved_count)
-        self.optimization.check()
-        checks.check_step(self.optimization.by_name, self.train_one_iter, Trainer.train_one_iter)
+        metric, epochs = self.lr_scheduler_metric, self.max_epochs if epochs_left > 0 else None
+        is_saved = self._settings.saved_count
+        checks.check_schedules(self.optimization, metric, self.updates_per_epoch, epochs, is_saved=is_saved)
+        checks.check_step(self.optimization, self.train_one_iter, Trainer.train_one_iter)
         for hook in self.hook_caller.hooks:
             hook.check()
 

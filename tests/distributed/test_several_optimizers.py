@@ -150,6 +150,12 @@ def work(folder: Path) -> dict[str, Any]:
     settings = {**SETTINGS["all"], "precision": "bf16"}
     kinds = (Trainer, Own)
     found["own"] = [trained(kind, folder / f"own {kind.__name__}", 2, "one", **settings) for kind in kinds]
+    torch.manual_seed(torch.distributed.get_rank())
+    outside = nn.Linear(3, 1).double()  # other weights on each rank, and not the model's
+    model = Pair().double()
+    given = {"d": SGD(outside.parameters(), lr=0.1), "g": SGD(model.parameters(), lr=0.1)}
+    Trainer(model, given, None, [torch.zeros(1)], 0, folder / "outside", hooks=[], strategy=DDP(own_shards=True))
+    found["outside"] = weights_of(outside)
     with_norm = build(Adversarial, folder / "norm", 2, "dict", norm=True)
     with_norm.train(5, 5)
     found["norm"] = weights_of(with_norm.model)
@@ -172,5 +178,6 @@ def test_two_processes_train_as_one_and_resume_bitwise(tmp_path: Path) -> None:
     assert first["resumed"] == second["resumed"] == [[], [], []]
     assert differences(*first["own"]) == []  # with update() and without
     assert differences(first["norm"], second["norm"]) == []  # statistics of the normalisation too
+    assert differences(first["outside"], second["outside"]) == []  # rank 0's
     assert first["is_bare"]
     assert "find_unused_parameters cannot be set with a dict of optimizers" in first["refused"]

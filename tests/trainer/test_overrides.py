@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
-from torch.optim.lr_scheduler import ExponentialLR
+from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau
 
 from tests.small_hooks import On, Stages
 from tests.small_runs import (
@@ -411,6 +411,39 @@ def test_a_state_with_an_optimizer_that_was_set_resumes(tmp_path: Path) -> None:
     assert differences(state_of(whole), state_of(run(3, "parts", "auto"))) == []
 
 
+def test_an_optimizer_that_a_hook_sets_in_before_train_takes_its_state(tmp_path: Path) -> None:
+    class Sets(HookBase):
+        def before_train(self) -> None:
+            self.trainer.optimizer = SGD(self.trainer.model.parameters(), lr=0.05, momentum=0.9)
+
+    def run(epochs: int, folder: str, resume: Any = None) -> Trainer:
+        seed_everything(0)
+        more: Any = {"create_new_dir": None, "resume": resume, "warmup_method": "linear", "warmup_iters": 9}
+        hooks = [Sets(), CheckpointerHook()]
+        trainer = build(Trainer, tmp_path / folder, epochs=epochs, schedule=False, hooks=hooks, **more)
+        trainer.train(5, 5)
+        return trainer
+
+    whole = run(3, "whole")
+    run(1, "parts")
+    assert differences(state_of(whole), state_of(run(3, "parts", "auto"))) == []
+
+
+def test_an_update_in_a_method_of_ones_own_is_looked_for_until_the_epochs_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class InAMethod(Trainer):
+        def train_one_iter(self, batch: Any) -> Any:
+            return {"total_loss": self.second(batch) if self.inner_iter % 2 else 0.0}
+
+        def second(self, batch: Any) -> float:
+            self.update(step(self.model, batch))
+            return 1.0
+
+    build(InAMethod, tmp_path, clip_grad_norm=1.0).train()
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
 def test_start_epoch_may_be_set_by_a_script_or_in_before_train(tmp_path: Path) -> None:
     for by_hook in (False, True):
         epochs: list[int] = []
@@ -477,3 +510,46 @@ def test_what_stands_for_several_optimizers_cannot_be_changed_unnoticed(tmp_path
         trainer.optimizer[0] = several[1]
     trainer.optimizer = several[::-1]
     assert trainer.optimizer == tuple(several[::-1])
+
+
+def set_attribute(name: str, make: Any) -> Any:
+    return lambda trainer: setattr(trainer, name, make(trainer))
+
+
+SET_WRONGLY: dict[str, tuple[Any, type[Exception], str]] = {
+    "no optimizer": (set_attribute("optimizer", lambda trainer: "sgd"), TypeError, "optimizer is str"),
+    "another model's": (
+        set_attribute("optimizer", lambda trainer: SGD(Net().parameters(), lr=0.1)),
+        SettingError,
+        "none of the model's trainable parameters",
+    ),
+    "another optimizer's scheduler": (
+        set_attribute("lr_scheduler", lambda trainer: ExponentialLR(SGD(Net().parameters(), lr=0.1), 0.9)),
+        SettingError,
+        "was made for another optimizer",
+    ),
+    "a plateau without a metric": (
+        set_attribute("lr_scheduler", lambda trainer: ReduceLROnPlateau(trainer.optimizer)),
+        SettingError,
+        "ReduceLROnPlateau follows a metric",
+    ),
+    "no number of batches": (
+        set_attribute("gradient_accumulation_steps", lambda trainer: 0),
+        SettingError,
+        "gradient_accumulation_steps was set to 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SET_WRONGLY)
+def test_what_is_set_wrongly_is_an_error_before_the_first_step(name: str, tmp_path: Path) -> None:
+    do_set, error, text = SET_WRONGLY[name]
+    trainer = build(Trainer, tmp_path)
+
+    def set_and_train() -> None:
+        do_set(trainer)
+        trainer.train(5, 5)
+
+    with pytest.raises(error, match=text):
+        set_and_train()
+    assert trainer.progress.iter == 0

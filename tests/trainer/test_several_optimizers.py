@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Muon
-from torch.optim.lr_scheduler import ExponentialLR, StepLR
+from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR, ReduceLROnPlateau, StepLR
 
 from tests.small_hooks import On, at_iter
-from tests.small_runs import Net, differences, make_batches, make_trainer, raised_by, weights_of
-from tests.trainer.small_gan import WARMUP, Gan, GanTrainer, batches, by_hand, make
+from tests.small_runs import Net, UserError, differences, fail, make_batches, make_trainer, raised_by, weights_of
+from tests.trainer.small_gan import WARMUP, Gan, GanTrainer, batches, by_hand, make, optimizers_of
 from torch_frame import CheckpointerHook, HookBase, Trainer
 from torch_frame.errors import CheckpointError, NonFiniteError, SettingError
 
@@ -100,6 +101,20 @@ def test_hooks_see_each_optimizers_own_mean_gradient(tmp_path: Path) -> None:
     assert trainer.progress.num_updates == 7
 
 
+def test_a_hook_may_take_the_gradient_away(tmp_path: Path) -> None:
+    """The generator waits for three batches."""
+
+    def take_away(trainer: Any) -> None:
+        if trainer.cur_iter < 3:
+            for parameter in trainer.model.g.parameters():
+                parameter.grad = None
+
+    trainer = make(tmp_path, 1, hooks=[On(before_update=take_away)])
+    trainer.train(5, 5)
+    steps = [int(optimizer.state[next(iter(optimizer.state))]["step"]) for optimizer in trainer.optimizer.values()]
+    assert steps == [7, 4]
+
+
 def test_the_norms_are_recorded_by_name(tmp_path: Path) -> None:
     trainer = make(tmp_path, 1, clip_grad_norm=0.5)
     trainer.train(5, 5)
@@ -153,6 +168,116 @@ def test_an_optimizer_may_step_several_times_in_a_batch(precision: Any, tmp_path
     assert trainer.progress.num_updates == 7
     with pytest.raises(SettingError, match="twice in one batch"):
         make(tmp_path / "other", 1, Critic, gradient_accumulation_steps=2).train(5, 5)
+
+
+def a_step(name: Any, loss: str, before: Any = None, **more: Any) -> type[GanTrainer]:
+    """A trainer whose step gives one loss to one optimizer."""
+
+    class Step(GanTrainer):
+        def train_one_iter(self, batch: Any) -> Any:
+            if before is not None:
+                before(self.model)
+            self.update(getattr(self.model, loss)(batch), name(self) if callable(name) else name, **more)
+            return {"total_loss": 0.0}
+
+    return Step
+
+
+def freeze(model: Any) -> None:
+    model.d.requires_grad_(False)
+
+
+WRONG_STEPS: dict[str, tuple[type[GanTrainer], type[Exception], str]] = {
+    "another one's loss": (a_step("g", "loss_of_d"), SettingError, "none of the named optimizer's parameters"),
+    "all frozen": (a_step("d", "loss_of_g", freeze), SettingError, "none of whose parameters requires a gradient"),
+    "the object": (a_step(lambda trainer: trainer.optimizer["d"], "loss_of_d"), TypeError, "got a Adam for optimizer"),
+    "weight 0": (a_step("d", "loss_of_d", weight=0), SettingError, r"update\(\) got the weight 0"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_STEPS)
+def test_a_step_that_would_train_nothing_is_an_error(name: str, tmp_path: Path) -> None:
+    kind, error, text = WRONG_STEPS[name]
+    with pytest.raises(error, match=text):
+        make(tmp_path, 1, kind).train(5, 5)
+
+
+def test_a_network_outside_the_model_is_trained_and_resumed(tmp_path: Path) -> None:
+    class Outside(Trainer):
+        def train_one_iter(self, batch: Any) -> Any:
+            fake = self.model(torch.randn(len(batch), 2))
+            d_loss = (self.d(batch) - 1).square().mean() + self.d(fake.detach()).square().mean()
+            self.update(d_loss, "d")
+            self.update((self.d(self.model(torch.randn(len(batch), 2))) - 1).square().mean(), "g")
+            return {"total_loss": d_loss}
+
+        d: nn.Module
+
+    def run(folder: str, resume: Any = None, stop: bool = False) -> Outside:
+        torch.manual_seed(0)
+        gan = Gan()
+        optimizers = {"d": Adam(gan.d.parameters(), lr=0.02), "g": Adam(gan.g.parameters(), lr=0.01)}
+        hooks: list[HookBase] = [CheckpointerHook(every_n_iters=3)]
+        hooks += [On(before_iter=at_iter(10, fail))] if stop else []
+        work_dir = tmp_path / folder
+        trainer = Outside(
+            gan.g, optimizers, None, batches(), 3, work_dir, hooks=hooks, create_new_dir=None, resume=resume
+        )
+        trainer.d = gan.d
+        trainer.train(5, 5)
+        return trainer
+
+    whole = run("whole")
+    raised_by(lambda: run("parts", stop=True), UserError)
+    resumed = run("parts", "auto")
+    for name in ("model", "d"):
+        assert differences(weights_of(getattr(whole, name)), weights_of(getattr(resumed, name))) == []
+
+
+@pytest.mark.parametrize("stop_at", [3, 6, 11])
+def test_a_signal_ends_a_gan_where_its_window_is_complete(stop_at: int, tmp_path: Path) -> None:
+    settings: Any = {"gradient_accumulation_steps": 3, "precision": "fp16", "use_ema": True, "create_new_dir": None}
+
+    def run(folder: str, resume: Any = None, stop: bool = False) -> Trainer:
+        torch.manual_seed(3)
+        hooks: list[HookBase] = [CheckpointerHook()]
+        hooks += [On(after_iter=at_iter(stop_at, lambda trainer: signal.raise_signal(signal.SIGTERM)))] if stop else []
+        trainer = make(tmp_path / folder, 2, hooks=hooks, resume=resume, **settings)
+        trainer.train(5, 5)
+        return trainer
+
+    whole = run("whole")
+    assert isinstance(raised_by(lambda: run("parts", stop=True), SystemExit), SystemExit)
+    assert differences(state_of(whole), state_of(run("parts", "auto"))) == []
+
+
+def test_one_cycle_and_plateau_belong_to_their_own_optimizers(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    several = [SGD(model[0].parameters(), lr=0.1), SGD(model[2].parameters(), lr=0.1)]
+    schedulers = [ReduceLROnPlateau(several[0], patience=0, threshold=10.0), StepLR(several[1], 1, 0.5)]
+    trainer = Trainer(
+        model,
+        several,
+        schedulers,
+        batches(),
+        3,
+        tmp_path / "plateau",
+        hooks=[],
+        step_fn=lambda model, batch: model(batch).square().mean(),
+        lr_scheduler_metric="total_loss",
+    )
+    trainer.train(5, 5)
+    rates = [rate for schedule in trainer.lr_scheduler for rate in schedule.get_last_lr()]
+    assert rates == pytest.approx([0.1 * 0.1**3, 0.1 * 0.5**3])
+    gan = Gan()
+    optimizers, _ = optimizers_of(gan)
+    steps = {"d": 14, "g": 6}  # the generator's are fewer
+    cycles = {name: OneCycleLR(optimizers[name], 0.1, total_steps=num) for name, num in steps.items()}
+    once = RareGenerator(
+        gan, optimizers, cycles, batches(), 2, tmp_path / "cycle", hooks=[], lr_scheduler_interval="iter"
+    )
+    once.train(5, 5)
+    assert [schedule.num_updates for schedule in once.lr_scheduler.values()] == [14, 6]
 
 
 # ---------------------------------------------------------------- a list

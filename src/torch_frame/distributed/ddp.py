@@ -104,7 +104,7 @@ class DDP(SingleProcess):
         return wrapped
 
     def replicate(self, model: nn.Module) -> nn.Module:
-        """The bare model, with rank 0's weights and buffers.
+        """The bare model.
 
         DistributedDataParallel cannot put a loss's gradient into some of the parameters only.
 
@@ -122,11 +122,17 @@ class DDP(SingleProcess):
             raise ValueError(
                 f"{', '.join(given)} cannot be set with a dict of optimizers, for which the model is not wrapped."
             )
-        _copy_from_first([*model.parameters(), *model.buffers()])
+        devices = {p.device for p in (*model.parameters(), *model.buffers())}
+        self._check_own_device(next(iter(devices)) if len(devices) == 1 else torch.device("cpu"))
         return model
 
-    def share_buffers(self, model: nn.Module) -> None:
-        _copy_from_first(list(model.buffers()))
+    @torch.no_grad()
+    def share(self, tensors: Sequence[Tensor]) -> None:
+        for group in _by_kind(tensors).values():
+            flat = torch.cat([tensor.reshape(-1) for tensor in group])
+            dist.broadcast(flat, 0)
+            for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
+                tensor.copy_(part.view_as(tensor))
 
     def _wrap(self, model: nn.Module) -> DistributedDataParallel:
         devices = {p.device for p in (*model.parameters(), *model.buffers())}
@@ -274,16 +280,6 @@ class _Wrapper(DistributedDataParallel):
             if name == "module":
                 raise
             return getattr(self.module, name)
-
-
-@torch.no_grad()
-def _copy_from_first(tensors: Iterable[Tensor]) -> None:
-    """Give all ranks rank 0's values."""
-    for group in _by_kind(tensors).values():
-        flat = torch.cat([tensor.reshape(-1) for tensor in group])
-        dist.broadcast(flat, 0)
-        for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
-            tensor.copy_(part.view_as(tensor))
 
 
 def _by_kind(parameters: Iterable[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:

@@ -54,12 +54,12 @@ class Strategy(Protocol):
         ...
 
     def replicate(self, model: nn.Module) -> nn.Module:
-        """Instead of `prepare`, for several optimizers with losses of their own: nothing is exchanged in backward, but the ranks
-        begin with the same model, and `reduce_gradients` averages."""
+        """Instead of `prepare`, for several optimizers with losses of their own: nothing is exchanged in backward, for
+        `reduce_gradients` averages, and `share` lets the ranks begin with the same weights."""
         ...
 
-    def share_buffers(self, model: nn.Module) -> None:
-        """After a window of a replicated model: all ranks have the same buffers."""
+    def share(self, tensors: Sequence[Tensor]) -> None:
+        """Give all ranks rank 0's values of these tensors."""
         ...
 
     def unwrap(self, model: nn.Module) -> nn.Module:
@@ -168,8 +168,8 @@ class SingleProcess:
     def replicate(self, model: nn.Module) -> nn.Module:
         return model
 
-    def share_buffers(self, model: nn.Module) -> None:
-        """There is one model."""
+    def share(self, tensors: Sequence[Tensor]) -> None:
+        """There is one rank."""
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         inner: nn.Module = model.module if isinstance(model, _WRAPPERS) else model

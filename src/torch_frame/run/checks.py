@@ -25,6 +25,7 @@ from torch_frame.distributed.strategy import SingleProcess, Strategy
 from torch_frame.errors import SettingError
 from torch_frame.run.saving import SaveRequest
 from torch_frame.run.state import Part
+from torch_frame.training.optimization import Optimization
 from torch_frame.training.several import labelled, labelled_schedulers
 
 
@@ -165,9 +166,10 @@ def check_names_of_17(kind: type) -> None:
         )
 
 
-def check_step(by_name: bool, step: Any, standard: Any) -> None:
-    """A dict of optimizers needs a step of the user's, which says which loss is whose."""
-    if by_name and getattr(step, "__func__", step) is standard:
+def check_step(optimization: Optimization, step: Any, standard: Any) -> None:
+    """A dict of optimizers needs a step of the user's, which says which loss is whose; its gradients are not mixed."""
+    optimization.check()
+    if optimization.by_name and getattr(step, "__func__", step) is standard:
         raise SettingError(
             "optimizer is a dict, so train_one_iter has to say which loss is whose: override it and call "
             "self.update(loss, name) for each (docs/optimizers.md). Optimizers that step together by one loss are a list."
@@ -190,12 +192,29 @@ def check_schedulers(schedulers: Iterable[Any], interval: str, metric: str | Non
         )
 
 
-def check_one_cycles(
-    schedulers: Iterable[Any], interval: str, updates_per_epoch: int | None, max_epochs: int, *, is_saved: bool
+def check_schedules(
+    optimization: Optimization,
+    metric: str | None,
+    updates_per_epoch: int | None,
+    max_epochs: int | None,
+    *,
+    is_saved: bool,
 ) -> None:
-    """`_check_one_cycle` of each."""
-    for scheduler in schedulers:
-        _check_one_cycle(scheduler, interval, updates_per_epoch, max_epochs, is_saved=is_saved)
+    """The schedules that there are by now, others than were given perhaps, go together with the run.
+
+    Args:
+        metric: that ReduceLROnPlateau follows.
+        updates_per_epoch: None: not known.
+        max_epochs: None: nothing is left to train.
+        is_saved: a checkpoint's settings are in force, not the script's.
+    """
+    interval = optimization.interval
+    schedulers = [schedule.scheduler for schedule in optimization.schedules.values()]
+    check_schedulers(schedulers, interval, metric)
+    if optimization.by_name and interval == "iter":  # how often each steps is the user's
+        return
+    for scheduler in schedulers if max_epochs is not None else ():
+        _check_one_cycle(scheduler, interval, updates_per_epoch, max_epochs or 0, is_saved=is_saved)
 
 
 def _check_one_cycle(

@@ -57,6 +57,11 @@ class OptimizersPart:
     def refusals(self, saved: Mapping[str, Any]) -> list[str]:
         return [line for label, part in self._in_both(saved) for line in part.refusals(saved[label])]
 
+    def holds_the_same(self, other: Any) -> bool:
+        """The other part is of the same optimizers."""
+        mine, others = self._optimizers, other._optimizers
+        return mine.keys() == others.keys() and all(mine[label] is others[label] for label in mine)
+
     def _in_both(self, saved: Mapping[str, Any]) -> list[tuple[str, OptimizerPart]]:
         return [(label, part) for label, part in self._parts.items() if label in saved]
 

@@ -10,7 +10,7 @@ import functools
 import logging
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from torch_frame._version import __version__
@@ -105,6 +105,15 @@ class GroupedPart(Part, Protocol):
 
 
 @runtime_checkable
+class ReplacedPart(Part, Protocol):
+    """The optimizers: others may be set while a run is resumed."""
+
+    def holds_the_same(self, other: Any) -> bool:
+        """A part made later is of the same objects."""
+        ...
+
+
+@runtime_checkable
 class RefusingPart(Part, Protocol):
     """A part whose object may refuse a state when it is loaded; it is asked when nothing else is in the way."""
 
@@ -148,11 +157,13 @@ class Restored:
         state: the saved one, whose optimizers have today's groups and order.
         left: names of the parts that are restored after `before_train`, in order.
         lines: what is to be said.
+        optimizers: the part that took their state.
     """
 
     state: State
     left: tuple[str, ...]
     lines: list[Line]
+    optimizers: Any = None
 
 
 def restore(parts: Mapping[str, Part], state: State) -> Restored:
@@ -181,17 +192,22 @@ def restore(parts: Mapping[str, Part], state: State) -> Restored:
             lines += part.lines(state[name]) if isinstance(part, TalkingPart) else []
             part.load_state_dict(state[name])
         undo.pop_all()
-    return Restored(state, (*left, *RESTORED_LAST), lines)
+    return Restored(state, (*left, *RESTORED_LAST), lines, parts.get("optimizers"))
 
 
 def restore_last(parts: Mapping[str, Part], restored: Restored) -> list[Line]:
     """Restore the rest of a state, in the order of the table; returns what is to be said.
+
+    Optimizers that a hook has set since `restore` take their state now.
 
     Raises:
         CheckpointError: if an optimizer that was waited for does not fit.
     """
     state = restored.state
     lines: list[Line] = []
+    optimizers = parts.get("optimizers")
+    if isinstance(optimizers, ReplacedPart) and not optimizers.holds_the_same(restored.optimizers):
+        restored = replace(restored, left=tuple(dict.fromkeys((*WAITING, *restored.left))))
     if set(WAITING) & set(restored.left):
         state, lines = _in_present_order(parts, state)
         _compare(parts, state)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -135,6 +135,14 @@ class Optimization:
             for label, one in labelled(optimizer).items()
         }
         self._take(optimizer, schedules)
+        if self.by_name:  # nothing else lets the ranks begin with the same weights
+            for tensor in (*model.parameters(), *model.buffers(), *self._outside_model()):
+                strategy.share([tensor])  # one by one: no second copy of a large model
+
+    def _outside_model(self) -> Iterator[Tensor]:
+        in_model = set(map(id, self._model.parameters()))
+        groups = (group for optimizer in self.optimizers.values() for group in optimizer.param_groups)
+        yield from (p for group in groups for p in group["params"] if id(p) not in in_model)
 
     def _take(self, optimizer: Any, schedules: dict[str, LRWarmupScheduler]) -> None:
         """Use these optimizers and schedules from now on."""
@@ -172,6 +180,7 @@ class Optimization:
     @optimizer.setter
     def optimizer(self, optimizer: Any) -> None:
         self._check_outside_window("optimizer")
+        self._check_trains(labelled(optimizer).values())
         schedules = {label: self._schedule_for(label, one) for label, one in labelled(optimizer).items()}
         self._take(optimizer, schedules)
         self.on_change(self.schedules)
@@ -202,6 +211,13 @@ class Optimization:
         self._take(self._given, schedules)
         self.on_change(self.schedules)
 
+    def _check_trains(self, optimizers: Iterable[Optimizer]) -> None:
+        optimized = {id(p) for one in optimizers for group in one.param_groups for p in group["params"]}
+        if not any(p.requires_grad and id(p) in optimized for p in self._model.parameters()):
+            raise SettingError(
+                "trainer.optimizer was set to one that has none of the model's trainable parameters. Make it from trainer.model."
+            )
+
     def _check_outside_window(self, name: str) -> None:
         if self.window_open:
             raise SettingError(
@@ -221,6 +237,10 @@ class Optimization:
 
     @window_len.setter
     def window_len(self, window_len: int) -> None:
+        if not isinstance(window_len, int) or window_len < 1:
+            raise SettingError(
+                f"gradient_accumulation_steps was set to {window_len!r}; it has to be a positive whole number."
+            )
         self._window_len = window_len
         for unit in self.units.values():
             unit.updater.window_len = window_len
@@ -413,7 +433,7 @@ class Optimization:
     def _end_shared(self) -> None:
         if self._scaler_is_due:
             self._update_scaler()
-        self._strategy.share_buffers(self._model)
+        self._strategy.share(list(self._model.buffers()))
         if self._has_stepped:
             self._count_update()
         self.num_batches = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -61,7 +61,7 @@ class OwnStep:
         self.function = None if function is standard else function
         if self.function is not None and self.function is not self._seen:
             self._seen = self.function
-            self._look = Look(self._optimization, self.function)
+            self._look = Look(self._optimization, _names_in(step, standard))
 
     def beginning(self, placed: Iterator[tuple[Any, int]]) -> Iterator[tuple[Any, int]]:
         """The same batches; each begins here."""
@@ -91,7 +91,7 @@ class OwnStep:
             raise StepOutputError(f"update() got a {type(loss).__name__}; it takes the loss, a tensor of one element.")
         loss, _ = read_losses(loss)
         self._note(loss)
-        weight = None if weight is None else check_weight(weight)
+        weight = None if weight is None else check_weight(weight, "update() got the weight")
         unit.num_calls += 1
         if unit.num_calls > 1 and optimization.window_len > 1:
             raise SettingError(
@@ -125,6 +125,11 @@ class OwnStep:
 
     def _unit(self, name: str | None) -> Unit:
         units = self._optimization.units
+        if name is not None and not isinstance(name, str):
+            raise TypeError(
+                f"update() got a {type(name).__name__} for optimizer; it takes the optimizer's name in the dict, and a weight by "
+                "its name: update(loss, weight=...)."
+            )
         unit = units.get(name)
         if unit is not None:
             return unit
@@ -156,14 +161,17 @@ class OwnStep:
 class Look:
     """What a user's step does, looked at in its first batch.
 
+    Args:
+        names: what its code refers to.
+
     Attributes:
         used_autocast, used_update: it has called them.
     """
 
-    def __init__(self, optimization: Optimization, function: Callable[..., Any]) -> None:
+    def __init__(self, optimization: Optimization, names: Collection[str]) -> None:
         self.used_autocast = self.used_update = False
         self._optimization = optimization
-        self._names = getattr(getattr(function, "__code__", None), "co_names", ())
+        self._names = names
         self._counts_before: Mapping[str, Any] = {}
 
     def begin_batch(self) -> None:
@@ -214,6 +222,16 @@ class Look:
             calls,
             ", ".join(left.values()),
         )
+
+
+def _names_in(step: Callable[..., Any], standard: Callable[..., Any]) -> set[str]:
+    """The names that a step refers to, and those that the other methods of its trainer's class do."""
+    functions = [getattr(step, "__func__", step)]
+    for kind in type(getattr(step, "__self__", None)).__mro__:
+        if standard in vars(kind).values():
+            break
+        functions += vars(kind).values()
+    return {name for function in functions for name in getattr(getattr(function, "__code__", None), "co_names", ())}
 
 
 @contextmanager

@@ -189,7 +189,13 @@ class Update:
         if self._is_alone:
             self._strategy.backward(loss)
         else:
-            self._strategy.backward(loss, [p for p in self._optimized if p.requires_grad])
+            self._strategy.backward(loss, self._trained())
+
+    def _trained(self) -> list[Tensor]:
+        trained: list[Tensor] = [p for p in self._optimized if p.requires_grad]
+        if not trained:
+            raise SettingError("update() got a loss for an optimizer none of whose parameters requires a gradient.")
+        return trained
 
     def _scale_of(self, weight: Tensor | float) -> Tensor | float:
         if self._on_cpu:
@@ -216,6 +222,10 @@ class Update:
         self._is_collected = True
         correction = self._correction() if self._scales else 1.0
         self._strategy.reduce_gradients(self._optimized)
+        if not self._is_alone and not self._gradients():
+            raise SettingError(
+                "update() got a loss that depends on none of the named optimizer's parameters. Is it the loss of another one?"
+            )
         if self._scaler is not None:
             for optimizer in self.optimizers:
                 self._scaler.unscale_(optimizer)
@@ -321,20 +331,21 @@ class Update:
         return [gradient for p in self._optimized if (gradient := p.grad) is not None]
 
 
-def check_weight(weight: Any) -> Tensor | float:
+def check_weight(weight: Any, what: str = "loss_weight returned") -> Tensor | float:
     """A weight that `loss_weight` returned, as it can be used; a value on a device is not read.
+
+    Args:
+        what: where it comes from, for the error.
 
     Raises:
         SettingError: if it is not a positive number or a one-element tensor.
     """
     if isinstance(weight, Tensor):
         if weight.numel() != 1:
-            raise SettingError(
-                f"loss_weight returned a tensor of shape {tuple(weight.shape)}; it has to have one element."
-            )
+            raise SettingError(f"{what} a tensor of shape {tuple(weight.shape)}; it has to have one element.")
         if weight.device.type != "cpu":
             return weight.detach().reshape(())
         weight = weight.item()
     if not isinstance(weight, numbers.Real) or not 0 < float(weight) < math.inf:
-        raise SettingError(f"loss_weight returned {weight!r}; it has to be a positive number of items or tokens.")
+        raise SettingError(f"{what} {weight!r}; it has to be a positive number of items or tokens.")
     return float(weight)
