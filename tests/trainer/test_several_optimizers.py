@@ -145,6 +145,7 @@ def test_one_optimizer_may_skip_while_the_other_steps(tmp_path: Path) -> None:
     assert counts == {"d": 0, "g": 1}
     assert trainer.progress.num_updates == 7
     assert [schedule.num_updates for schedule in trainer.lr_scheduler.values()] == [7, 6]
+    assert trainer.model.g[1].num_batches_tracked == 13  # the forward pass of the discriminator's loss counts
     assert all(bool(value.isfinite().all()) for value in trainer.model.state_dict().values())
 
 
