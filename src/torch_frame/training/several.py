@@ -56,13 +56,13 @@ def labelled_schedulers(lr_scheduler: Any, optimizer: Any) -> dict[str, Any]:
     if lr_scheduler is None:
         return dict.fromkeys(optimizers)
     found = _labelled("lr_scheduler", lr_scheduler)
-    wanted = {schedule_label(label): label for label in optimizers}
-    if found.keys() != wanted.keys():
+    wanted = {label: schedule_label(label) for label in optimizers}
+    if found.keys() != set(wanted.values()):
         raise SettingError(
             f"lr_scheduler has {_listed(found)}, but optimizer has {_listed(optimizers)}. Give it the optimizer's form, one "
             "scheduler for each; None stands for a constant rate."
         )
-    made = {wanted[label]: scheduler for label, scheduler in found.items()}
+    made = {label: found[name] for label, name in wanted.items()}  # in the order of the optimizers
     for label, scheduler in made.items():
         _check_belongs(schedule_label(label), scheduler, label, optimizers)
     return made
