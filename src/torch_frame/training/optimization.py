@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -237,13 +238,13 @@ class Optimization:
 
     @window_len.setter
     def window_len(self, window_len: int) -> None:
-        if not isinstance(window_len, int) or window_len < 1:
+        if not isinstance(window_len, numbers.Integral) or window_len < 1:
             raise SettingError(
                 f"gradient_accumulation_steps was set to {window_len!r}; it has to be a positive whole number."
             )
-        self._window_len = window_len
+        self._window_len = int(window_len)
         for unit in self.units.values():
-            unit.updater.window_len = window_len
+            unit.updater.window_len = self._window_len
 
     @property
     def on_nonfinite(self) -> OnNonFinite:
