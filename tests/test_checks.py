@@ -271,8 +271,8 @@ MISTAKES: dict[str, Mistake] = {
     "total_loss_in_dict": Mistake(
         returning(lambda loss: {"total_loss": loss, "a": loss}), FIRST_STEP, StepOutputError, ("total_loss",)
     ),
-    "metric_named_as_a_loss": Mistake(
-        returning(lambda loss: ({"a": loss}, {"a": 1.0})), FIRST_STEP, StepOutputError, ("'a'",)
+    "metric_that_is_text": Mistake(
+        returning(lambda loss: ({"a": loss}, {"b": "good"})), FIRST_STEP, StepOutputError, ("'b'",)
     ),
     "train_one_iter_returns_nothing": Mistake(
         fixed(), FIRST_STEP, TypeError, ("train_one_iter", "NoneType", "dict"), ReturnsNothing
@@ -280,7 +280,7 @@ MISTAKES: dict[str, Mistake] = {
     "train_one_iter_returns_a_loss": Mistake(
         fixed(), FIRST_STEP, TypeError, ("train_one_iter", "Tensor", "dict"), ReturnsLoss
     ),
-    "nan_in_the_data": Mistake(nan_data, FIRST_STEP, NonFiniteError, ("epoch 0", "iteration 0", "total_loss=nan")),
+    "nan_in_the_data": Mistake(nan_data, FIRST_STEP, NonFiniteError, ("epoch 1", "iteration 0", "total_loss=nan")),
     # evaluation
     "mean_of_a_batch": Mistake(
         fixed(hooks=[EvalHook([0], lambda model, batch: {"acc": 0.5}, save_metric="acc")]),

@@ -27,6 +27,8 @@ class Progress:
     """All batches of the epoch are trained, and its `after_epoch` is what comes next."""
     in_epoch: bool = False
     in_iter: bool = False
+    last_inner_iter: int = 0
+    """Index in its epoch of the last batch of this process, for hooks that run between epochs."""
 
     @property
     def is_inside_epoch(self) -> bool:
@@ -53,6 +55,7 @@ class Progress:
     def end_epoch(self) -> None:
         """The hooks of `after_epoch` have run."""
         self.epoch += 1
+        self.last_inner_iter = max(self.inner_iter - 1, 0)
         self.inner_iter = 0
         self.position = 0
         self.epoch_trained = False
@@ -71,7 +74,9 @@ class Progress:
     @property
     def current_inner_iter(self) -> int:
         """Index in the epoch of the batch under way, or between batches of the last one."""
-        return self.inner_iter if self.in_iter else max(self.inner_iter - 1, 0)
+        if self.in_iter:
+            return self.inner_iter
+        return self.inner_iter - 1 if self.inner_iter else self.last_inner_iter
 
     def state_dict(self) -> dict[str, int | bool]:
         return {
@@ -91,3 +96,4 @@ class Progress:
         self.num_updates = int(state["num_updates"])
         self.epoch_trained = bool(state["epoch_trained"])
         self.in_epoch = self.in_iter = False
+        self.last_inner_iter = 0

@@ -42,15 +42,18 @@ from torch_frame.run.settings import SettingsPart
 from torch_frame.run.start_epoch import StartEpoch
 from torch_frame.run.state import Part
 from torch_frame.run.trained import FrozenParameters, RequiresGradPart, frozen_parameters
+from torch_frame.run.values import check_plateaus, hyper_parameters, run_storage
 from torch_frame.run.warm_up import warmed_up
 from torch_frame.run.work_dir import WorkDir
 from torch_frame.stopping import StopRequested, StopSignals
 from torch_frame.tracking.bar import ProgressBar
 from torch_frame.tracking.console import logger, open_run_log
 from torch_frame.tracking.history import MetricStorage
+from torch_frame.tracking.media import Media
 from torch_frame.training.ema import EMA
 from torch_frame.training.finite import Columns, first_nonfinite, trained_tensors
-from torch_frame.training.losses import arguments_of_17, read_losses, recordable
+from torch_frame.training.losses import arguments_of_17, read_losses
+from torch_frame.training.metric_names import MetricNames
 from torch_frame.training.optimization import Optimization, UpdateSettings, Warmup
 from torch_frame.training.own_step import OwnStep
 from torch_frame.training.precision import Precision, PrecisionName, choose_precision
@@ -153,6 +156,7 @@ class Trainer:
     should_stop: bool = delegated(
         "_ranks.stops", "The run ends after the epoch under way; set it to True.", settable=True
     )
+    registered_hook_names: list[str] = delegated("hook_caller.names", "The hooks' classes, in the order they run.")
     work_dir: str = delegated("_work_dir.path", "Where the run's files go; final once `train()` has begun.")
     ckpt_dir: str = delegated("_work_dir.checkpoints", "Where its checkpoints go.")
 
@@ -196,11 +200,12 @@ class Trainer:
         checks.check_names_of_17(type(self))
         self.strategy = checks.checked_strategy(strategy)  # before the device: "cuda" is this rank's own GPU then
         self._ranks = Ranks(self.strategy)
+        self.rank = self.strategy.rank
         self.device = checks.device_of(model) if device is None else resolve_device(device)
         prepare = self.strategy.replicate if isinstance(optimizer, Mapping) else self.strategy.prepare
         self.model = prepare(model if device is None else model.to(self.device))
         self.data_loader = data_loader
-        self.max_epochs = max_epochs
+        self.max_epochs = int(max_epochs)
         self.step_fn = step_fn
         self.loss_weight = loss_weight
         shared = [] if save_frozen else frozen_parameters(model).values()
@@ -208,7 +213,9 @@ class Trainer:
         self._frozen = FrozenParameters(self.model_or_module, ema, left_out=not save_frozen)
         self.precision = Precision(choose_precision(precision, enable_amp, self.device), self.device)
         self.progress = Progress()
-        self.metric_storage = storage = MetricStorage()
+        self._names = MetricNames()
+        # weak: the storage must not keep the trainer, and so the model, alive
+        self.metric_storage = storage = run_storage(self._names, weakref.WeakMethod(self._check_read))
         self.hook_caller = HookCaller()
         self.stages = self.hook_caller.stages
         self.optimization = Optimization(
@@ -232,6 +239,8 @@ class Trainer:
             ),
         )
         names = partial(self.hook_caller.names_with, "before_update", "after_update")
+        self.optimization.names = self._names
+        self._names.reserve(self.optimization.norm_names if clip_grad_norm > 0 else ())
         self._own_step = OwnStep(self.optimization, self.precision, self.strategy, self.device, names)
         self._settings = AllSettings(resume_settings, self.model_or_module, self.optimization.schedules)
         self.optimization.on_change = self._settings.renew
@@ -248,13 +257,12 @@ class Trainer:
         self._feed = Feed(data_loader, self.seed, self.strategy, self.device, take_over=take_over, prefetch=prefetch)
         keep_parents_garbage(self)
         self._start = StartEpoch()
-        self.metric_storage.declare("lr", smooth=False)
-        reference = weakref.ref(self)  # the storage must not keep the trainer, and so the model, alive
-        self.metric_storage.on_read = lambda columns: _check_read_values(reference(), columns)
+        self.run_media = Media(self.hook_caller.takes_media, is_main=self.check_main())
         self.resumed_iter: int | None = None
         self._resumption = Resumption(checks.checked_resume(resume))
         self._work_dir = WorkDir(work_dir, None if resume == "auto" else create_new_dir)
-        self._info_params: list[str] = []
+        self.info_params: list[str] = []
+        self._named_params: dict[str, Any] = {}
         self._saver = Saver(self.strategy)
         self.stop_signals = StopSignals(on_first=self._saver.wake)
         self._names_checked = False
@@ -335,6 +343,7 @@ class Trainer:
         """The batches' way: loader -> device -> losses -> update."""
         self.model.train()
         if not self.progress.is_inside_epoch:
+            self.metric_storage.begin_epoch()
             with self._ranks.alone():
                 self.call("before_epoch")
             self._ranks.meet_if_alone()
@@ -349,11 +358,12 @@ class Trainer:
             self.call("before_iter")
             lr = self.lr
             values = self.train_one_iter(batch)  # forward -> losses -> backward -> update
-            row = recordable(values)
+            row = self._names.step_row(values)
             if self._own_step.function is not None:
                 for run in self._own_step.end_batch(self._ends_window):
                     run()
-                row |= self._own_step.take_values()
+                for name, value in self._own_step.take_values().items():
+                    self._names.put(row, name, value)
             self.progress.end_iter(position)
             row["lr"] = lr  # that the step was made with
             self.record(row)  # nothing is read from the device until the values are
@@ -381,7 +391,7 @@ class Trainer:
             else:
                 with self.strategy.autocast(self.precision.autocast()):
                     output = self.model(batch) if self.step_fn is None else self.step_fn(self.model, batch)
-            total, values = read_losses(output)
+            total, values = read_losses(output, self._names)
             weight = None if self.loss_weight is None else check_weight(self.loss_weight(batch))
             for run in optimization.update(optimization.unit, total, weight, values, is_last=ends_window):
                 run()
@@ -432,7 +442,8 @@ class Trainer:
         row["data_time"] = self._feed.times.data_s
         row["iter_time"] = self._feed.times.step_s
         if self._reads_steps:
-            self._update_iter_metrics(*arguments_of_17(row))
+            with self._names.own_values():
+                self._update_iter_metrics(*arguments_of_17(row))
         else:
             self.metric_storage.record(self.progress.iter - 1, row)
         if not self._names_checked:
@@ -470,7 +481,7 @@ class Trainer:
             values: dict[str, Any] = {}
             for run in self.optimization.close_window(values):
                 run()
-            self.log(self.cur_iter, **values)
+            self.metric_storage.record(self.cur_iter, values)
         if self.progress.inner_iter == 0:
             raise SettingError(checks.empty_loader_message(self.data_loader, self.epoch))
         self.optimization.step_by_epoch()
@@ -494,6 +505,15 @@ class Trainer:
                 self.safe_point()
             self._saver.wait()
             self._ranks.meet()
+
+    def _check_read(self, columns: Columns) -> None:
+        """Values of steps have been read from the device: are losses and gradients finite?"""
+        if self.on_nonfinite == "skip" or self.precision.scaler is not None:
+            return
+        self._own_step.check_losses()
+        bad = first_nonfinite(columns, ("total_loss", *self.optimization.norm_names))
+        if bad is not None:
+            raise self.optimization.nonfinite(f"{bad.name} is not finite", bad.values, bad.iteration)
 
     # ---------------------------------------------------------------- begin and end
 
@@ -521,6 +541,7 @@ class Trainer:
         is_saved = self._settings.saved_count
         checks.check_schedules(self.optimization, metric, self.updates_per_epoch, epochs, is_saved=is_saved)
         checks.check_step(self.optimization, self.train_one_iter, Trainer.train_one_iter)
+        check_plateaus(self.optimization, metric, self.hooks)
         for hook in self.hook_caller.hooks:
             hook.check()
 
@@ -543,7 +564,7 @@ class Trainer:
             "Batch": session.batch_row(self._batch_size, self.gradient_accumulation_steps, self.strategy.world_size),
             "Steps": session.steps_row(self.max_epochs, self.epoch_len, self.updates_per_epoch),
         }
-        session.log_first_lines(rows, self._resumption.told, self._info_params)
+        session.log_first_lines(rows, self._resumption.told, self.info_params)
         session.log_beginning(self.progress.epoch, self.max_epochs)
 
     def _on_error(self, error: BaseException) -> str:
@@ -551,7 +572,7 @@ class Trainer:
         checks.note_on_device(error, self.device)
         checks.note_on_ddp(error)
         self._ranks.report(error)
-        return f"epoch {self.epoch}, iteration {self.cur_iter}"
+        return f"epoch {self.epoch + 1}, iteration {self.cur_iter}"
 
     def _on_end(self) -> None:
         self._in_train = self._start.in_train = False
@@ -615,7 +636,7 @@ class Trainer:
             contents[True] = parts.weights_to_use(self.model, self.model_ema, self._frozen, self.strategy)
         if not all(request.save_single_model for request in requests):
             contents[False] = state.capture(self._parts(), self._saver.rollback)
-        where = f"epoch {self.epoch}, iteration {self.cur_iter}"
+        where = f"epoch {self.epoch + 1}, iteration {self.cur_iter}"
         job = job_of(requests, self.ckpt_dir, contents, trained_tensors(self.model_or_module), where)
         self._saver.start(job)
 
@@ -804,9 +825,30 @@ class Trainer:
         """`metric_storage.update`: log(iter, name=value, ..., smooth=True, window_size=None)."""
         self.metric_storage.update(*args, **kwargs)
 
+    def value(self, name: str) -> float:
+        """What a name is worth now: `MetricStorage.value`. Best, early stopping and plateau go by it."""
+        return self.metric_storage.value(name)
+
+    def add_image(self, name: str, image: Any, step: int | None = None) -> None:
+        """Give a picture to the writers; see `torch_frame.tracking.media.Media`. step: of the run; None: `cur_iter`."""
+        self.run_media.image(self.cur_iter if step is None else step, name, image)
+
+    def add_figure(self, name: str, figure: Any, step: int | None = None) -> None:
+        """Give a matplotlib figure to the writers, as a picture."""
+        self.run_media.figure(self.cur_iter if step is None else step, name, figure)
+
+    def add_text(self, name: str, text: str, step: int | None = None) -> None:
+        """Give a text to the writers."""
+        self.run_media.text(self.cur_iter if step is None else step, name, text)
+
+    def add_histogram(self, name: str, values: Any, step: int | None = None) -> None:
+        """Give the distribution of a tensor's or array's values to the writers."""
+        self.run_media.histogram(self.cur_iter if step is None else step, name, values)
+
     def log_param(self, *args: Any, **kwargs: Any) -> None:
         """Lines to put into the log when training begins: texts, and names with values."""
-        self._info_params += [str(arg) for arg in args] + [f"{name}: {value}" for name, value in kwargs.items()]
+        self._named_params |= kwargs
+        self.info_params += [str(arg) for arg in args] + [f"{name}: {value}" for name, value in kwargs.items()]
 
     @property
     def hooks(self) -> list[HookBase]:
@@ -814,10 +856,19 @@ class Trainer:
         return list(self.hook_caller.hooks)
 
     @property
-    def registered_hook_names(self) -> list[str]:
-        return [hook.class_name for hook in self.hook_caller.hooks]
+    def run_parameters(self) -> dict[str, Any]:
+        """The run's settings, and what `log_param` was given by name, as writers show them."""
+        run = {"max_epochs": self.max_epochs, "precision": self.precision.name, "seed": self.seed}
+        return hyper_parameters(
+            self.optimization, {**run, **self._parts()["environment"].state_dict()}, self._named_params
+        )
 
     # ---------------------------------------------------------------- where the run stands
+
+    @property
+    def start_iter(self) -> int:
+        """Batches before the epoch that this `train()` began with (1.7's name)."""
+        return self.start_epoch * (self.epoch_len or 0)
 
     @property
     def epoch_len(self) -> int | None:
@@ -865,13 +916,3 @@ class Trainer:
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         raise TypeError("A Trainer cannot be copied: its hooks, files and saves belong to one run. Make a new one.")
-
-
-def _check_read_values(trainer: Trainer | None, columns: Columns) -> None:
-    """Values of steps have been read from the device: are losses and gradients finite?"""
-    if trainer is None or trainer.on_nonfinite == "skip" or trainer.precision.scaler is not None:
-        return
-    trainer._own_step.check_losses()
-    bad = first_nonfinite(columns, ("total_loss", *trainer.optimization.norm_names))
-    if bad is not None:
-        raise trainer.optimization.nonfinite(f"{bad.name} is not finite", bad.values, bad.iteration)

@@ -111,7 +111,7 @@ def test_no_best_is_written_where_the_metric_was_never_a_number(tmp_path: Path) 
 
 def test_best_follows_a_training_loss(tmp_path: Path) -> None:
     rows: list[float] = []
-    look = On(after_epoch=lambda trainer: rows.append(trainer.metric_storage["total_loss"].avg))
+    look = On(after_epoch=lambda trainer: rows.append(trainer.value("total_loss")))
     snapshots = Snapshots()
     hook = CheckpointerHook(save_metric="total_loss", max_first=False)
     trainer = train(tmp_path, look, snapshots, hook)
@@ -183,7 +183,7 @@ def test_two_hooks_cannot_both_claim_best(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"period": 0}, {"period": -1}, {"period": 1.5}, {"max_to_keep": 0}, {"max_to_keep": -2}]
+    "bad", [{"period": None}, {"period": True}, {"period": 1.5}, {"max_to_keep": 0}, {"max_to_keep": -2}]
 )
 def test_a_bad_setting_is_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(SettingError):

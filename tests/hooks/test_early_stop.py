@@ -154,7 +154,7 @@ def test_it_follows_a_loss_of_the_step(tmp_path: Path) -> None:
 
 
 def test_nan_is_an_error_that_names_the_metric_and_the_epoch(tmp_path: Path) -> None:
-    with pytest.raises(NonFiniteError, match=r"'score'.*epoch 1"):
+    with pytest.raises(NonFiniteError, match=r"'score'.*epoch 2"):
         run(tmp_path, [1, math.nan, 1], patience=1)
 
 

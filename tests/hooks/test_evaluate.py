@@ -207,7 +207,8 @@ def test_a_loader_without_length_is_evaluated(tmp_path: Path) -> None:
 BAD = {
     "a_mean": lambda model, batch: {"acc": 0.5},
     "a_scalar_tensor": lambda model, batch: {"acc": torch.tensor(0.5)},
-    "a_matrix": lambda model, batch: {"acc": torch.ones(2, 2)},
+    "a_text_among_scores": lambda model, batch: {"acc": [0.5, "good"]},
+    "a_dict": lambda model, batch: {"acc": {"a": 0.5}},
     "a_text": lambda model, batch: {"acc": "0.5"},
     "a_list": lambda model, batch: [0.5],
     "nothing": lambda model, batch: None,
@@ -220,8 +221,63 @@ def test_what_is_no_score_for_each_sample_is_refused(bad: Any, tmp_path: Path) -
         evaluate(tmp_path, [0], bad)
 
 
+GRID = [torch.tensor([[0.0, 1.0], [2.0, 3.0]]), torch.tensor([[4.0, 5.0], [6.0, 7.0]]), torch.tensor([[8.0, 9.0]])]
+FORMS = {
+    "array_of_two_dimensions": (lambda m, b: {"acc": b.numpy()}, 4.5),
+    "tensor_of_two_dimensions": (lambda m, b: {"acc": b}, 4.5),
+    "lists_of_lists": (lambda m, b: {"acc": b.tolist()}, 4.5),
+    "lists_of_arrays": (lambda m, b: {"acc": list(b.numpy())}, 4.5),
+    "lists_of_tensors": (lambda m, b: {"acc": list(b)}, 4.5),
+    "tuples": (lambda m, b: {"acc": tuple(b[:, 0].tolist())}, 4.0),
+    "map": (lambda m, b: {"acc": map(float, b[:, 0])}, 4.0),
+    "generator": (lambda m, b: {"acc": (x for x in b[:, 0].tolist())}, 4.0),
+    "booleans": (lambda m, b: {"acc": b[:, 0] > 3}, 0.6),
+    "nothing_for_the_first_batch": (lambda m, b: {} if b[0, 0] == 0 else {"acc": b[:, 0].tolist()}, 6.0),
+}
+
+
+@pytest.mark.parametrize(("eval_func", "mean"), FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("save_metric", [None, "acc"])
+def test_scores_of_any_form_that_1_7_took(eval_func: Any, mean: float, save_metric: str | None, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, hooks=[EvalHook(GRID, eval_func, save_metric=save_metric)], max_epochs=1)
+    trainer.train()
+    assert trainer.value("eval_acc") == pytest.approx(mean)
+
+
+def test_batches_may_stay_where_the_loader_puts_them(tmp_path: Path) -> None:
+    class Batch:
+        """Says where it was moved to."""
+
+        moved = False
+
+        def to(self, device: Any) -> Any:
+            self.moved = True
+            return self
+
+    seen: list[bool] = []
+
+    def look(model: Any, batch: Any) -> Any:
+        seen.append(batch.moved)
+        return {"a": [1.0]}
+
+    for to_device in (True, False):
+        hook = EvalHook([Batch()], look, save_metric="a", to_device=to_device)
+        make_trainer(tmp_path / str(to_device), hooks=[hook], max_epochs=1).train()
+    assert seen == [True, True, False, False]
+
+
+def test_period_0_evaluates_after_the_last_epoch_only(tmp_path: Path) -> None:
+    epochs: list[int] = []
+    look = lambda m, b: epochs.append(trainer.epoch) or {"a": [1.0]}  # noqa: E731
+    trainer = make_trainer(tmp_path, hooks=[EvalHook([0], look, period=np.int64(0), max_to_keep=3)], max_epochs=3)
+    trainer.train()
+    assert epochs == [2]
+    assert Path(trainer.ckpt_dir, "epoch_2.pth").exists()
+    assert not Path(trainer.ckpt_dir, "epoch_0.pth").exists()
+
+
 def test_an_empty_evaluation_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="no score"):
+    with pytest.raises(SettingError, match="no batch"):
         evaluate(tmp_path, [], squared_errors)
 
 

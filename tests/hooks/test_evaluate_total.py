@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.small_runs import differences, make_batches, make_trainer, raised_by, seed_everything, weights_of
 from torch_frame import CheckpointerHook, EvalHook, EvalTotalHook, LoggerHook, SettingError, Trainer
-from torch_frame.metrics import MeanAveragePrecision
+from torch_frame.metrics import BaseMetric, MeanAveragePrecision
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # its own, on import
@@ -381,3 +382,26 @@ def test_a_loss_that_is_to_be_highest_is_asked_about(tmp_path: Path, caplog: pyt
     trainer = make_trainer(tmp_path, data=make_batches(), hooks=[CheckpointerHook(save_metric="total_loss")])
     trainer.train()
     assert "max_first=False" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("result", "mean"),
+    [((1.0, 2.0), 1.5), (np.array([1.0, 2.0]), 1.5), (np.array([[1.0, 2.0], [3.0, 4.0]]), 2.5), (np.float32(0.5), 0.5)],
+    ids=["tuple", "array", "matrix", "numpy_number"],
+)
+def test_of_what_a_metric_of_1_7_returns_the_mean_is_logged(result: Any, mean: float, tmp_path: Path) -> None:
+    class Old(BaseMetric):  # without a reset, as 1.7 allowed
+        def evaluate(self) -> Any:
+            return {"x": result}
+
+    hook = EvalTotalHook([0], Old(), save_metric="x")
+    trainer = make_trainer(tmp_path, hooks=[hook], max_epochs=1)
+    trainer.train()
+    assert trainer.value("eval_x") == mean
+    assert isinstance(hook._eval_metric, Old)
+
+
+def test_a_metric_of_1_7_that_has_nothing_to_say_logs_nothing(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, hooks=[EvalTotalHook([0], BaseMetric())], max_epochs=1)
+    trainer.train()
+    assert not [name for name in trainer.metric_storage if name.startswith("eval")]

@@ -146,7 +146,7 @@ def test_files_are_closed_after_an_error(tmp_path: Path) -> None:
         assert not [target for target in targets if target.startswith(str(tmp_path))]
 
 
-@pytest.mark.parametrize("period", [0, -1, 1.5, None])
+@pytest.mark.parametrize("period", [1.5, None, True])
 def test_a_bad_period_is_refused(period: Any) -> None:
     with pytest.raises(SettingError, match="period"):
         LoggerHook(period)

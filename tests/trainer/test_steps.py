@@ -50,7 +50,6 @@ BAD_OUTPUTS = {
     "tuple_of_one": lambda loss: (loss,),
     "metrics_not_a_dict": lambda loss: (loss, 0.5),
     "vector_metric": lambda loss: (loss, {"acc": torch.ones(4)}),
-    "two_names_alike": lambda loss: ({"a": loss}, {"a": 1.0}),
     "list": lambda loss: [loss],
 }
 

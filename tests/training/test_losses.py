@@ -95,8 +95,8 @@ BAD: dict[str, tuple[Any, str]] = {
     "pair_of_tensors": ((loss(), loss()), "second element"),
     "metric_vector": ((loss(), {"wide": torch.ones(2)}), "'wide'"),
     "metric_text": ((loss(), {"name": "x"}), "'name'"),
-    "metric_named_total_loss": ((loss(), {"total_loss": 1.0}), "'total_loss'"),
-    "metric_named_as_loss": (({"a": loss()}, {"a": 1.0}), "'a'"),
+    "metric_array": ((loss(), {"name": np.ones(2)}), "'name'"),
+    "metric_complex": ((loss(), {"name": 1j}), "'name'"),
     "pair_in_pair": (((loss(), {}), {}), "first element"),
     "complex": (torch.tensor(1j, requires_grad=True) * 1, "complex64"),
 }

@@ -56,7 +56,7 @@ def test_what_is_not_finite_is_raised_before_it_reaches_the_weights(
     )
     message = str(raised_by(trainer.train, NonFiniteError))
     end = at if "gradient" not in kind or steps == 1 else min(first_of_window + steps - 1, 6)
-    assert "epoch 0" in message
+    assert "epoch 1" in message
     assert f"iteration {end} " in message or f"iteration {end}:" in message
     assert "mse=" in message
     assert "extra=" in message or kind == "nan_input" or end != at

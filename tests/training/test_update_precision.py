@@ -157,7 +157,7 @@ def test_fp16_without_a_finite_gradient_raises_in_the_end(scale_loss: float, tmp
         step_fn=lambda model, batch: {"mse": model(batch) * scale_loss},
     )
     error = raised_by(trainer.train, NonFiniteError)
-    for text in ("in a row", "epoch 0", f"iteration {trainer.cur_iter}", "mse="):
+    for text in ("in a row", "epoch 1", f"iteration {trainer.cur_iter}", "mse="):
         assert text in str(error)
     assert 10 <= trainer.updater.num_skipped <= 100
     assert differences(before, weights_of(model)) == []

@@ -12,6 +12,7 @@ from torch import nn
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.progress import Progress
 from torch_frame.tracking.history import MetricStorage
+from torch_frame.tracking.media import Media
 from torch_frame.tracking.step_times import TimeSplit
 from torch_frame.training.ema import EMA
 
@@ -131,6 +132,20 @@ class HookTrainer(Protocol):
 
     def log(self, *args: Any, **kwargs: Any) -> None:
         """log(iter, name=value, ..., smooth=True, window_size=None)."""
+        ...
+
+    def value(self, name: str) -> float:
+        """What a name is worth now: `MetricStorage.value`."""
+        ...
+
+    @property
+    def run_media(self) -> Media:
+        """Brings pictures, texts and histograms to the writers."""
+        ...
+
+    @property
+    def run_parameters(self) -> dict[str, Any]:
+        """The run's settings as numbers, texts and booleans."""
         ...
 
     def log_param(self, *args: Any, **kwargs: Any) -> None:
@@ -276,6 +291,14 @@ class HookBase:
 
     def logged_metrics(self) -> set[str] | None:
         """The names that the hook logs beside the step's own; None: not known before it has."""
+        return None
+
+    def metric_prefixes(self) -> list[str]:
+        """First words of the names that the hook logs, which writers group them by: `val` of `val_acc`."""
+        return []
+
+    def higher_is_better(self, name: str) -> bool | None:
+        """What the hook knows of a metric that it logs, by its full name; None: nothing."""
         return None
 
     def state_dict(self) -> dict[str, Any]:

@@ -81,6 +81,15 @@ class HookCaller:
                     "counts. Make a new one for each Trainer."
                 )
 
+    @property
+    def names(self) -> list[str]:
+        """The hooks' classes, in the order they run."""
+        return [hook.class_name for hook in self.hooks]
+
+    def takes_media(self) -> bool:
+        """A hook is registered that gives pictures, texts and histograms to writers."""
+        return any(getattr(hook, "takes_media", False) for hook in self.hooks)
+
     def state_dict(self) -> dict[str, Any]:
         states: dict[str, Any] = {}
         identities: dict[str, Any] = {}

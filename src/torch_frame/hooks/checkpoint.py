@@ -7,7 +7,8 @@ import math
 import os
 import re
 import time
-from numbers import Real
+from collections.abc import Iterable
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch_frame.checkpoint.values import like
 from torch_frame.errors import SettingError
 from torch_frame.hooks.attributes import Attributes
 from torch_frame.hooks.base import HookBase, is_ours
+from torch_frame.scalars import is_whole
 from torch_frame.tracking.history import HistoryBuffer
 
 _logger = logging.getLogger("torch_frame")
@@ -37,7 +39,7 @@ class CheckpointerHook(HookBase):
     * `epoch_N.pth`: the weights of the last `max_to_keep` saved epochs (with `save_metric`: of the last that were best).
 
     Args:
-        period: epochs between saves.
+        period: epochs between saves; 0: only after the last epoch.
         max_to_keep: how many `epoch_N.pth` to keep; None writes none.
         save_metric: name in `trainer.metric_storage`: a loss of the training step ("total_loss") or an evaluation's result.
         max_first: higher is better; False: lower is better.
@@ -80,20 +82,20 @@ class CheckpointerHook(HookBase):
         every_n_iters: int | None = None,
         every_n_minutes: float | None = None,
     ) -> None:
-        if not isinstance(period, int) or period < 1:
-            raise SettingError(f"period is {period!r}; it has to be a positive number of epochs.")
-        _check_interval("every_n_iters", every_n_iters, int, "batches", save_last)
+        if not is_whole(period):
+            raise SettingError(f"period is {period!r}; it has to be a whole number of epochs, 0 for the last one only.")
+        _check_interval("every_n_iters", every_n_iters, Integral, "batches", save_last)
         _check_interval("every_n_minutes", every_n_minutes, Real, "minutes", save_last)
-        if max_to_keep is not None and (not isinstance(max_to_keep, int) or max_to_keep < 1):
+        if max_to_keep is not None and (not is_whole(max_to_keep) or max_to_keep < 1):
             raise SettingError(f"max_to_keep is {max_to_keep!r}; it has to be a positive number of files, or None.")
-        self._period = period
-        self._max_to_keep = max_to_keep
+        self._period = max(int(period), 0)
+        self._max_to_keep = None if max_to_keep is None else int(max_to_keep)
         self.save_metric = save_metric
         self.max_first = max_first
         self.save_last = save_last
         self.cur_best = float("-inf") if max_first else float("inf")
         self._recent_checkpoints: list[str] = []
-        self._every_n_iters = every_n_iters or 0
+        self._every_n_iters = int(every_n_iters or 0)
         self._every_n_seconds = math.inf if every_n_minutes is None else 60.0 * every_n_minutes
         self._next_save_s = math.inf
         if every_n_iters is None and every_n_minutes is None and type(self).after_iter is CheckpointerHook.after_iter:
@@ -116,6 +118,7 @@ class CheckpointerHook(HookBase):
                 f"Two hooks claim best.pth: {self.class_name}(save_metric={self.save_metric!r}) and "
                 f"{rivals[0].class_name}(save_metric={rivals[0].save_metric!r}). Leave save_metric to one of them."
             )
+        check_direction(self.trainer.hooks, "save_metric", self.save_metric, self.max_first)
         if self.max_first and _LOWER_IS_BETTER.search(self.save_metric):
             _logger.warning(
                 "save_metric is %r and max_first is True: best.pth will be of the epoch in which it is highest. "
@@ -157,7 +160,7 @@ class CheckpointerHook(HookBase):
 
     def _is_new_best(self) -> bool:
         assert self.save_metric is not None
-        value = self._metric_value(self.save_metric)
+        value = self.trainer.hook_strategy.broadcast(self._metric_value(self.save_metric))  # rank 0's decides for all
         if value is None or not self.is_better(value):
             return False
         self.cur_best = value
@@ -167,7 +170,7 @@ class CheckpointerHook(HookBase):
     def _metric_value(self, name: str) -> float | None:
         """The metric's value; None as long as nothing has been logged under its name: an evaluation every few epochs."""
         if name in self.metric_storage:
-            return self.metric_storage[name].avg
+            return self.metric_storage.value(name)
         prefix = getattr(self, "prefix", "")
         if prefix and name.removeprefix(prefix) in self.metric_storage:
             raise SettingError(
@@ -251,6 +254,21 @@ class CheckpointerHook(HookBase):
                 "state_dict().",
                 ", ".join(unseen),
                 self.class_name,
+            )
+
+
+def check_direction(hooks: Iterable[HookBase], who: str, metric: str, max_first: bool) -> None:
+    """A metric is not followed against what the hook that logs it knows of it.
+
+    Raises:
+        SettingError: naming the metric.
+    """
+    for hook in hooks:
+        higher = hook.higher_is_better(metric)
+        if higher is not None and higher is not bool(max_first):
+            raise SettingError(
+                f"{who} is {metric!r}, of which {'higher' if higher else 'lower'} is better, but max_first is {max_first}: the "
+                f"worst would be taken for the best. Pass max_first={higher}."
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +23,7 @@ from torch_frame.tracking.bar import ProgressBar
 from torch_frame.training.buffers import BufferSnapshot
 
 Scores = Mapping[str, Any]
-"""name -> the scores of a batch's samples: a list of numbers, a 1-d array or a 1-d tensor."""
+"""name -> the scores of a batch's samples: a list of numbers, an array or a tensor; of more dimensions all numbers count."""
 
 
 class EvaluationHook(CheckpointerHook):
@@ -40,7 +40,7 @@ class EvaluationHook(CheckpointerHook):
     rank 0, and all get the scores of the whole. If only rank 0 has it, rank 0 evaluates all batches, and the others wait.
 
     Args:
-        period: epochs, or batches, between evaluations.
+        period: epochs, or batches, between evaluations; 0: only after the last one.
         max_to_keep, max_first, save_last: as for CheckpointerHook.
         save_metric: the full name that `best.pth` follows; None: no metric decides.
         period_unit: "epoch" or "iter".
@@ -48,6 +48,7 @@ class EvaluationHook(CheckpointerHook):
             caches meanwhile (a grid of YOLOX) cannot be used in training afterwards.
         progress_bar: show one.
         own_shards: the dataloader gives each rank a part of its own already; else it yields the whole data on all ranks.
+        to_device: give the batches on the model's device; False: as the loader yields them.
 
     Stores: what CheckpointerHook stores.
     """
@@ -66,6 +67,7 @@ class EvaluationHook(CheckpointerHook):
         inference_mode: bool = False,
         progress_bar: bool = True,
         own_shards: bool = False,
+        to_device: bool = True,
     ) -> None:
         super().__init__(period, max_to_keep, save_metric, max_first, save_last)
         if period_unit not in ("epoch", "iter"):
@@ -74,6 +76,7 @@ class EvaluationHook(CheckpointerHook):
         self.inference_mode = inference_mode
         self.progress_bar = progress_bar
         self.own_shards = own_shards
+        self.to_device = to_device
         self._score_names: set[str] | None = None
         own_after_iter = type(self).after_iter is EvaluationHook.after_iter
         self.idle_stages = frozenset({"after_iter"} if period_unit == "epoch" and own_after_iter else ())
@@ -86,12 +89,46 @@ class EvaluationHook(CheckpointerHook):
         """The full names of the scores, found out on one batch; None: not known."""
         raise NotImplementedError(f"{self.class_name} has no trial().")
 
+    def loaders(self) -> dict[str, Iterable[Any]]:
+        """prefix -> dataloader: what will be evaluated."""
+        return {}
+
+    def metric_prefixes(self) -> list[str]:
+        return [prefix for prefix in self.loaders() if prefix]
+
+    def check(self) -> None:
+        super().check()
+        for prefix, loader in self.loaders().items():
+            if length_of(loader) == 0:
+                raise SettingError(
+                    f"The evaluation {prefix!r} of {self.class_name} has no batch: its dataloader is empty. "
+                    "Has its dataset fewer samples than a batch, with drop_last=True?"
+                )
+
     def before_train(self) -> None:
         """Evaluate one batch, so that a wrong name or form is told now and not after the first epoch."""
         super().before_train()
-        if self.save_metric is None or type(self)._do_eval is not EvaluationHook._do_eval:
+        if type(self)._do_eval is not EvaluationHook._do_eval:
+            return
+        rivals = [hook for hook in self.trainer.hooks if isinstance(hook, EvaluationHook) and hook is not self]
+        may_clash = any(_overlap(self.metric_prefixes(), hook.metric_prefixes()) for hook in rivals)
+        if self.save_metric is None and not may_clash:
+            self._check_first_batches()
             return
         self._score_names = self.trial()
+        check_apart(self, rivals)
+        if self.save_metric is not None:
+            self._check_save_metric()
+
+    def _check_first_batches(self) -> None:
+        """A loader without a length says only by its first batch that it has one."""
+        for loader in self.loaders().values():
+            if length_of(loader) is None:
+                with preserved_rng():
+                    first_batch(loader)
+
+    def _check_save_metric(self) -> None:
+        assert self.save_metric is not None
         if self._score_names is not None and self.save_metric not in self._score_names:
             own = getattr(self, "prefix", "")
             prefix = own if self.save_metric.startswith(own) else ""
@@ -119,6 +156,10 @@ class EvaluationHook(CheckpointerHook):
         step = self.trainer.epoch if self.period_unit == "epoch" else self.trainer.cur_iter
         self.log(step, **self.evaluate(), smooth=False, window_size=1)
 
+    def placed(self, batch: Any) -> Any:
+        """The batch where it is wanted: on the model's device, or as it is."""
+        return move_to_device(batch, self.trainer.device) if self.to_device else batch
+
     def batches(self, dataloader: Iterable[Any], desc: str) -> Iterator[Any]:
         """A loader's batches, of several ranks this rank's part, on the model's device, with a bar.
 
@@ -134,7 +175,7 @@ class EvaluationHook(CheckpointerHook):
             try:
                 for batch in dealt:
                     self.trainer.check_stop()
-                    yield move_to_device(batch, self.trainer.device)
+                    yield self.placed(batch)
                     bar.update()
             except RuntimeError:  # the signal may have ended the loader's workers as well
                 self.trainer.check_stop()
@@ -184,11 +225,14 @@ class EvalHook(EvaluationHook):
         self._eval_func = eval_func
         self.dataloader = dataloader
 
-    def trial(self) -> set[str]:
+    def loaders(self) -> dict[str, Iterable[Any]]:
+        return {self.prefix.removesuffix("_"): self.dataloader}
+
+    def trial(self) -> set[str] | None:
         with evaluating(self.trainer.model_evaluate, self.inference_mode):
             batch = first_batch(self.dataloader)
-            scores = _checked(self._eval_func(self.trainer.model_evaluate, move_to_device(batch, self.trainer.device)))
-        return {self.prefix + name for name in scores}
+            scores = _checked(self._eval_func(self.trainer.model_evaluate, self.placed(batch)))
+        return {self.prefix + name for name in scores} or None  # nothing for the first batch: the others will tell
 
     def evaluate(self) -> dict[str, float]:
         model, strategy = self.trainer.model_evaluate, self.trainer.hook_strategy
@@ -197,7 +241,7 @@ class EvalHook(EvaluationHook):
             for batch in self.batches(self.dataloader, self.prefix.rstrip("_")):
                 for name, of_samples in _checked(self._eval_func(model, batch)).items():
                     scores.setdefault(name, []).append(of_samples)
-        of_ranks = strategy.collect({name: _numbers(parts) for name, parts in scores.items()})
+        of_ranks = strategy.collect({name: _numbers(parts, name) for name, parts in scores.items()})
         merged = {name: [ranks[name] for ranks in of_ranks if name in ranks] for ranks in of_ranks for name in ranks}
         means = {self.prefix + name: _mean(torch.cat(parts).tolist()) for name, parts in merged.items()}
         means = strategy.broadcast(means)
@@ -217,7 +261,41 @@ def evaluate_all(hooks: Iterable[HookBase]) -> dict[str, float]:
     evaluating_hooks = [hook for hook in hooks if isinstance(hook, EvaluationHook)]
     if not evaluating_hooks:
         raise SettingError("No hook evaluates. Register one: hooks=[EvalHook(...)] or EvalTotalHook(...).")
-    return {name: value for hook in evaluating_hooks for name, value in hook.evaluate().items()}
+    values: dict[str, float] = {}
+    for hook in evaluating_hooks:
+        found = hook.evaluate()
+        both = sorted(found.keys() & values.keys())
+        if both:
+            raise SettingError(_two_of_one_name(both))
+        values |= found
+    return values
+
+
+def check_apart(hook: EvaluationHook, rivals: Iterable[EvaluationHook]) -> None:
+    """No two evaluations yield a value of the same name.
+
+    Raises:
+        SettingError: naming it.
+    """
+    for rival in rivals:
+        both = sorted((hook._score_names or set()) & (rival._score_names or set()))
+        if both:
+            raise SettingError(_two_of_one_name(both))
+
+
+def _two_of_one_name(names: list[str]) -> str:
+    return (
+        f"Two evaluations yield {', '.join(map(repr, names))}, so one value would hide the other. Give one of the hooks another "
+        "prefix: EvalHook(..., prefix='test')."
+    )
+
+
+def _overlap(prefixes: Iterable[str], others: Iterable[str]) -> bool:
+    """Names that begin with these may be the same: equal, or `val` beside `val_ood`."""
+    others = list(others)
+    return any(
+        a == b or a.startswith(f"{b}_") or b.startswith(f"{a}_") or not a or not b for a in prefixes for b in others
+    )
 
 
 def check_dataloader(dataloader: Any) -> None:
@@ -273,31 +351,54 @@ def same_buffers(model: nn.Module, strategy: Strategy) -> Iterator[None]:
 
 
 def _checked(result: Any) -> Scores:
+    """The scores by name; what can be read only once (a map, a generator) as a list."""
     if not isinstance(result, Mapping):
         raise TypeError(
             f"eval_func returned {type(result).__name__}; it has to return a dict: name -> one score for each sample."
         )
-    for name, scores in result.items():
-        if isinstance(scores, Tensor | np.ndarray):
-            one_for_each = scores.ndim == 1
-        else:
-            one_for_each = isinstance(scores, Sequence) and not isinstance(scores, str)
-        if not one_for_each:
-            shape = f" of shape {tuple(scores.shape)}" if isinstance(scores, Tensor | np.ndarray) else ""
-            raise TypeError(
-                f"eval_func returned {name!r} as {type(scores).__name__}{shape}; it has to be a list "
-                "(or a 1-d tensor) with one score for each sample. A mean of the batch would "
-                "give a wrong mean over all samples if batches differ in size."
-            )
-    return result
+    scores = dict(result)
+    for name, of_samples in result.items():
+        if isinstance(of_samples, Iterator):
+            scores[name] = list(of_samples)
+        elif isinstance(of_samples, Tensor | np.ndarray):
+            if of_samples.ndim == 0:
+                raise TypeError(_not_of_samples(name, of_samples))
+        elif not isinstance(of_samples, Iterable) or isinstance(of_samples, str | bytes | Mapping):
+            raise TypeError(_not_of_samples(name, of_samples))
+    return scores
 
 
-def _numbers(parts: list[Any]) -> Tensor:
-    """(N,) float64 on the CPU: the scores of all batches, sample by sample."""
-    tensors = [part for part in parts if isinstance(part, Tensor)]
+def _not_of_samples(name: str, scores: Any) -> str:
+    shape = f" of shape {tuple(scores.shape)}" if isinstance(scores, Tensor | np.ndarray) else ""
+    return (
+        f"eval_func returned {name!r} as {type(scores).__name__}{shape}; it has to be a list "
+        "(or a tensor or an array) with one score for each sample. A mean of the batch would "
+        "give a wrong mean over all samples if batches differ in size."
+    )
+
+
+def _numbers(parts: list[Any], name: str) -> Tensor:
+    """(N,) float64 on the CPU: the scores of all batches, sample by sample, those of two dimensions and lists of lists flat."""
+    tensors = [part.reshape(-1) for part in parts if isinstance(part, Tensor)]
     values = [torch.cat(tensors).double().cpu()] if tensors else []
-    others = [float(score) for part in parts if not isinstance(part, Tensor) for score in part]
+    others = [score for part in parts if not isinstance(part, Tensor) for score in _flat(part, name)]
     return torch.cat([*values, torch.tensor(others, dtype=torch.float64)])
+
+
+def _flat(scores: Any, name: str) -> Iterator[float]:
+    if isinstance(scores, Tensor | np.ndarray):
+        yield from map(float, scores.reshape(-1).tolist())
+        return
+    for score in scores:
+        if isinstance(score, list | tuple) or (isinstance(score, Tensor | np.ndarray) and score.ndim):
+            yield from _flat(score, name)
+            continue
+        try:
+            yield float(score)
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"eval_func returned {name!r} with {score!r} among the scores; each has to be a number."
+            ) from None
 
 
 def _mean(scores: Iterable[float]) -> float:

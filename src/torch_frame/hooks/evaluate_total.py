@@ -9,10 +9,8 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from torch_frame.data.move import move_to_device
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import SettingError
 from torch_frame.hooks.evaluate import EvaluationHook, check_dataloader, evaluating, first_batch, same_buffers
@@ -86,6 +84,15 @@ class EvalTotalHook(EvaluationHook):
         self.results: dict[str, dict[str, Any]] = {}
         super().__init__(period, max_to_keep, self._full_name(save_metric), max_first, save_last, **settings)
 
+    def loaders(self) -> dict[str, Iterable[Any]]:
+        return self.dataloaders
+
+    @property
+    def _eval_metric(self) -> Any:
+        """The metric, or the list of several: 1.7's name."""
+        metrics = [metric for _, metric in self._metrics]
+        return metrics[0] if len(metrics) == 1 else metrics
+
     @property
     def dataloader(self) -> Iterable[Any]:
         """The dataloader; of several the first."""
@@ -106,22 +113,18 @@ class EvalTotalHook(EvaluationHook):
     def check(self) -> None:
         super().check()
         check_can_merge([metric for _, metric in self._metrics], self.trainer.hook_strategy)
-        if self.save_metric is None:
-            return
-        for metric in self._metrics_of(self.save_metric):
-            higher = getattr(metric, "higher_is_better", None)
-            if higher is not None and higher is not self.max_first:
-                raise SettingError(
-                    f"save_metric is {self.save_metric!r}, of which {'higher' if higher else 'lower'} is better, but max_first "
-                    f"is {self.max_first}: best.pth would be the worst. Pass max_first={higher}."
-                )
+
+    def higher_is_better(self, name: str) -> bool | None:
+        """What the metric that yields a result says of it, if it says anything (torchmetrics' do)."""
+        said = {getattr(metric, "higher_is_better", None) for metric in self._metrics_of(name)} - {None}
+        return said.pop() if len(said) == 1 else None
 
     def _metrics_of(self, full_name: str) -> list[Any]:
         """The metrics that could have produced a result: those with its name, else the only one; [] if it cannot be told."""
-        name = next(full_name.removeprefix(f"{p}_") for p in self.dataloaders if full_name.startswith(f"{p}_"))
+        names = [full_name.removeprefix(f"{p}_") for p in self.dataloaders if full_name.startswith(f"{p}_")]
         parts = [part for given, metric in self._metrics for part in _parts(given, metric)]
-        matching = [metric for known, metric in parts if known == name]
-        return matching or ([parts[0][1]] if len(parts) == 1 else [])
+        matching = [metric for known, metric in parts if known in names]
+        return matching or ([parts[0][1]] if names and len(parts) == 1 else [])
 
     def trial(self) -> set[str] | None:
         names: set[str] = set()
@@ -129,7 +132,7 @@ class EvalTotalHook(EvaluationHook):
             warnings.simplefilter("ignore")  # of metrics that one batch is not enough for
             for prefix, loader in self.dataloaders.items():
                 self._reset()
-                self._update(move_to_device(first_batch(loader), self.trainer.device))
+                self._update(self.placed(first_batch(loader)))
                 try:
                     names |= self._scalars(prefix, self._compute(merged=False)).keys()
                 except Exception:  # one batch may be too little for it; a real evaluation will tell
@@ -210,7 +213,8 @@ class EvalTotalHook(EvaluationHook):
                 part.distributed_available_fn = function
 
     def _scalars(self, prefix: str, results: Mapping[str, Any]) -> dict[str, float]:
-        numbers = {name: _number(value) for name, value in results.items()}
+        is_of_1_7 = not any(hasattr(metric, "compute") for _, metric in self._metrics)
+        numbers = {name: _number(value, is_of_1_7=is_of_1_7) for name, value in results.items()}
         return {f"{prefix}_{name}": number for name, number in numbers.items() if number is not None}
 
     def _reset(self) -> None:
@@ -314,13 +318,25 @@ def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def _number(value: Any) -> float | None:
-    """A result that is one number; of a list of numbers, as metrics of 1.7 return, the mean; None for anything else."""
-    if isinstance(value, Tensor | np.ndarray | np.generic):
-        size = value.numel() if isinstance(value, Tensor) else value.size
-        return float(value.item()) if size == 1 and not torch.is_complex(torch.as_tensor(value)) else None
+def _number(value: Any, *, is_of_1_7: bool = False) -> float | None:
+    """A result that is one number, or of a metric of 1.7 the mean of all its numbers; None for anything else."""
+    if isinstance(value, Tensor):
+        return float(value.item()) if value.numel() == 1 and not value.is_complex() else None
     if isinstance(value, Real):
         return float(value)
+    if is_of_1_7 and isinstance(value, list | tuple | np.ndarray):
+        return _mean_of_numbers(value)
+    if isinstance(value, np.ndarray | np.generic):
+        return float(value.item()) if value.size == 1 and value.dtype.kind in "biuf" else None
     if isinstance(value, list) and value and all(isinstance(item, Real) for item in value):
         return float(np.mean(value))
     return None
+
+
+def _mean_of_numbers(value: Any) -> float | None:
+    """1.7 logged np.mean of whatever a metric returned; None if that is no number."""
+    try:
+        numbers = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        return None
+    return float(numbers.mean()) if numbers.size else None

@@ -1,45 +1,52 @@
-"""LoggerHook: the console, TensorBoard and metrics.jsonl."""
+"""LoggerHook: the console, and writers such as TensorBoard and metrics.jsonl."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import os
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch_frame.errors import SettingError
 from torch_frame.hooks.base import HookBase
+from torch_frame.scalars import is_whole
 from torch_frame.tracking.bar import ProgressBar
+from torch_frame.tracking.console import keep_shown
+from torch_frame.tracking.guard import GuardedWriter
 from torch_frame.tracking.memory import peak_memory_bytes
-from torch_frame.tracking.writers import JsonlWriter, TensorBoardWriter
+from torch_frame.tracking.writers import JsonlWriter, Row, RunInfo, TensorBoardWriter, Writer
 
 _logger = logging.getLogger("torch_frame")
 _TIMES = ("data_time", "iter_time", "lr")
-TENSORBOARD_INTERVAL_S = 1.0
-"""TensorBoard's writer is a thread; waking it for each row would slow fast steps by 3 %."""
 
 
 class LoggerHook(HookBase):
-    """Writes what is in `metric_storage`: a line on the console for each epoch, TensorBoard, `metrics.jsonl`, a bar.
+    """Writes what is in `metric_storage`: a line on the console for each epoch, a bar, and whatever its writers write.
 
-    Runs after all other hooks, every `period` batches and after each epoch, on the main process. TensorBoard is left out, with
-    one line that says so, if the package is not installed; `metrics.jsonl` in the work dir is always written.
+    Runs after all other hooks, every `period` batches and after each epoch, on the main process. What is logged later, in
+    `after_train` or before an error, is written when the run ends. A writer that fails is told and ends no run.
 
     Args:
-        period: batches between writes.
+        period: batches between writes; 0: after each epoch only.
         tb_log_dir: where TensorBoard's files go; None: `tb_logs` in the work dir.
         modes: groups of names, by their first word: with "eval", `eval_acc` is shown with the eval scores and written as
-            `eval/eval_acc`. Names of no group belong to "train". None: ["train", "eval"].
+            `eval/eval_acc`; the prefixes of the registered evaluation hooks are groups as well. Names of no group belong to
+            "train". None: ["train", "eval"].
         progress_bar: show a bar (a line now and then, if the output is no terminal).
+        writers: where values, pictures, texts and histograms go (`torch_frame.tracking.writers.Writer`); None: a
+            TensorBoardWriter, which is left out with a line if tensorboard is missing or broken, and a JsonlWriter.
         kwargs: passed to `torch.utils.tensorboard.SummaryWriter`.
 
-    Stores: up to which iteration each name has been written, and where the files ended: a resumed run cuts them there.
+    Stores: up to which iteration each name has been written, and what the writers keep (where their files ended): a resumed run
+    cuts them there.
     """
 
     runs_last = True
+    takes_media = True
 
     def __init__(
         self,
@@ -48,60 +55,57 @@ class LoggerHook(HookBase):
         modes: Sequence[str] | None = None,
         *,
         progress_bar: bool = True,
+        writers: Iterable[Writer] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(period, int) or period < 1:
-            raise SettingError(f"period is {period!r}; it has to be a positive number of batches.")
+        if not is_whole(period):
+            raise SettingError(
+                f"period is {period!r}; it has to be a whole number of batches, 0 for once an epoch only."
+            )
         modes = ["train", "eval"] if modes is None else list(modes)
-        self._period = period
+        self._period = max(int(period), 0)
         self.modes = modes if "train" in modes else ["train", *modes]
         self.tb_log_dir = tb_log_dir
         self.kwargs = kwargs
         self._progress_bar = progress_bar
+        self._given = None if writers is None else checked_writers(writers, tb_log_dir, kwargs)
         self._writes = True  # on the main process
         self._last_write: dict[str, int] = {}
-        self._new: dict[str, tuple[int, float]] = {}  # name -> (step, value), of the write under way
-        self._files: dict[str, Any] | None = None  # where they ended; None: not opened yet
+        self._saved: dict[str, Any] = {}  # of each writer, by its class name
+        self._parameters_given = False
         self._run_id = uuid.uuid4().hex[:12]
-        self._until_write = period
+        self._until_write = self._period
         self._bar: ProgressBar | None = None
         self._next_look = 0.0
         self._shown: dict[str, float] = {}
-        self._jsonl: JsonlWriter | None = None
-        self._tensorboard: TensorBoardWriter | None = None
-        self._for_tensorboard: list[tuple[int, dict[str, float]]] = []  # (step, tag -> value) still to be handed over
-        self._next_hand_over = 0.0
+        self._writers: dict[str, GuardedWriter] = {}  # those that are open
+        self._row: tuple[int, Row] = 0, Row({}, 0, {}, {})
+        self._groups: list[str] = []
 
     # ------------------------------------------------------------ stages
 
+    def check(self) -> None:
+        others = [hook for hook in self.trainer.hooks if isinstance(hook, LoggerHook) and hook is not self]
+        if others:
+            raise SettingError(
+                f"Two LoggerHooks are registered ({self.class_name} and {others[0].class_name}): each value and line would be "
+                "written twice. Leave one of them out; several destinations are its writers: LoggerHook(writers=[...])."
+            )
+
     def before_train(self) -> None:
         self._writes = self.trainer.check_main()
+        prefixes = [prefix for hook in self.trainer.hooks for prefix in hook.metric_prefixes()]
+        self._groups = sorted(
+            {*self.modes, *prefixes}, key=lambda group: (-len(group), group)
+        )  # "val_ood" before "val"
         if self._writes:
-            self._open_files()
-
-    def _open_files(self) -> None:
-        self._train_started = time.perf_counter()
-        self._iter_time_before = self._iter_time_sum()
-        self._iters_before = self.trainer.progress.iter
-        self._until_write = (
-            self._period - self.trainer.progress.inner_iter % self._period
-        )  # inside a resumed epoch, too
-        resumed_at = self.trainer.resumed_iter
-        last_row = None if resumed_at is None else resumed_at - 1
-        ends = {} if resumed_at is None or self._files is None else self._files
-        self._jsonl = JsonlWriter(
-            os.path.join(self.trainer.work_dir, "metrics.jsonl"), last_row, keep_until=ends.get("metrics.jsonl")
-        )
-        try:
-            self._tensorboard = TensorBoardWriter(
-                self.tb_log_dir or self.trainer.tb_log_dir,
-                purge_step=resumed_at,
-                run_id=self._run_id,
-                keep=ends.get("tensorboard"),
-                **self.kwargs,
-            )
-        except ModuleNotFoundError as error:
-            _logger.info("%s metrics.jsonl in the work dir is written all the same.", error)
+            self._train_started = time.perf_counter()
+            self._iter_time_before = self._iter_time_sum()
+            self._iters_before = self.trainer.progress.iter
+            self._until_write = self._batches_until_write(
+                self.trainer.progress.inner_iter
+            )  # inside a resumed epoch, too
+            self._open_writers()
 
     def before_epoch(self) -> None:
         self._until_write = self._period
@@ -120,63 +124,106 @@ class LoggerHook(HookBase):
     def after_epoch(self) -> None:
         if not self._writes:
             return
+        keep_shown()
         self._close_bar()
         self._write()
-        self._hand_over()
+        self._tell_writers("flush")
         self._write_console()
 
     def after_train(self) -> None:
         if not self._writes:
             return
+        self._write()
         total = time.perf_counter() - self._train_started
         on_hooks = max(total - (self._iter_time_sum() - self._iter_time_before), 0.0)
         _logger.info("Total train time: %s (%s of it beside the training steps)", _duration(total), _duration(on_hooks))
 
+    def on_exception(self, error: BaseException) -> None:
+        self._tell_writers("failed", error)
+
     def close(self) -> None:
         self._close_bar()
-        self._note_ends()
-        for writer in (self._jsonl, self._tensorboard):
-            if writer is not None:
-                writer.close()
-        self._jsonl = self._tensorboard = None
+        if self._writers:
+            for write in (self.metric_storage.flush, self._write):  # the last values, as far as they can be had
+                with contextlib.suppress(Exception):
+                    write()
+            self._note_states()
+            self._tell_writers("close")
+        self._writers = {}
+        self.trainer.run_media.close()
 
     def logged_metrics(self) -> set[str] | None:
         return set() if type(self) is LoggerHook else None
 
     # ------------------------------------------------------------ where it goes
 
+    def _batches_until_write(self, inner_iter: int) -> int:
+        return self._period - inner_iter % self._period if self._period else 0
+
+    def _open_writers(self) -> None:
+        trainer = self.trainer
+        run = RunInfo(trainer.work_dir, trainer.tb_log_dir, self._run_id, trainer.resumed_iter)
+        for key, writer in _keyed(self._made_writers()).items():
+            self._writers[key] = GuardedWriter(writer)
+            with self._left_out_if_default(key):
+                self._writers[key].begin(run, self._saved.get(key))
+        for key, guarded in list(self._writers.items()) if run.resumed_iter is not None else ():
+            with self._left_out_if_default(key):
+                guarded.writer.cut(run.resumed_iter or 0)
+        if not self._parameters_given:
+            self._tell_writers("parameters", trainer.run_parameters)
+            self._parameters_given = True
+        trainer.run_media.open(list(self._writers.values()))
+
+    @contextlib.contextmanager
+    def _left_out_if_default(self, key: str) -> Iterator[None]:
+        """A writer that nobody asked for is left out, told, if it cannot begin; another one's error is the user's to see."""
+        try:
+            yield
+        except (ImportError, OSError) as error:
+            if self._given is not None:
+                raise
+            level = logging.INFO if isinstance(error, ModuleNotFoundError) else logging.WARNING
+            _logger.log(level, "%s is left out: %s", self._writers.pop(key).name, error)
+
+    def _made_writers(self) -> list[Writer]:
+        if self._given is None:
+            return [TensorBoardWriter(self.tb_log_dir, **self.kwargs), JsonlWriter()]
+        return self._given
+
+    def _tell_writers(self, method: str, *args: Any) -> None:
+        for writer in self._writers.values():
+            writer.call(method, *args)
+
+    @property
+    def _tb_writer(self) -> Any:
+        """torch's SummaryWriter, for scripts of 1.7; None where there is none."""
+        found = (getattr(writer.writer, "summary_writer", None) for writer in self._writers.values())
+        return next((writer for writer in found if writer is not None), None)
+
     def _write(self) -> None:
-        """The values that are new since the last write, to TensorBoard and metrics.jsonl."""
-        self._new = new = {
+        """The values that are new since the last write, to all writers."""
+        new = {
             name: (step, value)
             for name, (step, value) in self.metric_storage.values_maybe_smooth.items()
             if step > self._last_write.get(name, -1)
         }
         if not new:
             return
+        at = {name: step for name, (step, _) in new.items()}
+        self._last_write.update(at)
+        values = {name: value for name, (_, value) in new.items()}
+        self._row = self.trainer.cur_iter, Row(values, self.trainer.epoch, at, {n: self._group_of(n) for n in new})
         self._write_tensorboard()
-        self._last_write.update({name: step for name, (step, _) in new.items()})
-        if self._jsonl is not None:
-            counters = {"iter": self.trainer.cur_iter, "epoch": self.trainer.epoch, "time": round(time.time(), 3)}
-            self._jsonl.write({**counters, **{name: value for name, (_, value) in new.items()}})
+        for writer in self._writers.values():
+            if not isinstance(writer.writer, TensorBoardWriter):
+                writer.call("write", *self._row)
 
     def _write_tensorboard(self) -> None:
-        """The values that are new since the last write, to TensorBoard; subclasses of 1.7 override it."""
-        if self._tensorboard is not None:
-            by_step: dict[int, dict[str, float]] = {}
-            for name, (step, value) in self._new.items():
-                by_step.setdefault(step, {})[f"{self._mode_of(name)}/{name}"] = value
-            self._for_tensorboard += by_step.items()
-            if time.perf_counter() >= self._next_hand_over:
-                self._hand_over()
-
-    def _hand_over(self) -> None:
-        """Give TensorBoard's writer what has gathered."""
-        rows, self._for_tensorboard = self._for_tensorboard, []
-        self._next_hand_over = time.perf_counter() + TENSORBOARD_INTERVAL_S
-        if self._tensorboard is not None:
-            for step, values in rows:
-                self._tensorboard.write_all(values, step)
+        """Give TensorBoard what is new. 1.7's name: an override is called at each write."""
+        for writer in self._writers.values():
+            if isinstance(writer.writer, TensorBoardWriter):
+                writer.call("write", *self._row)
 
     def _write_console(self) -> None:
         storage = self.metric_storage
@@ -184,17 +231,17 @@ class LoggerHook(HookBase):
         if "iter_time" in storage:
             if self.trainer.max_iters is not None:
                 parts.append(f"ETA {_duration(self._seconds_left())}")
-            parts.append(f"iter_time {storage['iter_time'].avg:.4f}")
+            parts.append(f"iter_time {storage.value('iter_time'):.4f}")
         if "data_time" in storage:
-            parts.append(f"data_time {storage['data_time'].avg:.4f}")
+            parts.append(f"data_time {storage.value('data_time'):.4f}")
         if "lr" in storage:
-            parts.append(f"lr {storage['lr'].latest:.5g}")
+            parts.append(f"lr {storage.value('lr'):.5g}")
         peak = peak_memory_bytes(self.trainer.device)
         if peak is not None:
             parts.append(f"max_mem {peak / 2**20:.0f}M")
-        for names in self._by_mode().values():
-            parts += [f"{name} {storage[name].avg:.4g}" for name in names]
-        _logger.info("  ".join(parts))
+        for names in self._by_group().values():
+            parts += [f"{name} {storage.value(name):.4g}" for name in names if storage.is_of_this_epoch(name)]
+        _logger.info("%s", "  ".join(parts))
 
     def _seconds_left(self) -> float:
         """By what an iteration has taken since this process began, evaluation and saves included."""
@@ -202,16 +249,16 @@ class LoggerHook(HookBase):
         iters_left = (self.trainer.max_epochs - self.trainer.epoch - 1) * (self.trainer.epoch_len or 0)
         return elapsed / max(self.trainer.progress.iter - self._iters_before, 1) * iters_left
 
-    def _by_mode(self) -> dict[str, list[str]]:
-        """mode -> its names, `total_loss` first."""
-        groups: dict[str, list[str]] = {mode: [] for mode in self.modes}
+    def _by_group(self) -> dict[str, list[str]]:
+        """group -> its names, `total_loss` first; the training's group before the others."""
+        groups: dict[str, list[str]] = {group: [] for group in dict.fromkeys([*self.modes, *self._groups])}
         for name in self.metric_storage:
             if name not in _TIMES:
-                groups[self._mode_of(name)].append(name)
-        return {mode: sorted(names, key=lambda name: "total" not in name) for mode, names in groups.items()}
+                groups[self._group_of(name)].append(name)
+        return {group: sorted(names, key=lambda name: "total" not in name) for group, names in groups.items()}
 
-    def _mode_of(self, name: str) -> str:
-        return next((mode for mode in self.modes if name.startswith(f"{mode}_")), "train")
+    def _group_of(self, name: str) -> str:
+        return next((group for group in self._groups if name.startswith(f"{group}_")), "train")
 
     # ------------------------------------------------------------ the bar
 
@@ -230,7 +277,7 @@ class LoggerHook(HookBase):
         now = time.perf_counter()
         if now >= self._next_look:
             self._next_look = now + 1.0
-            self._shown = {name: self.metric_storage[name].latest for name in self._by_mode()["train"]}
+            self._shown = {name: self.metric_storage[name].latest for name in self._by_group()["train"]}
         return self._shown
 
     def _close_bar(self) -> None:
@@ -244,23 +291,69 @@ class LoggerHook(HookBase):
         return self.metric_storage["iter_time"].global_sum if "iter_time" in self.metric_storage else 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        self._note_ends()
-        return {"last_write": dict(self._last_write), "run_id": self._run_id, "files": self._files}
+        self._note_states()
+        return {
+            "last_write": dict(self._last_write),
+            "run_id": self._run_id,
+            "writers": self._saved,
+            "parameters_given": self._parameters_given,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._last_write = dict(state_dict["last_write"])
         self._run_id = state_dict.get("run_id", self._run_id)
-        self._files = state_dict.get("files")
+        self._parameters_given = state_dict.get("parameters_given", False)
+        files = state_dict.get("files") or {}  # of an older state
+        older = {"JsonlWriter": files.get("metrics.jsonl"), "TensorBoardWriter": files.get("tensorboard")}
+        self._saved = dict(state_dict.get("writers", older))
 
-    def _note_ends(self) -> None:
-        """Write everything to the files and remember where they end: a resumed run cuts them there."""
-        self._hand_over()
-        if self._jsonl is None:
-            return
-        self._files = {"metrics.jsonl": self._jsonl.mark()}
-        if self._tensorboard is not None:
-            self._tensorboard.flush()
-            self._files["tensorboard"] = self._tensorboard.sizes()
+    def _note_states(self) -> None:
+        """What a checkpoint keeps of the writers: where their files end, say; a resumed run cuts them there."""
+        for key, writer in self._writers.items():
+            state = writer.call("state_dict")
+            if state is not None:
+                self._saved[key] = state
+
+
+def checked_writers(writers: Iterable[Writer], tb_log_dir: Any, kwargs: dict[str, Any]) -> list[Writer]:
+    """The writers that LoggerHook was given.
+
+    Raises:
+        TypeError: naming what is no writer.
+        SettingError: if arguments for TensorBoard stand beside them, which would have no effect.
+    """
+    if isinstance(writers, type) or not isinstance(writers, Iterable):
+        raise TypeError(f"writers is {writers!r}; it has to be a list of writers: writers=[TensorBoardWriter(), ...].")
+    given = list(writers)
+    for writer in given:
+        missing = [name for name in _METHODS if not callable(getattr(writer, name, None))]
+        if isinstance(writer, type) or missing:
+            what = (
+                f"the class {writer.__name__}"
+                if isinstance(writer, type)
+                else f"{type(writer).__name__} without {missing}"
+            )
+            raise TypeError(f"writers contains {what}; a writer is an object with {', '.join(_METHODS)}.")
+    beside = [*(["tb_log_dir"] if tb_log_dir is not None else []), *kwargs]
+    if beside:
+        raise SettingError(
+            f"LoggerHook got writers and {', '.join(beside)}, which only its own TensorBoard writer would take. Pass it to that "
+            "one: writers=[TensorBoardWriter(log_dir, ...), ...]."
+        )
+    return given
+
+
+_METHODS = ("write", "image", "text", "histogram", "cut", "close")
+
+
+def _keyed(writers: Iterable[Writer]) -> dict[str, Writer]:
+    """By class name; further ones of a class by `Name#1`, `Name#2`, ..."""
+    keyed: dict[str, Writer] = {}
+    for writer in writers:
+        name = type(writer).__name__
+        count = sum(key.partition("#")[0] == name for key in keyed)
+        keyed[f"{name}#{count}" if count else name] = writer
+    return keyed
 
 
 def _duration(seconds: float) -> str:

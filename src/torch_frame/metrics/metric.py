@@ -85,12 +85,15 @@ def results_of(metric: Any) -> dict[str, Any]:
     >>> results_of(Old())
     {'acc': 0.5}
     """
-    method = getattr(metric, "compute", None) or getattr(metric, "evaluate", None)
+    compute = getattr(metric, "compute", None)
+    method = compute or getattr(metric, "evaluate", None)
     if not callable(method):
         raise TypeError(f"{type(metric).__name__} has neither compute() nor evaluate(). A metric needs one of them.")
     results = method()
     if isinstance(results, Mapping):
         return dict(results)
+    if results is None and compute is None:
+        return {}  # 1.7's metrics may have nothing to say
     if isinstance(results, Tensor | int | float):
         return {type(metric).__name__: results}
     raise TypeError(
@@ -99,20 +102,24 @@ def results_of(metric: Any) -> dict[str, Any]:
 
 
 class BaseMetric:
-    """The metric of 1.7: `update`, `evaluate` and `reset`. Subclasses write all three."""
+    """The metric of 1.7: subclasses write `update`, `evaluate` and, if something is to be forgotten, `reset`.
+
+    The methods here do nothing, as in 1.7.
+    """
 
     def update(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError(f"{type(self).__name__} has no update().")
+        """Take in a batch: (model, batch)."""
 
-    def evaluate(self) -> Mapping[str, Any]:
-        raise NotImplementedError(f"{type(self).__name__} has no evaluate().")
+    def evaluate(self) -> Mapping[str, Any] | None:
+        """The results of all data by name; None: none."""
+        return None
 
     def reset(self) -> None:
-        raise NotImplementedError(f"{type(self).__name__} has no reset().")
+        """Forget all data."""
 
 
 class ModelMetric(BaseMetric):
-    """A metric of 1.7 that runs the model: subclasses write `inference`, `collection`, `evaluate` and `reset`."""
+    """A metric of 1.7 that runs the model: subclasses write `inference`, `collection`, `evaluate` and, if need be, `reset`."""
 
     def update(self, model: Any, inputs: Any) -> None:
         """Run the model on a batch and take in what it gave."""
@@ -120,8 +127,7 @@ class ModelMetric(BaseMetric):
 
     def inference(self, model: Any, inputs: Any) -> Any:
         """(model, batch) -> what `collection` takes."""
-        raise NotImplementedError(f"{type(self).__name__} has no inference().")
+        return None
 
     def collection(self, item: Any) -> None:
         """Take in what `inference` returned."""
-        raise NotImplementedError(f"{type(self).__name__} has no collection().")

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -25,6 +26,7 @@ from torch_frame.distributed.strategy import SingleProcess, Strategy
 from torch_frame.errors import SettingError
 from torch_frame.run.saving import SaveRequest
 from torch_frame.run.state import Part
+from torch_frame.scalars import is_whole
 from torch_frame.training.optimization import Optimization
 from torch_frame.training.several import labelled, labelled_schedulers
 
@@ -78,11 +80,11 @@ def _yields_batches(dataset: Any) -> bool:
 
 def check_numbers(max_epochs: Any, accumulation_steps: Any, clip_grad_norm: Any) -> None:
     """The counts are counts, and the norm is a number."""
-    if not isinstance(max_epochs, int) or isinstance(max_epochs, bool):
+    if not is_whole(max_epochs):
         raise TypeError(f"max_epochs is {max_epochs!r}; it has to be a whole number.")
     if max_epochs < 0:
         raise SettingError(f"max_epochs is {max_epochs}; it cannot be negative.")
-    if not isinstance(accumulation_steps, int) or accumulation_steps < 1:
+    if not is_whole(accumulation_steps) or accumulation_steps < 1:
         raise SettingError(
             f"gradient_accumulation_steps is {accumulation_steps!r}; it has to be a positive whole number."
         )
@@ -98,9 +100,9 @@ def check_functions(**functions: Any) -> None:
 
 
 def check_flags(**flags: Any) -> None:
-    """What is switched on or off is True or False."""
+    """What is switched on or off is True or False; None, as 1.7 took it, is False."""
     for name, flag in flags.items():
-        if not isinstance(flag, bool | int) or flag not in (0, 1):
+        if flag is not None and (not isinstance(flag, bool | int | np.bool_) or flag not in (0, 1)):
             raise TypeError(f"{name} is {flag!r}; it has to be True or False.")
 
 
@@ -333,7 +335,7 @@ def check_loader(loader: Iterable[Any], epochs_left: int, epoch_len: int | None,
 
 
 def empty_loader_message(loader: Iterable[Any], epoch: int) -> str:
-    message = f"data_loader yielded no batch in epoch {epoch}."
+    message = f"data_loader yielded no batch in epoch {epoch + 1}."
     if isinstance(loader, DataLoader):
         size = length_of(loader.dataset)
         message += f" Its dataset has {'an unknown number of' if size is None else size} samples"

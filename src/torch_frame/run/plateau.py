@@ -23,7 +23,7 @@ def step_by_metric(
     """
     if name is None:
         return
-    found = (storage[name].avg, storage.latest_iters()[name]) if name in storage else None
+    found = (storage.value(name), storage.latest_iters()[name]) if name in storage else None
     found = strategy.broadcast(found)
     if found is not None:
         optimization.step_by_metric(*found)

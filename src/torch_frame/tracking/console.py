@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from torch_frame.distributed.comm import is_main
 from torch_frame.tracking.bar import TerminalBar, is_terminal
+from torch_frame.tracking.consoles import is_console
 
 logger = logging.getLogger("torch_frame")
 
@@ -76,7 +77,7 @@ class ConsoleHandler(logging.Handler):
                 _write(stream, line)
         except BrokenPipeError:
             _detach(stream)
-        except (OSError, ValueError, RuntimeError):
+        except Exception:  # whatever a user's own stream does
             pass
 
     def _formatter_for(self, stream: Any) -> logging.Formatter:
@@ -91,7 +92,8 @@ def _write(stream: Any, line: str) -> None:
     except UnicodeEncodeError:
         encoding = getattr(stream, "encoding", None) or "ascii"
         stream.write(line.encode(encoding, "backslashreplace").decode(encoding))
-    stream.flush()
+    if hasattr(stream, "flush"):
+        stream.flush()
 
 
 def _detach(stream: Any) -> None:
@@ -103,12 +105,6 @@ def _detach(stream: Any) -> None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
         os.close(null)
-
-
-def _is_console(handler: logging.Handler) -> bool:
-    screens = [stream for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__) if stream is not None]
-    stream = getattr(handler, "stream", None)
-    return isinstance(handler, ConsoleHandler) or any(stream is screen for screen in screens)
 
 
 def _open_file(path: str, level: int) -> logging.FileHandler:
@@ -221,6 +217,7 @@ def open_run_log(path: str | os.PathLike[str] | None, console_log_level: int, fi
     >>> with open_run_log(None, 2, 2):
     ...     logger.debug("not shown")
     """
+    logger.disabled = False  # by logging.config, which switches off all loggers that a configuration does not name
     console_level = _check_level("console_log_level", console_log_level)
     file_level = _check_level("file_log_level", file_log_level)
     path = None if path is None else os.fspath(path)
@@ -236,6 +233,16 @@ def open_run_log(path: str | os.PathLike[str] | None, console_log_level: int, fi
     return run
 
 
+def keep_shown() -> None:
+    """Switch the logger on again, if something has switched it off in the middle of a run, and say so."""
+    if logger.disabled and _open_runs:
+        logger.disabled = False
+        logger.warning(
+            "logging.config had switched off the logger 'torch_frame' during the run; it is on again, and lines of this time are "
+            "missing. Pass disable_existing_loggers=False."
+        )
+
+
 def _check_level(name: str, level: int) -> int:
     if not isinstance(level, int) or not 0 <= level <= 5:
         levels = "0 (all), 1 (DEBUG), 2 (INFO), 3 (WARNING), 4 (ERROR) or 5 (CRITICAL)"
@@ -247,10 +254,12 @@ def _attach(console_level: int) -> None:
     _undo.callback(logger.setLevel, logger.level)
     _undo.callback(setattr, logger, "propagate", logger.propagate)
     root_handlers = logging.getLogger().handlers if logger.propagate else []
-    root_consoles = [handler for handler in root_handlers if _is_console(handler)]
+    root_consoles = [handler for handler in root_handlers if is_console(handler)]
     for handler in root_consoles:
         _limit(handler, console_level)
-    if not root_consoles and not any(_is_console(handler) for handler in logger.handlers):
+    if not root_consoles and not any(
+        isinstance(handler, ConsoleHandler) or is_console(handler) for handler in logger.handlers
+    ):
         console = ConsoleHandler(console_level)
         logger.addHandler(console)
         _undo.callback(logger.removeHandler, console)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import statistics
+import math
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from torch_frame.errors import SettingError
+from torch_frame.scalars import number_or_copy
 from torch_frame.types import Number
 
 ROWS_KEPT_UNREAD = 50
@@ -19,7 +21,7 @@ ROWS_KEPT_UNREAD = 50
 
 
 class HistoryBuffer:
-    """The last values of one name and the sum of all of them; comparisons are of the window's mean.
+    """The last values of one name, their sum over the epoch and over the run; comparisons are of the window's mean.
 
     Args:
         window_size: how many values `avg` is over.
@@ -31,12 +33,13 @@ class HistoryBuffer:
     (4.0, 3.0, 7.0)
     """
 
-    __hash__ = None  # type: ignore[assignment]  # compared by a value that changes
-
     def __init__(self, window_size: int = 20) -> None:
         self._history: deque[float] = deque(maxlen=window_size)
         self._count = 0
         self._sum = 0.0
+        self._epoch_count = 0
+        self._epoch_sum = 0.0
+        self._epoch_is_over = False  # the sums are the last epoch's until a value of the next one comes
         self._read_pending: weakref.WeakMethod[Callable[[], None]] | None = None
 
     def update(self, value: Tensor | Number) -> None:
@@ -44,9 +47,13 @@ class HistoryBuffer:
         self._extend([float(value.detach() if isinstance(value, Tensor) else value)])
 
     def _extend(self, values: list[float]) -> None:
+        if self._epoch_is_over and values:
+            self._epoch_is_over, self._epoch_count, self._epoch_sum = False, 0, 0.0
         self._history.extend(values)
         self._count += len(values)
-        (self._sum,) = deque(accumulate(values, initial=self._sum), maxlen=1)  # one by one, whenever values are read
+        self._epoch_count += len(values)
+        self._sum = _added(self._sum, values)
+        self._epoch_sum = _added(self._epoch_sum, values)
 
     def _read(self) -> deque[float]:
         flush = None if self._read_pending is None else self._read_pending()
@@ -55,8 +62,12 @@ class HistoryBuffer:
         return self._history
 
     def _take_back_latest(self) -> None:
-        self._sum -= self._history.pop()
+        value = self._history.pop()
         self._count -= 1
+        self._sum = self._sum - value if self._count else 0.0
+        if self._epoch_count:
+            self._epoch_count -= 1
+            self._epoch_sum = self._epoch_sum - value if self._epoch_count else 0.0
 
     @property
     def latest(self) -> float:
@@ -64,14 +75,20 @@ class HistoryBuffer:
 
     @property
     def avg(self) -> float:
-        """Mean of the window."""
-        return statistics.fmean(self._read())
+        """Mean of the window; NaN if there is no value, or if the window holds both infinities."""
+        return _mean(self._read())
+
+    @property
+    def epoch_avg(self) -> float:
+        """Mean of the values of the epoch under way, or of the last epoch that had one; NaN if there is no value."""
+        self._read()
+        return self._epoch_sum / self._epoch_count if self._epoch_count else math.nan
 
     @property
     def global_avg(self) -> float:
-        """Mean of all values since the run began."""
+        """Mean of all values since the run began; NaN if there is none."""
         self._read()
-        return self._sum / self._count
+        return self._sum / self._count if self._count else math.nan
 
     @property
     def global_sum(self) -> float:
@@ -105,10 +122,27 @@ class HistoryBuffer:
         return f"HistoryBuffer(avg={self}, window={self._history.maxlen}, count={self._count})"
 
 
+def _added(total: float, values: list[float]) -> float:
+    """One by one: the same sum whenever the values are read."""
+    return deque(accumulate(values, initial=total), maxlen=1)[0]
+
+
+def _mean(values: Collection[float]) -> float:
+    if not values:
+        return math.nan
+    try:
+        return math.fsum(values) / len(values)
+    except ValueError:  # both infinities
+        return math.nan
+    except OverflowError:  # near float64's limit
+        return math.fsum(value / len(values) for value in values)
+
+
 class MetricStorage(dict[str, HistoryBuffer]):
     """The named values of a run: name -> HistoryBuffer.
 
-    Tensors are kept as they are and read in one transfer for many rows, so recording a step costs no wait for the device.
+    What is given is its value at that moment. Tensors of a device are copied there and read in one transfer for many rows, so
+    recording a step costs no wait for the device.
 
     Args:
         default_win_size: window of a name that does not ask for its own.
@@ -125,6 +159,7 @@ class MetricStorage(dict[str, HistoryBuffer]):
         super().__init__()
         self._default_win_size = default_win_size
         self._smooth: dict[str, bool] = {}
+        self._windowed: set[str] = set()  # names that asked for a window of their own
         self._latest_iter: dict[str, int] = {}
         self._pending: list[Mapping[str, Tensor | Number]] = []
         self._step_iters: list[int] = []
@@ -133,6 +168,8 @@ class MetricStorage(dict[str, HistoryBuffer]):
         self._restored: set[str] = set()  # names whose latest value is from a checkpoint
         self.on_read: Callable[[Mapping[str, tuple[list[int], list[float]]]], None] | None = None
         """Called with name -> (iters, values) when values of training steps have been read from the device; may raise."""
+        self.renamed: Callable[[str], str] | None = None
+        """The name under which a value that `update` is given is recorded: of a run, whose own names nothing else has."""
 
     def update(  # type: ignore[override]  # 1.7's signature: this dict is filled through it
         self,
@@ -141,16 +178,21 @@ class MetricStorage(dict[str, HistoryBuffer]):
         window_size: int | None = None,
         **kwargs: Tensor | Number,
     ) -> None:
-        """Add a value for each name.
+        """Add a value for each name, as it is now.
 
         Args:
             iter: when the values are of, growing for each name; None counts from 0.
-            smooth: whether readers want the window's mean or the latest value. The same in each call for one name.
-            window_size: the window of names seen for the first time.
+            smooth: whether readers want a mean or the latest value. The same in each call for one name.
+            window_size: the window of names seen for the first time; `value` is then its mean.
+            kwargs: numbers (numpy's too), or tensors and arrays of one element.
 
         Raises:
+            TypeError: naming a value that is no number; nothing is added then.
             ValueError: where a name gets two values for one `iter`, or another `smooth` than before.
         """
+        kwargs = {name: number_or_copy(value, name) for name, value in kwargs.items()}
+        if self.renamed is not None:
+            kwargs = {self.renamed(name): value for name, value in kwargs.items()}
         for name in kwargs:
             self._admit(name, smooth, window_size)
             if name in self._restored:
@@ -213,6 +255,43 @@ class MetricStorage(dict[str, HistoryBuffer]):
         if self.on_read is not None:
             self.on_read({name: (unread[name].iters, values) for name, values in columns.items()})
 
+    def begin_epoch(self) -> None:
+        """From now on values are of a new epoch."""
+        self.flush()
+        for buffer in self.values():
+            buffer._epoch_is_over = True
+
+    def value(self, name: str) -> float:
+        """What a name is worth now: what decides which weights are best, when to stop, when a plateau is reached.
+
+        The latest value if it was logged with `smooth=False`; the window's mean if it was logged with a `window_size`; else (the
+        values of steps) the mean over the epoch under way, or over the last epoch that had a value.
+
+        Raises:
+            SettingError: listing the names there are, if this one is not among them.
+
+        >>> storage = MetricStorage()
+        >>> for step, loss in enumerate((3.0, 2.0, 1.0)):
+        ...     storage.update(step, loss=loss)
+        ...     storage.update(step, score=-loss, smooth=False)
+        >>> storage.value("loss"), storage.value("score")
+        (2.0, -1.0)
+        """
+        if name not in self:
+            raise SettingError(
+                f"There is no value {name!r}: nothing has been logged under this name; there are: "
+                f"{', '.join(sorted(self)) or 'none'}."
+            )
+        buffer = self[name]
+        if not self._smooth[name]:
+            return buffer.latest if buffer._read() else math.nan
+        mean = buffer.avg  # reads what is pending
+        return mean if name in self._windowed or not buffer._epoch_count else buffer.epoch_avg
+
+    def is_of_this_epoch(self, name: str) -> bool:
+        """The name has got a value since the epoch under way began."""
+        return bool(self[name]._read()) and not self[name]._epoch_is_over
+
     def declare(self, name: str, *, smooth: bool) -> None:
         """Say how a name that `record` will bring is to be read."""
         self._declared[name] = smooth
@@ -228,6 +307,8 @@ class MetricStorage(dict[str, HistoryBuffer]):
             buffer = self[name] = HistoryBuffer(window_size or self._default_win_size)
             buffer._read_pending = weakref.WeakMethod(self.flush)
             self._latest_iter[name] = -1
+            if window_size:
+                self._windowed.add(name)
 
     def _next_iter(self, name: str, iter: int | None) -> int:
         if name in self._steps:
@@ -265,6 +346,10 @@ class MetricStorage(dict[str, HistoryBuffer]):
                 "count": buffer._count,
                 "sum": buffer._sum,
                 "smooth": self._smooth[name],
+                "windowed": name in self._windowed,
+                "epoch_count": buffer._epoch_count,
+                "epoch_sum": buffer._epoch_sum,
+                "epoch_is_over": buffer._epoch_is_over,
                 "latest_iter": self._latest_iter[name],
             }
             for name, buffer in self.items()
@@ -277,8 +362,16 @@ class MetricStorage(dict[str, HistoryBuffer]):
         for name, saved in state.items():
             self._admit(name, saved["smooth"], saved["window_size"])
             self._latest_iter[name] = saved["latest_iter"]
-            self[name]._history.extend(saved["window"])
-            self[name]._count, self[name]._sum = saved["count"], saved["sum"]
+            buffer = self[name]
+            buffer._history.extend(saved["window"])
+            buffer._count, buffer._sum = saved["count"], saved["sum"]
+            buffer._epoch_count, buffer._epoch_sum = saved.get("epoch_count", 0), saved.get("epoch_sum", 0.0)
+            buffer._epoch_is_over = saved.get("epoch_is_over", False)
+        # older states do not say who asked for a window: those that have another one than the usual
+        asked = {
+            name: saved.get("windowed", saved["window_size"] != self._default_win_size) for name, saved in state.items()
+        }
+        self._windowed = {name for name, windowed in asked.items() if windowed}
         self.allow_repeats()
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -1,258 +1,224 @@
-"""Metric files: one JSON object a line, and TensorBoard's event files."""
+"""Where a run's values go: writers behind one seam. LoggerHook gives each of them the same."""
 
-import contextlib
-import hashlib
-import json
-import math
+from __future__ import annotations
+
 import os
-import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
-import torch
+import numpy.typing as npt
+
+from torch_frame.tracking.log_files import EventFiles, JsonlFile
+
+HAND_OVER_INTERVAL_S = 1.0
+"""TensorBoard's writer is a thread; waking it for each row would slow fast steps by 3 %."""
 
 
-def _plain(value: Any, where: str) -> Any:
-    """Turns `value` into what JSON knows: NaN and infinity into None, numpy's and one-element tensors into numbers."""
-    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
-        value = _only_element(value, where)
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{where}[{key!r}]") for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    raise TypeError(f"{where} is a {type(value).__name__}, which JSON doesn't know. Give a number, a string or a list.")
+class Row(dict[str, float]):
+    """What is new at a log point: name -> value.
+
+    Attributes:
+        epoch: index of the epoch under way.
+        at: name -> the step that the value was logged with: of a training step's values the iteration, of scores their epoch.
+        group: name -> "train", "eval" or another first word.
+    """
+
+    def __init__(
+        self, values: Mapping[str, float], epoch: int, at: Mapping[str, int], group: Mapping[str, str]
+    ) -> None:
+        super().__init__(values)
+        self.epoch = epoch
+        self.at = at
+        self.group = group
 
 
-def _only_element(value: "torch.Tensor | np.ndarray[Any, Any] | np.generic", where: str) -> Any:
-    num_elements = value.numel() if isinstance(value, torch.Tensor) else value.size
-    if num_elements != 1:
-        raise TypeError(f"{where} has {num_elements} elements, but must be one number. Reduce it, or use tolist().")
-    return value.item()
+@dataclass(frozen=True)
+class RunInfo:
+    """What a writer is told of the run before the first value.
+
+    Attributes:
+        work_dir, tb_log_dir: the run's folders.
+        run_id: a text that a resumed run has too.
+        resumed_iter: iterations that were done when the run was resumed; None if it began anew.
+    """
+
+    work_dir: str
+    tb_log_dir: str
+    run_id: str
+    resumed_iter: int | None
+
+    @property
+    def name(self) -> str:
+        """The last part of the run's folder."""
+        return os.path.basename(os.path.normpath(self.work_dir))
 
 
-def _is_object(line: bytes) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
+class Writer(Protocol):
+    """Takes a run's values; only rank 0 has one that is open. An error in it is told and ends no run.
 
+    Of a resumed run all writers begin, and then all are cut.
 
-def _is_later(line: bytes, last_iter: int) -> bool:
-    try:
-        at = json.loads(line)["iter"]
-    except (ValueError, KeyError, TypeError):
-        return False
-    return isinstance(at, int | float) and at > last_iter
+    It may have more methods, which are called if they are there:
 
+    * `begin(run: RunInfo)`, before all else;
+    * `parameters(values)`, once a run: its settings, name -> number, text or boolean;
+    * `flush()`, when an epoch has ended;
+    * `state_dict()` and `load_state_dict(state)`: what a checkpoint keeps of it; restored before `begin`;
+    * `failed(error)`, before `close`, if the run ends by an error.
+    """
 
-def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file, without a last one that a killed process left half-written."""
-    for line in file:
-        if line.endswith(b"\n"):
-            yield line
-        elif _is_object(line):
-            yield line + b"\n"
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Take what is new (a `Row`) at a log point, by iteration `step` of the run."""
 
+    def image(self, step: int, name: str, image: npt.NDArray[np.uint8]) -> None:
+        """Take a picture, (H, W, C), C being 1, 3 (RGB) or 4."""
 
-def _cut_rows_after(path: str, last_iter: int) -> None:
-    """Rewrites a file without its later rows; the old file stays whole until the new one is on disk."""
-    temporary = _temporary_of(path)
-    try:
-        with open(path, "rb") as old, open(temporary, "wb") as new:
-            new.writelines(line for line in _whole_lines(old) if not _is_later(line, last_iter))
-            new.flush()
-            os.fsync(new.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
+    def text(self, step: int, name: str, text: str) -> None:
+        """Take a text; Markdown is shown where the tool knows it."""
 
+    def histogram(self, step: int, name: str, values: npt.NDArray[np.float64]) -> None:
+        """Take finite values, (N,), to show how they are distributed."""
 
-def _temporary_of(path: str) -> str:
-    """One name: what a killed process has left is found and removed by the next."""
-    return f"{path}.tmp"
+    def cut(self, step: int) -> None:
+        """The run continues with iteration `step`: what was written for it and for later ones will come again."""
 
-
-def _mark_at(path: str, size: int) -> dict[str, Any]:
-    """A place in a file, and by what to recognise it: the rows before it carry their times."""
-    with open(path, "rb") as file:
-        file.seek(max(size - 512, 0))
-        return {"size": size, "sha256_before": hashlib.sha256(file.read(min(size, 512))).hexdigest()}
-
-
-def _is_marked(path: str, mark: Mapping[str, Any]) -> bool:
-    return os.path.getsize(path) >= mark["size"] and _mark_at(path, mark["size"]) == mark
-
-
-def _cut_half_line(path: str, block_size: int = 1 << 16) -> None:
-    """Ends a file with a whole line, reading no more than its last one."""
-    with open(path, "r+b") as file:
-        end = file.seek(0, os.SEEK_END)
-        start, tail = end, b""
-        while start > 0 and b"\n" not in tail:
-            start = max(start - block_size, 0)
-            file.seek(start)
-            tail = file.read(end - start)
-        half = tail[tail.rfind(b"\n") + 1 :]
-        if half and _is_object(half):
-            file.seek(end)
-            file.write(b"\n")
-        elif half:
-            file.truncate(end - len(half))
+    def close(self) -> None:
+        """The run has ended, whatever happened."""
 
 
 class JsonlWriter:
-    """Appends rows to a file, one JSON object a line; each row is flushed, so that others can follow the file.
-
-    NaN and infinity are written as null, numpy scalars and one-element tensors as numbers.
+    """Rows of values in `metrics.jsonl`, one JSON object a line; no pictures, texts or histograms.
 
     Args:
-        path: of the file. An existing one is continued; a half-written last line is cut off.
-        keep_until_iter: rows of an existing file whose `"iter"` is greater are cut off too: a resumed run writes
-            them again.
-        keep_until: what `mark` returned when the state was saved that the run goes on from. A file that has this place ends
-            there, whatever was written since; for another one `keep_until_iter` counts.
-
-    >>> import tempfile
-    >>> path = os.path.join(tempfile.mkdtemp(), "metrics.jsonl")
-    >>> writer = JsonlWriter(path)
-    >>> writer.write({"iter": 49, "total_loss": torch.tensor(0.5), "grad_norm": float("nan")})
-    >>> writer.close()
-    >>> from pathlib import Path
-    >>> print(Path(path).read_text(), end="")
-    {"iter": 49, "total_loss": 0.5, "grad_norm": null}
+        path: of the file; None: in the work dir.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        keep_until_iter: int | None = None,
-        *,
-        keep_until: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.path = os.path.realpath(path)  # a link stays a link when the file is replaced
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(_temporary_of(self.path))
-        if os.path.exists(self.path):
-            if keep_until is not None and _is_marked(self.path, keep_until):
-                os.truncate(self.path, keep_until["size"])
-            elif keep_until_iter is None:
-                _cut_half_line(self.path)
-            else:
-                _cut_rows_after(self.path, keep_until_iter)
-        # Open until close(). backslashreplace turns a lone surrogate into a JSON escape.
-        self._file = open(self.path, "a", encoding="utf-8", errors="backslashreplace", newline="\n")  # noqa: SIM115
+    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+        self.path = path
+        self._path: str | os.PathLike[str] = ""
+        self._file: JsonlFile | None = None
+        self._saved: Mapping[str, Any] | None = None
 
-    def write(self, row: Mapping[str, Any]) -> None:
-        """Writes one row.
+    def begin(self, run: RunInfo) -> None:
+        """Open the file, unless it has to be cut first."""
+        self._path = os.path.join(run.work_dir, "metrics.jsonl") if self.path is None else self.path
+        if run.resumed_iter is None:
+            self._file = JsonlFile(self._path)
 
-        Raises:
-            TypeError: a value that JSON doesn't know, or a tensor of more than one element. Nothing is written then.
-        """
-        plain = {str(key): _plain(value, f"row[{key!r}]") for key, value in row.items()}
-        self._file.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        counters = {"iter": step, "epoch": getattr(values, "epoch", None), "time": round(time.time(), 3)}
+        if self._file is not None:
+            self._file.write({**counters, **values})
 
-    def mark(self) -> dict[str, Any] | None:
-        """Returns where the file ends now, for a state that a run goes on from; None where it is gone."""
-        try:
-            return _mark_at(self.path, os.path.getsize(self.path))
-        except OSError:
-            return None
+    def image(self, step: int, name: str, image: npt.NDArray[np.uint8]) -> None:
+        """Not for this file."""
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Not for this file."""
+
+    def histogram(self, step: int, name: str, values: npt.NDArray[np.float64]) -> None:
+        """Not for this file."""
+
+    def cut(self, step: int) -> None:
+        """Open the file, which ends where it ended when the state was saved."""
+        self._file = JsonlFile(self._path, step - 1, keep_until=self._saved)
 
     def close(self) -> None:
-        """Closes the file. Closing twice is fine."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
+    def state_dict(self) -> Any:
+        """Where the file ends now."""
+        return self._saved if self._file is None else self._file.mark()
 
-def _summary_writer_class() -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # tensorboard's own, on import
-            from torch.utils.tensorboard import SummaryWriter
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != "tensorboard":
-            raise
-        raise ModuleNotFoundError(
-            "TensorBoardWriter needs tensorboard, which is not installed. Run: pip install 'torch-frame[tensorboard]'",
-            name=error.name,
-        ) from error
-    return SummaryWriter
+    def load_state_dict(self, state: Any) -> None:
+        self._saved = state
 
 
 class TensorBoardWriter:
-    """Writes scalars to a TensorBoard event file. tensorboard is imported here, not with this module.
+    """TensorBoard's event files: scalars as `<group>/<name>` at the step that they were logged with.
 
     Args:
-        log_dir: the folder of the event files; made if missing.
-        purge_step: TensorBoard hides what was logged at this step or later: the first step of a resumed run.
-        run_id: the event files' names end with it.
-        keep: what `sizes` returned when the state was saved that the run goes on from. The files of this `run_id` end where
-            they ended then, and those that it does not name are removed: the run writes all that again. `purge_step` alone
-            does not reach scalars whose step is not an iteration, as an epoch's scores. None: all stay as they are.
-        kwargs: further arguments of `torch.utils.tensorboard.SummaryWriter`.
-
-    Raises:
-        ModuleNotFoundError: tensorboard is not installed.
+        log_dir: their folder; None: `tb_logs` in the work dir.
+        kwargs: passed to `torch.utils.tensorboard.SummaryWriter`.
     """
 
-    def __init__(
-        self,
-        log_dir: str | os.PathLike[str],
-        *,
-        purge_step: int | None = None,
-        run_id: str = "",
-        keep: Mapping[str, int] | None = None,
-        filename_suffix: str = "",
-        **kwargs: Any,
-    ) -> None:
-        summary_writer = _summary_writer_class()
-        self._log_dir = os.fspath(log_dir)
-        self._suffix = f"{filename_suffix}.{run_id}" if run_id else filename_suffix
-        if keep is not None:
-            self._cut(keep)
-        self._writer = summary_writer(self._log_dir, purge_step=purge_step, filename_suffix=self._suffix, **kwargs)
+    def __init__(self, log_dir: str | os.PathLike[str] | None = None, **kwargs: Any) -> None:
+        self.log_dir = log_dir
+        self.kwargs = kwargs
+        self._files: EventFiles | None = None
+        self._saved: Mapping[str, int] | None = None
+        self._waiting: list[tuple[int, dict[str, float]]] = []  # (step, tag -> value) still to be handed over
+        self._next_hand_over_s = 0.0
 
-    def _cut(self, keep: Mapping[str, int]) -> None:
-        for name, size in (self.sizes() or {}).items():
-            path = os.path.join(self._log_dir, name)
-            if name not in keep:
-                os.remove(path)
-            elif size > keep[name]:
-                os.truncate(path, keep[name])
+    @property
+    def summary_writer(self) -> Any:
+        """torch's SummaryWriter, while the run lasts; else None."""
+        return None if self._files is None else self._files.writer
 
-    def sizes(self) -> dict[str, int] | None:
-        """Returns the bytes of each event file of this `run_id`, by its name; None where the folder is not to be seen here."""
-        try:
-            with os.scandir(self._log_dir) as entries:
-                return {
-                    entry.name: entry.stat().st_size
-                    for entry in entries
-                    if entry.name.startswith("events.out.tfevents.") and entry.name.endswith(self._suffix)
-                }
-        except OSError:
-            return None
+    def begin(self, run: RunInfo) -> None:
+        """Open a file; those of a resumed run end where they ended when the state was saved.
 
-    def write(self, tag: str, value: Any, step: int) -> None:
-        """Writes one scalar: a number or a one-element tensor."""
-        self._writer.add_scalar(tag, value, step)
+        Raises:
+            ImportError: tensorboard is not installed (`ModuleNotFoundError`), or broken.
+        """
+        log_dir = run.tb_log_dir if self.log_dir is None else self.log_dir
+        keep = None if run.resumed_iter is None else self._saved
+        self._files = EventFiles(log_dir, purge_step=run.resumed_iter, run_id=run.run_id, keep=keep, **self.kwargs)
 
-    def write_all(self, values: Mapping[str, float], step: int) -> None:
-        """Writes scalars of one step as one event, which costs a fifth of one event each."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-        self._writer.file_writer.add_summary(Summary(value=scalars), step)
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        at, group = getattr(values, "at", {}), getattr(values, "group", {})
+        by_step: dict[int, dict[str, float]] = {}
+        for name, value in values.items():
+            by_step.setdefault(at.get(name, step), {})[f"{group.get(name, 'train')}/{name}"] = value
+        self._waiting += by_step.items()
+        if time.perf_counter() >= self._next_hand_over_s:
+            self.flush()
 
     def flush(self) -> None:
-        """Returns when everything is in the file, where it outlives this process."""
-        self._writer.flush()
+        """Give torch's writer what has gathered."""
+        rows, self._waiting = self._waiting, []
+        self._next_hand_over_s = time.perf_counter() + HAND_OVER_INTERVAL_S
+        if self._files is not None:
+            for step, values in rows:
+                self._files.write_all(values, step)
+
+    def parameters(self, values: Mapping[str, Any]) -> None:
+        if self._files is not None:
+            self._files.write_parameters(values)
+
+    def image(self, step: int, name: str, image: npt.NDArray[np.uint8]) -> None:
+        if self._files is not None:
+            self._files.writer.add_image(name, image, step, dataformats="HWC")
+
+    def text(self, step: int, name: str, text: str) -> None:
+        if self._files is not None:
+            self._files.writer.add_text(name, text, step)
+
+    def histogram(self, step: int, name: str, values: npt.NDArray[np.float64]) -> None:
+        if self._files is not None:
+            self._files.writer.add_histogram(name, values, step)
+
+    def cut(self, step: int) -> None:
+        """Done by `begin`."""
 
     def close(self) -> None:
-        """Writes what is pending and closes the file. Closing twice is fine."""
-        self._writer.close()
+        if self._files is not None:
+            self.flush()
+            self._files.close()
+            self._files = None
+
+    def state_dict(self) -> Any:
+        """The sizes of the files now, when all is in them."""
+        if self._files is not None:
+            self.flush()
+            self._files.flush()
+            self._saved = self._files.sizes()
+        return self._saved
+
+    def load_state_dict(self, state: Any) -> None:
+        self._saved = state

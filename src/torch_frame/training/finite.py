@@ -88,7 +88,7 @@ def nonfinite_message(what: str, values: str, epoch: int, iteration: int) -> str
         epoch, iteration: indices in the run.
     """
     return (
-        f"Training stopped: {what}, in epoch {epoch}, iteration {iteration} of the run: {values}. "
+        f"Training stopped: {what}, in epoch {epoch + 1}, iteration {iteration} of the run: {values}. "
         "Look at the learning rate, the data of this batch and the precision; on_nonfinite='skip' leaves such updates out."
     )
 

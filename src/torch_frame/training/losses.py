@@ -19,6 +19,8 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from torch_frame.errors import StepOutputError
+from torch_frame.scalars import is_number, number_of
+from torch_frame.training.metric_names import MetricNames
 from torch_frame.types import Number
 
 _logger = logging.getLogger("torch_frame")
@@ -32,8 +34,12 @@ Losses: TypeAlias = tuple[Tensor, dict[str, Tensor | Number]]
 """A step's outcome: the total (one element, with its graph), and every named value, `total_loss` first."""
 
 
-def read_losses(output: Any) -> Losses:
+def read_losses(output: Any, names: MetricNames | None = None) -> Losses:
     """Read what a training step returned; see the module's text for the forms.
+
+    Args:
+        output: of the step.
+        names: of the run; a metric that has the name of a loss is recorded under another one.
 
     Raises:
         StepOutputError: with what came and what is expected, for anything else.
@@ -49,7 +55,7 @@ def read_losses(output: Any) -> Losses:
     if isinstance(output, Mapping):
         return _from_dict(output)
     if isinstance(output, tuple):
-        return _from_pair(output)
+        return _from_pair(output, MetricNames() if names is None else names)
     raise StepOutputError(f"The step returned {_what(output)}. {_FORMS}{_hint(output)}")
 
 
@@ -62,15 +68,17 @@ def _from_dict(named: Mapping[str, Any]) -> Losses:
     if not named:
         raise StepOutputError(f"The step returned an empty dict of losses. {_FORMS}")
     total: Any = None
+    values: dict[str, Tensor | Number] = {}
     for name, loss in named.items():
         if not isinstance(loss, Tensor):
-            _check_number(name, loss, "loss")
+            loss = _number(name, loss, "loss")
         elif loss.numel() != 1:
             raise StepOutputError(
                 f"Loss {name!r} has shape {tuple(loss.shape)}; a loss has one element. Reduce it, for example with .mean()."
             )
         elif not loss.requires_grad:
             _warn_of_no_graph(name)
+        values[name] = loss
         total = loss if total is None else total + loss
     if not isinstance(total, Tensor):
         raise StepOutputError(
@@ -78,10 +86,10 @@ def _from_dict(named: Mapping[str, Any]) -> Losses:
             "nothing can be trained on them. At least one loss has to be a tensor with a graph."
         )
     total = _checked_total(total, f"the sum of the losses {', '.join(map(repr, named))}")
-    return total, {"total_loss": total, **named}
+    return total, {"total_loss": total, **values}
 
 
-def _from_pair(output: tuple[Any, ...]) -> Losses:
+def _from_pair(output: tuple[Any, ...], names: MetricNames) -> Losses:
     if len(output) != 2:
         raise StepOutputError(f"The step returned a tuple of {len(output)} elements. {_FORMS}")
     losses, metrics = output
@@ -91,16 +99,15 @@ def _from_pair(output: tuple[Any, ...]) -> Losses:
         raise StepOutputError(f"The step returned a pair whose second element is {_what(metrics)}. {_FORMS}")
     total, values = read_losses(losses)
     for name, metric in metrics.items():
-        if name in values:
-            raise StepOutputError(f"Metric {name!r} has the name of a loss of the same step. Rename one of them.")
         if not isinstance(metric, Tensor):
-            _check_number(name, metric, "metric")
+            metric = _number(name, metric, "metric")
         elif metric.numel() != 1:
             raise StepOutputError(
                 f"Metric {name!r} has shape {tuple(metric.shape)}; a metric of a step has one element. "
                 "Reduce it, for example with .mean()."
             )
-    return total, {**values, **metrics}
+        values[names.beside(name, values)] = metric
+    return total, values
 
 
 def _checked_total(loss: Tensor, name: str) -> Tensor:
@@ -130,11 +137,14 @@ def _warn_of_no_graph(name: str) -> None:
     )
 
 
-def _check_number(name: str, value: Any, kind: str) -> None:
-    if not isinstance(value, numbers.Real):
+def _number(name: str, value: Any, kind: str) -> Number:
+    if type(value) is float or type(value) is int:
+        return value
+    if not is_number(value):
         raise StepOutputError(
             f"{kind.capitalize()} {name!r} is {_what(value)}; it has to be a one-element tensor or a number."
         )
+    return number_of(value)
 
 
 def _what(value: Any) -> str:
@@ -157,34 +167,11 @@ def _hint(output: Any) -> str:
     return ""
 
 
-def recordable(values: Any) -> dict[str, Tensor | Number]:
-    """A step's values as they are now: numbers, and copies of what is on a device, which are not read.
-
-    Raises:
-        TypeError: if `values` is not a dict.
-    """
-    if type(values) is not dict and not isinstance(values, Mapping):
-        raise TypeError(
-            f"train_one_iter returned {type(values).__name__}; it has to return a dict of the values to record, "
-            "for example {'total_loss': loss}."
-        )
-    row: dict[str, Tensor | Number] = {**values}
-    for name, value in values.items():
-        if isinstance(value, Tensor):
-            row[name] = value.item() if value.is_cpu else _detached_copy(value)
-    return row
-
-
 def arguments_of_17(row: Mapping[str, Tensor | Number]) -> tuple[dict[str, float], float, float, float]:
     """A recorded row as 1.7's `_update_iter_metrics` takes it: numbers, then data_time, iter_time, lr (reads the device)."""
     numbers = {name: float(value) for name, value in row.items()}
     data_time, iter_time, lr = (numbers.pop(name, 0.0) for name in ("data_time", "iter_time", "lr"))
     return numbers, data_time, iter_time, lr
-
-
-def _detached_copy(value: Tensor) -> Tensor:
-    """A tensor that no later step changes, without its graph. A value with a graph is one already."""
-    return value.detach() if value.requires_grad else value.clone()
 
 
 def describe(values: Mapping[str, Tensor | Number]) -> str:

@@ -22,6 +22,7 @@ from torch_frame.progress import Progress
 from torch_frame.training.ema import EMA
 from torch_frame.training.finite import nonfinite_message
 from torch_frame.training.losses import describe
+from torch_frame.training.metric_names import MetricNames
 from torch_frame.training.precision import Precision
 from torch_frame.training.schedules import Interval, LRWarmupScheduler, WarmupMethod
 from torch_frame.training.several import check_apart, in_form_of, labelled, labelled_schedulers, schedule_label
@@ -118,6 +119,7 @@ class Optimization:
         self.interval = interval
         self.num_batches = 0
         self.on_change: Callable[[Mapping[str, LRWarmupScheduler]], None] = lambda schedules: None
+        self.names = MetricNames()  # of the run, if it has its own
         self._model = model
         self._precision = precision
         self._strategy = strategy
@@ -356,7 +358,7 @@ class Optimization:
         except NonFiniteError as error:
             raise self.nonfinite(str(error), values or self._latest()) from None
         if updater.grad_norm is not None:
-            values[unit.norm_name] = updater.grad_norm
+            self.names.put(values, unit.norm_name, updater.grad_norm)
         if unit.was_stepped:
             self._after_step(unit)
         if self.by_name:
