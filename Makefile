@@ -11,12 +11,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # All modules except private ones ("_" at the beginning), the command line, and 1.7's import paths, which only re-export.
 DOCUMENTED = torch_frame $(shell cd src && find torch_frame -name '*.py' ! -path '*/_*' ! -path 'torch_frame/cli/*' \
-	! -path 'torch_frame/utils/*' ! -path torch_frame/datasets.py ! -path torch_frame/lr_scheduler.py \
+	! -path 'torch_frame/utils/*' ! -path 'torch_frame/datasets/*' ! -path torch_frame/lr_scheduler.py \
+	! -path torch_frame/hooks/hookbase.py ! -path 'torch_frame/hooks/*_hook.py' \
 	! -path 'torch_frame/vision/tools/*' ! -path 'torch_frame/vision/augmentations/*' \
 	| sed 's/\.py$$//; y|/|.|' | LC_ALL=C sort)
 BENCHMARKS := $(sort $(filter-out benchmarks/_% benchmarks/gpu.py,$(wildcard benchmarks/*.py)))
 
 PEERS := .venv-peers
+TRACKERS := .venv-trackers
 
 # A machine with a GPU has a Python with a CUDA build of torch already, as a rule: one that is named is used as it is.
 GPU_PYTHON := $(if $(filter file undefined,$(origin PYTHON)),$(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON)),$(PYTHON))
@@ -26,7 +28,7 @@ GPU_PYTHON := $(if $(filter file undefined,$(origin PYTHON)),$(if $(wildcard $(S
 PIP_INSTALL := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
 	$(BIN)/python -m pip install
 
-.PHONY: help demo test test-ranks faults lint format bench bench-peers gpu docs clean
+.PHONY: help demo test test-ranks test-trackers faults lint format bench bench-peers gpu docs clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile
@@ -43,6 +45,9 @@ faults: $(STAMP) ## kill, signal and damage runs at 200 random places and more (
 
 test-ranks: $(STAMP) ## run all tests of several processes, the slow ones too (about 6 minutes)
 	$(BIN)/python -m pytest tests/distributed tests/faults/test_ranks.py tests/examples/test_several.py -m "slow or not slow" $(ARGS)
+
+test-trackers: $(TRACKERS)/.installed ## test the writers against wandb, trackio, SwanLab and MLflow, offline (.venv-trackers)
+	$(TRACKERS)/bin/python -m pytest tests/tracking/test_experiments.py tests/tracking/test_consoles.py $(ARGS)
 
 lint: $(STAMP) ## check style, format and types
 	$(BIN)/python -m ruff check .
@@ -91,4 +96,14 @@ $(PEERS)/.installed: benchmarks/requirements-peers.txt constraints.txt
 	PIP_CONSTRAINT=constraints.txt $(PEERS)/bin/python -m pip install torch
 	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(PEERS)/bin/python -m pip install -e '.[tensorboard]' \
 		-r benchmarks/requirements-peers.txt
+	@touch $@
+
+# torch first, and held at its version: none of the trackers may bring another build of it. The rest is not pinned, so that the
+# writers are tested against what people install today.
+$(TRACKERS)/.installed: tests/requirements-trackers.txt constraints.txt
+	rm -rf $(TRACKERS)
+	$(PYTHON) -m venv $(TRACKERS)
+	PIP_CONSTRAINT=constraints.txt $(TRACKERS)/bin/python -m pip install torch
+	$(TRACKERS)/bin/python -m pip freeze | grep '^torch=' > $(TRACKERS)/torch.txt
+	PIP_CONSTRAINT=$(TRACKERS)/torch.txt $(TRACKERS)/bin/python -m pip install -e '.[tensorboard]' -r tests/requirements-trackers.txt
 	@touch $@

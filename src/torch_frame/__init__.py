@@ -6,6 +6,8 @@
 """
 
 from torch_frame import _collision as _collision  # first: it says so where another package has overwritten this one
+from torch_frame import datasets as datasets
+from torch_frame import lr_scheduler as lr_scheduler
 from torch_frame import vision
 from torch_frame._version import __version__
 from torch_frame.accelerate_trainer import AccelerateTrainer

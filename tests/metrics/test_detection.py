@@ -370,6 +370,39 @@ def test_things_that_are_no_dicts_or_ids_are_type_errors():
         metric.update([0], [pred()], [target(), target()])
 
 
+NO_NUMBERS = {
+    "texts_as_labels": ("labels", ["cat"]),
+    "none_as_label": ("labels", [None]),
+    "an_array_of_texts": ("labels", np.array(["cat"])),
+    "ragged_boxes": ("boxes", [[0, 0, 1, 1], [0, 0, 1]]),
+    "ragged_tensors": ("boxes", [torch.ones(4), torch.ones(3)]),
+    "texts_as_scores": ("scores", ["0.5"]),
+    "objects_as_boxes": ("boxes", object()),
+    "a_text": ("boxes", "none"),
+}
+
+
+@pytest.mark.parametrize(("name", "values"), NO_NUMBERS.values(), ids=NO_NUMBERS)
+@pytest.mark.parametrize("side", ["preds", "targets"])
+def test_what_is_no_tensor_of_numbers_is_told_with_its_image(side, name, values):
+    entries = {"preds": pred(), "targets": target()}
+    entries[side] = {**entries[side], name: values}
+    if side == "targets" and name == "scores":
+        return  # truth has none
+    metric = MeanAveragePrecision(["cat", "dog"])
+    with pytest.raises(ValueError, match="img_7"):
+        metric.update(["img_7"], [entries["preds"]], [entries["targets"]])
+
+
+def test_lists_of_tensors_with_gradients_are_taken():
+    boxes = [torch.tensor([0.0, 0.0, 40.0, 40.0], requires_grad=True)]
+    metric = MeanAveragePrecision(["cat"])
+    metric.update(
+        ["a"], [{"boxes": boxes, "scores": [torch.tensor(0.5)], "labels": [0]}], [{"boxes": boxes, "labels": [0]}]
+    )
+    assert metric.compute()["map"] == pytest.approx(1.0)
+
+
 def test_one_image_twice_counts_once_where_it_is_the_same_and_is_an_error_where_not():
     metric = MeanAveragePrecision(["a"])
     metric.update([5, 5], [pred(), pred()], [target(), target()])

@@ -62,12 +62,29 @@ def test_every_exported_name_exists():
         ),
         ("torch_frame.vision.augmentations.boxes", "random_perspective mixup_boxes mosaic"),
         ("torch_frame.vision.augmentations.base", "mixup"),
+        ("torch_frame.hooks.hookbase", "HookBase"),
+        ("torch_frame.hooks.checkpoint_hook", "CheckpointerHook"),
+        ("torch_frame.hooks.eval_hook", "EvalHook EvalTotalHook"),
+        ("torch_frame.hooks.logger_hook", "LoggerHook"),
+        ("torch_frame.datasets", "InfiniteDataLoader RepeatDataset"),
+        ("torch_frame.datasets.dataloader_wrappers", "InfiniteDataLoader"),
+        ("torch_frame.datasets.dataset_wrappers", "RepeatDataset"),
     ],
 )
 def test_import_paths_of_1_7_work(path, names):
     module = importlib.import_module(path)
     for name in names.split():
         assert hasattr(module, name), f"{path}.{name}"
+
+
+def test_modules_of_1_7_are_attributes(tmp_path):
+    names = (
+        "hooks trainer utils utils.dist_utils utils.metric utils.misc utils.ema utils.logger utils.progress_bar "
+        "utils.history_buffer metric misc lr_scheduler datasets utils.logger.setup_logger utils.misc.logger"
+    )
+    code = "import torch_frame\n" + "".join(f"torch_frame.{name}\n" for name in names.split())
+    result = run_python(code, tmp_path)
+    assert result.returncode == 0, result.stderr
 
 
 def test_import_is_light_and_changes_no_global_state(tmp_path):
@@ -84,6 +101,10 @@ def test_import_is_light_and_changes_no_global_state(tmp_path):
         "hotcoco",
         "torchmetrics",
         "pynvml",
+        "wandb",
+        "mlflow",
+        "trackio",
+        "swanlab",
     ]
     result = run_python(
         "import logging, random, signal, sys\n"

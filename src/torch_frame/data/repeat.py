@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch_frame.errors import SettingError
+from torch_frame.scalars import is_whole
 
 
 class RepeatDataset:
@@ -19,10 +20,10 @@ class RepeatDataset:
     """
 
     def __init__(self, dataset: Any, times: int) -> None:
-        if not isinstance(times, int) or times < 1:
-            raise SettingError(f"times is {times!r}; it has to be a positive whole number.")
+        if not is_whole(times) or times < 0:
+            raise SettingError(f"times is {times!r}; it has to be a whole number, not below 0.")
         self.dataset = dataset
-        self.times = times
+        self.times = int(times)
 
     def __getitem__(self, index: int) -> Any:
         if not -len(self) <= index < len(self):

@@ -142,7 +142,13 @@ class _Source:
         if values is None:
             given = ", ".join(map(repr, self._entries[i])) or "nothing"
             raise ValueError(f"The {self._what} of image {self._ids[i]!s} has no {name!r}, only {given}.")
-        return torch.as_tensor(np.asarray(values))
+        try:
+            return _as_tensor(values)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"The {name} of the {self._what} of image {self._ids[i]!s} cannot be read as a tensor of numbers: {error}. "
+                f"They are {_shortened(values)}; pass a tensor or an array."
+            ) from None
 
     def by_image(self, table: Table) -> list[Table]:
         ends = np.cumsum(self._counts).tolist()
@@ -173,6 +179,21 @@ class _Source:
             f"The {self._what} of image {self._ids[image]!s} has {what}. At place {place} stands [{values}] "
             f"(box, {', '.join(columns[4:])})."
         )
+
+
+def _as_tensor(values: Any) -> Tensor:
+    """Of lists too, whose parts may be tensors, with gradients or on a device."""
+    if isinstance(values, list | tuple) and any(isinstance(part, Tensor) for part in values):
+        return torch.stack([torch.as_tensor(part).detach() for part in values])
+    array = np.asarray(values)
+    if array.dtype.kind in "OUSV":
+        raise ValueError(f"{'texts' if array.dtype.kind in 'US' else 'objects'} are no numbers")
+    return torch.as_tensor(array)
+
+
+def _shortened(values: Any) -> str:
+    text = repr(values)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _has_its_area(boxes: Table) -> Claims:

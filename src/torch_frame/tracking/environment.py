@@ -94,6 +94,7 @@ def symlink(
     overwrite: bool = True,
     *,
     target_is_directory: bool = False,
+    dir_fd: int | None = None,
 ) -> None:
     """Makes the link `dst` that points to `src`.
 
@@ -102,17 +103,18 @@ def symlink(
         dst: where the link is put.
         overwrite: replaces a file or link that is there, in one step: at every moment one of the two is in place.
         target_is_directory: Windows wants to know where `src` is a folder that does not exist yet.
+        dir_fd: an open folder that a relative `dst` counts from.
 
     Raises:
         FileExistsError: `dst` exists and `overwrite` is False.
     """
     if not overwrite:
-        os.symlink(src, dst, target_is_directory=target_is_directory)
+        os.symlink(src, dst, target_is_directory=target_is_directory, dir_fd=dir_fd)
         return
     temporary = f"{os.fspath(dst)}.{os.getpid()}.tmp"
-    os.symlink(src, temporary, target_is_directory=target_is_directory)
+    os.symlink(src, temporary, target_is_directory=target_is_directory, dir_fd=dir_fd)
     try:
-        os.replace(temporary, dst)
+        os.replace(temporary, dst, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
     except BaseException:
-        os.remove(temporary)
+        os.remove(temporary, dir_fd=dir_fd)
         raise

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from torch_frame.errors import SettingError
 from torch_frame.training.schedule_state import load_state, state_of
@@ -48,8 +48,8 @@ def warmup_factor_at(method: WarmupMethod | None, step: int, warmup_iters: int, 
     return float(warmup_factor ** (1 - alpha))
 
 
-class LRWarmupScheduler:
-    """Puts a warm-up in front of any torch scheduler; counted in updates.
+class LRWarmupScheduler(LRScheduler):
+    """Puts a warm-up in front of any torch scheduler; counted in updates. A torch scheduler itself, as 1.7's was.
 
     The wrapped scheduler never sees the warm-up: before it steps, the learning rates are what it left behind, so recursive
     schedulers (ExponentialLR, OneCycleLR, SequentialLR ...) follow their own sequence to the last bit, and each group's rate
@@ -63,6 +63,7 @@ class LRWarmupScheduler:
         warmup_method: "constant", "linear", "exp" or None.
         warmup_iters: length of the warm-up, in updates.
         warmup_factor: the learning rate begins at this fraction of the scheduler's.
+        last_epoch: updates made before, minus one (1.7's argument).
         optimizer: needed only if `scheduler` is None.
     """
 
@@ -73,9 +74,11 @@ class LRWarmupScheduler:
         warmup_method: WarmupMethod | None = None,
         warmup_iters: int = 1000,
         warmup_factor: float = 0.001,
+        last_epoch: int = -1,
         *,
         optimizer: Optimizer | None = None,
     ) -> None:
+        # torch's own __init__ is not called: it would make a step, and wrap the optimizer's.
         _check_warmup(warmup_method, warmup_iters, warmup_factor)
         self.scheduler: Scheduler | None = scheduler
         self.optimizer: Optimizer = scheduler.optimizer if scheduler is not None else _given(optimizer)
@@ -83,9 +86,10 @@ class LRWarmupScheduler:
         self.warmup_method = warmup_method
         self.warmup_iters = warmup_iters if warmup_method is not None else 0
         self.warmup_factor = warmup_factor
-        self.num_updates = 0
+        self.num_updates = last_epoch + 1
         self._metric_at: int | None = None
         self.regular_lrs = self._read()
+        self.base_lrs = [group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups]
         self._apply_warmup()
 
     @property
@@ -97,8 +101,17 @@ class LRWarmupScheduler:
         """The scheduler steps by a metric (ReduceLROnPlateau), so after evaluation."""
         return isinstance(self.scheduler, ReduceLROnPlateau)
 
-    def step(self) -> None:
-        """An update has been made."""
+    @property
+    def last_epoch(self) -> int:  # type: ignore[override]  # torch's name for what it counts
+        """Updates made, as 1.7 and torch call them."""
+        return self.num_updates
+
+    def get_lr(self) -> list[float]:  # type: ignore[override]
+        """The rates in force."""
+        return self._read()
+
+    def step(self, epoch: int | None = None) -> None:
+        """An update has been made. epoch: torch's old argument, without effect."""
         was_warming_up = self.num_updates < self.warmup_iters
         self.num_updates += 1
         if self.epoch_len and self.num_updates % self.epoch_len == 0 and self.scheduler is not None:
@@ -189,7 +202,7 @@ class LRWarmupScheduler:
             if index < len(bases) and float(bases[index]) == scaled:
                 bases[index] = group["initial_lr"] = regular
 
-    def get_last_lr(self) -> list[float]:
+    def get_last_lr(self) -> list[float]:  # type: ignore[override]
         """The rates in force, one for each parameter group."""
         return self._read()
 

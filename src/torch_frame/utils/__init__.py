@@ -8,6 +8,13 @@ from torch_frame.tracking.console import setup_logger
 from torch_frame.tracking.environment import collect_env, create_small_table, symlink
 from torch_frame.tracking.history import HistoryBuffer
 from torch_frame.training.ema import EMA
+from torch_frame.utils import dist_utils as dist_utils
+from torch_frame.utils import ema as ema
+from torch_frame.utils import history_buffer as history_buffer
+from torch_frame.utils import logger as logger
+from torch_frame.utils import metric as metric
+from torch_frame.utils import misc as misc
+from torch_frame.utils import progress_bar as progress_bar
 
 __all__ = [
     "EMA",
