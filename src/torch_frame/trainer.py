@@ -27,7 +27,7 @@ from torch_frame.hooks.caller import HookCaller, checked_hooks
 from torch_frame.hooks.defaults import default_hooks
 from torch_frame.hooks.evaluate import evaluate_all
 from torch_frame.progress import Progress
-from torch_frame.run import checks, parts, session, state
+from torch_frame.run import checks, parts, saving, session
 from torch_frame.run.attributes import Attributes
 from torch_frame.run.delegated import delegated
 from torch_frame.run.feed import Feed
@@ -36,7 +36,7 @@ from torch_frame.run.optimizers import OptimizersPart
 from torch_frame.run.plateau import step_by_metric
 from torch_frame.run.ranks import Ranks
 from torch_frame.run.resume import Found, Resumption, newest
-from torch_frame.run.saving import Saver, SaveRequest, job_of, save_one_by_one
+from torch_frame.run.saving import Contents, Saver
 from torch_frame.run.script_settings import AllSettings, Choice
 from torch_frame.run.settings import SettingsPart
 from torch_frame.run.start_epoch import StartEpoch
@@ -51,7 +51,7 @@ from torch_frame.tracking.console import logger, open_run_log
 from torch_frame.tracking.history import MetricStorage
 from torch_frame.tracking.media import Media
 from torch_frame.training.ema import EMA
-from torch_frame.training.finite import Columns, first_nonfinite, trained_tensors
+from torch_frame.training.finite import Columns, first_nonfinite
 from torch_frame.training.losses import arguments_of_17, read_losses
 from torch_frame.training.metric_names import MetricNames
 from torch_frame.training.optimization import Optimization, UpdateSettings, Warmup
@@ -309,13 +309,18 @@ class Trainer:
                     with self._saver.rolled_back_if_stopped(self._parts_of_hooks(), self._beside_hooks):
                         self._agree_after_epoch()
                         with self._ranks.alone():
-                            self.call("after_epoch")
+                            for run in self.stages[
+                                "after_epoch"
+                            ]:  # not by `call`: a frame less above errors in hooks and saves
+                                run()
                         is_last = self.epoch == self.max_epochs - 1
                         metric, storage = self.lr_scheduler_metric, self.metric_storage
                         step_by_metric(self.optimization, metric, storage, self.strategy, is_last=is_last)
                         self._save_if_stopping()
                     self.progress.end_epoch()
                     self.safe_point()
+            self._saver.wait()
+            self._ranks.meet()  # all files are complete
             with self._ranks.alone():
                 self.call("after_train")
             self._leave_together()
@@ -499,12 +504,11 @@ class Trainer:
             self._ranks.share_values(self.metric_storage.state_dict, self.metric_storage.load_state_dict)
 
     def _leave_together(self) -> None:
-        """When `train` returns on one rank, hooks are done and files complete on all."""
-        if self.strategy.world_size > 1:
-            with session.ended_by_signals(self._save_last):
-                self.safe_point()
-            self._saver.wait()
-            self._ranks.meet()
+        """What was asked for in `after_train` is written; when `train` returns on one rank, this is so on all."""
+        with session.ended_by_signals(self._save_last):
+            self.safe_point()
+        self._saver.wait()
+        self._ranks.meet()
 
     def _check_read(self, columns: Columns) -> None:
         """Values of steps have been read from the device: are losses and gradients finite?"""
@@ -585,20 +589,20 @@ class Trainer:
     def save_at_safe_point(
         self, file_name: str, save_single_model: bool = True, then_remove: Iterable[str] = ()
     ) -> None:
-        """Ask for a save; it is carried out when all hooks of the event have run and the counters are advanced.
+        """Ask for a save. Weights are copied now; a whole state is, when all hooks of the event have run and no window is open.
 
         Args:
             file_name: below `ckpt_dir`.
             save_single_model: the weights only; False: the whole state.
-            then_remove: files that are not needed any more once this one is written.
+            then_remove: files that are not needed any more once this one, and the state asked for beside it, are written.
         """
-        self._saver.request(file_name, save_single_model, then_remove)
+        self._saver.request(file_name, save_single_model, then_remove, self._contents())
 
     def safe_point(self) -> None:
         """Carry out the saves that were asked for and end if a signal asks for it, unless a window of gradients is open."""
         if not self.optimization.window_open and self.strategy.agree(self._saver.pending):
             with self._feed.times.saving():
-                self._save(self._saver.take_requests())
+                self._saver.carry_out(self._contents())
             if self.stop_signals.agree(self.strategy):
                 raise StopRequested
 
@@ -613,38 +617,28 @@ class Trainer:
         if is_single and self.stop_signals.received is not None and self._saver.can_roll_back():
             raise StopRequested
 
-    def _save(self, requests: Sequence[SaveRequest], *, by_override: bool = True) -> None:
-        """Take a snapshot, and begin to write it.
+    def _contents(self) -> Contents:
+        """What can be saved now."""
+        model = self.model_or_module
+        return Contents(
+            self.ckpt_dir,
+            f"epoch {self.epoch + 1}, iteration {self.cur_iter}",
+            self._before_save,
+            parts.weights_to_use(self.model, self.model_ema, self.strategy),
+            partial(parts.as_saved, self._frozen),
+            self._parts,
+            partial(parts.finite_names, model),
+            self.optimization.window_open,
+            None if type(self).save_checkpoint is Trainer.save_checkpoint else self.save_checkpoint,
+        )
 
-        Raises:
-            NonFiniteError: if a loss or a gradient that has not been read yet is not finite.
-            SettingError: for a whole state inside a window of gradients.
-        """
-        if not requests:
-            return
-        if (
-            by_override and type(self).save_checkpoint is not Trainer.save_checkpoint
-        ):  # a subclass of 1.7 saves its own way
-            save_one_by_one(requests, self.save_checkpoint)
-            return
-        self._saver.prepare(self.ckpt_dir)
+    def _before_save(self) -> None:
         self.metric_storage.flush()
-        checks.check_outside_window(requests, self.optimization.window_open)
         self._frozen.look(values=True)
-        contents: dict[bool, Any] = {}
-        if any(request.save_single_model for request in requests):
-            contents[True] = parts.weights_to_use(self.model, self.model_ema, self._frozen, self.strategy)
-        if not all(request.save_single_model for request in requests):
-            contents[False] = state.capture(self._parts(), self._saver.rollback)
-        where = f"epoch {self.epoch + 1}, iteration {self.cur_iter}"
-        job = job_of(requests, self.ckpt_dir, contents, trained_tensors(self.model_or_module), where)
-        self._saver.start(job)
 
     def _save_last(self) -> None:
         """The last save before the run ends by a signal: complete when this returns."""
-        self._saver.request_last_state()
-        self._save(self._saver.take_requests())
-        self._saver.wait()
+        self._saver.save_last(self._contents())
         assert self.stop_signals.received is not None
         name = self.stop_signals.received.name
         logger.warning("%s came: saved after iteration %d as %s/latest.pth.", name, self.progress.iter, self.ckpt_dir)
@@ -667,35 +661,29 @@ class Trainer:
         """
         self._work_dir.claim(self.strategy)
         if not save_single_model and not self._ranks.hooks_on_all and self._in_train:
-            self._save_with_the_others(file_name)
+            logger.warning(saving.ASKED_BY_RANK_0, file_name)
+            self.save_at_safe_point(file_name, save_single_model=False)
             return
         if save_single_model:
             self._saver.note_weights(file_name)
         else:
             self._ranks.check_all_save(file_name)
         with self._feed.times.saving():
-            self._save([SaveRequest(file_name, save_single_model, [])], by_override=False)
-            self._saver.wait()
+            self._saver.save_now(file_name, save_single_model, self._contents())
         if print_info:
             logger.info("Saved %s", os.path.join(self.ckpt_dir, file_name))
 
-    def _save_with_the_others(self, file_name: str) -> None:
-        """A hook that only rank 0 has saves a whole state, to which all ranks contribute."""
-        logger.warning(
-            "%s is saved at the next safe point: a whole state needs all ranks, and only rank 0 has the hook that saves it.",
-            file_name,
-        )
-        self.save_at_safe_point(file_name, save_single_model=False)
-
     def wait_for_saves(self) -> None:
-        """Return when the files of the save under way are complete: before they are copied, say. `train` ends so itself.
+        """Return when the files of the save under way and the weights that were asked for are complete: to copy them, say.
+
+        A whole state that was asked for is written at its safe point. All files are complete before `after_train`.
 
         Raises:
             CheckpointError: if a file could not be written.
             NonFiniteError: if the weights hold NaN or infinite values.
         """
         with self._feed.times.saving():
-            self._saver.wait()
+            self._saver.complete_weights(self._contents())
 
     # ---------------------------------------------------------------- the state
 

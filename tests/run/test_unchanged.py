@@ -37,7 +37,7 @@ def test_trainer_snapshot_and_weights_are_freed_without_the_collector(tmp_path: 
         trainer = make_trainer(tmp_path / str(number), hooks=[CheckpointerHook()])
         trainer.train()
         buffers = trainer._saver._buffers
-        held = [tensor for tensors in buffers._free.values() for tensor in tensors]
+        held = [tensor for tensors in buffers._buffers.values() for tensor in tensors]
         assert held
         return [weakref.ref(thing) for thing in (trainer, trainer.model, trainer._saver, buffers, *held)]
 

@@ -24,7 +24,6 @@ from torch_frame.distributed.ddp import DDP
 from torch_frame.distributed.launch import num_processes
 from torch_frame.distributed.strategy import SingleProcess, Strategy
 from torch_frame.errors import SettingError
-from torch_frame.run.saving import SaveRequest
 from torch_frame.run.state import Part
 from torch_frame.scalars import is_whole
 from torch_frame.training.optimization import Optimization
@@ -285,16 +284,6 @@ def check_metric_names(hooks: Sequence[LogsAndFollows], plateau_metric: str | No
 def unknown_metric_message(who: str, name: str, known: Iterable[str]) -> str:
     """A followed name that nothing has been logged under by the last epoch."""
     return f"{who} is {name!r}, but nothing has been logged under this name; there are: {', '.join(sorted(known))}."
-
-
-def check_outside_window(requests: Iterable[SaveRequest], window_open: bool) -> None:
-    """No whole state is saved inside a window of gradients."""
-    for request in requests:
-        if window_open and not request.save_single_model:
-            raise SettingError(
-                f"{request.file_name} would be saved inside a window of gradient_accumulation_steps, whose gradient it cannot "
-                "hold. Ask with trainer.save_at_safe_point(...), which waits for the window's end."
-            )
 
 
 def note_on_device(error: BaseException, device: torch.device) -> None:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from torch_frame.checkpoint.format import plain
 from torch_frame.checkpoint.misfits import misfits, own_names
-from torch_frame.checkpoint.names import bare_names
+from torch_frame.checkpoint.names import bare_name, bare_names
 from torch_frame.checkpoint.values import decode, encode_most
 from torch_frame.data.rng import (
     loader_generator_states,
@@ -32,6 +32,7 @@ from torch_frame.run.script_settings import AllSettings, Settings
 from torch_frame.run.state import CheckedPart, Line, Part, UndoablePart
 from torch_frame.run.trained import FrozenParameters
 from torch_frame.training.ema import EMA
+from torch_frame.training.finite import trained_tensors
 from torch_frame.training.schedules import LRWarmupScheduler
 from torch_frame.training.several import schedule_label
 
@@ -45,7 +46,7 @@ class ModelPart:
         self._frozen = frozen
 
     def state_dict(self) -> dict[str, Any]:
-        return self._frozen.without(self._whole())
+        return self._frozen.without(bare_names(self._strategy.model_state(self._model)))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._frozen.before_load(state)
@@ -103,11 +104,22 @@ class AveragePart:
         return _first_few([f"in EMA {line}" for line in differing], "more tensors of EMA differ")
 
 
-def weights_to_use(model: nn.Module, ema: EMA | None, frozen: FrozenParameters, strategy: Strategy) -> dict[str, Any]:
-    """The weights that a file without a state holds: EMA's if there is one, under bare names and in plain types."""
-    weights = strategy.model_state(model) if ema is None else ema.weights(strategy.unwrap(model))
+def weights_to_use(model: nn.Module, ema: EMA | None, strategy: Strategy) -> Callable[[], Mapping[str, Any]]:
+    """What gives the weights that a file without a state holds: EMA's if there is one."""
+    if ema is None:
+        return functools.partial(strategy.model_state, model)  # a function would be one more frame above an error in it
+    return functools.partial(ema.weights, strategy.unwrap(model))
+
+
+def as_saved(frozen: FrozenParameters, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights under bare names and in plain types, without the parameters that no file holds."""
     made: dict[str, Any] = plain(frozen.without(bare_names(weights)), "the model's state_dict")
     return made
+
+
+def finite_names(model: nn.Module) -> set[str]:
+    """The bare names of what has to be finite in a file: see `trained_tensors`."""
+    return {bare_name(name) for name in trained_tensors(model)}
 
 
 class NamedParts:

@@ -1,4 +1,4 @@
-"""Saves: asked for by hooks, copied when the run's state is whole, written in the background."""
+"""Saves: asked for by hooks, copied while the run is as it is meant to be saved, written in the background."""
 
 from __future__ import annotations
 
@@ -6,50 +6,64 @@ import contextlib
 import glob
 import logging
 import os
+import shutil
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from torch_frame.checkpoint import io
 from torch_frame.checkpoint.background import Background
-from torch_frame.checkpoint.snapshot import HostBuffers
+from torch_frame.checkpoint.snapshot import HostBuffers, Snapshot
 from torch_frame.distributed.strategy import Strategy
-from torch_frame.errors import CheckpointError
-from torch_frame.run.state import Part, State, capture_copy
+from torch_frame.errors import CheckpointError, SettingError
+from torch_frame.run.state import Part, State, capture, capture_copy
 from torch_frame.run.watch import Watch
 from torch_frame.training.finite import check_weights
 
 _logger = logging.getLogger("torch_frame")
+ASKED_BY_RANK_0 = (
+    "%s is saved at the next safe point: a whole state needs all ranks, and only rank 0 has the hook that saves it."
+)
 
 
-class SaveRequest(NamedTuple):
-    """A file that is to be written at the next safe point."""
+@dataclass(frozen=True)
+class Contents:
+    """What can be saved of a run, for one call: callables, asked when a copy is made.
 
-    file_name: str
-    save_single_model: bool
-    then_remove: list[str]
-    """Files that are not needed any more once this one is written."""
+    Attributes:
+        folder: of the checkpoints.
+        where: the moment, in words.
+        before: what is to be done before the run is looked at; raises if a loss that nobody has read is not finite.
+        weights: the model's `state_dict`, or EMA's.
+        as_saved: that under the names, and with the values, that a file holds.
+        parts: the table of a whole state.
+        finite_names: of the tensors of the model that have to be finite, or nothing is written.
+        window_open: a window of gradients is open, and no state can hold it.
+        own_save: a trainer's own `save_checkpoint(file_name, save_single_model)`, which saves instead; None: it has none.
+    """
+
+    folder: str
+    where: str
+    before: Callable[[], None]
+    weights: Callable[[], Mapping[str, Any]]
+    as_saved: Callable[[Mapping[str, Any]], dict[str, Any]]
+    parts: Callable[[], Mapping[str, Part]]
+    finite_names: Callable[[], set[str]]
+    window_open: bool
+    own_save: Callable[[str, bool], object] | None = None
 
 
-class SaveRequests:
-    """The saves that hooks have asked for since the last safe point; a file asked for twice is written once."""
+class _Weights(NamedTuple):
+    """A file of weights that were copied when it was asked for."""
 
-    def __init__(self) -> None:
-        self._requests: dict[str, SaveRequest] = {}
-
-    def add(self, file_name: str, save_single_model: bool, then_remove: Iterable[str] = ()) -> None:
-        before = self._requests.get(file_name)
-        outdated = [] if before is None else before.then_remove
-        self._requests[file_name] = SaveRequest(file_name, save_single_model, [*outdated, *then_remove])
-
-    def take(self) -> list[SaveRequest]:
-        """All requests, which are forgotten then; full states last, so that they speak of files that exist."""
-        requests, self._requests = self._requests, {}
-        return sorted(requests.values(), key=lambda request: not request.save_single_model)
+    path: str
+    snapshot: Snapshot
+    finite_names: set[str]
+    where: str
 
 
 class FileToWrite(NamedTuple):
@@ -58,73 +72,43 @@ class FileToWrite(NamedTuple):
     path: str
     keep_as: str | None
     """The file that `path` has been until then is kept under this name."""
-    content: Any
-    then_remove: list[str]
+    snapshot: Snapshot
+    must_be_finite: Mapping[str, Tensor]
+    where: str
+    """The moment of the copy, in words."""
 
 
 @dataclass(frozen=True)
 class SaveJob:
-    """What one save writes: the run as it stood at one moment.
+    """What one save writes.
 
     Attributes:
-        files: in the order of writing.
-        must_be_finite: nothing is written if one of these tensors is not.
-        where: the moment, in words.
+        files: in the order of writing: weights, then the state that speaks of them.
+        then_remove: files that are not needed any more once all of these are written.
     """
 
     files: list[FileToWrite]
-    must_be_finite: Mapping[str, Tensor]
-    where: str
-
-    def copied_into(self, buffers: HostBuffers) -> SaveJob:
-        """The same job, of copies: training may change the run's own tensors."""
-        contents, tensors = buffers.copy(([file.content for file in self.files], dict(self.must_be_finite)))
-        files = [file._replace(content=content) for file, content in zip(self.files, contents, strict=True)]
-        return replace(self, files=files, must_be_finite=tensors)
+    then_remove: list[str]
 
     def write(self, cancelled: Callable[[], bool] | None = None) -> None:
-        """Write the files; what a file makes superfluous is removed once that file is verified.
+        """Write the files, then remove what they make superfluous.
 
         Raises:
             NonFiniteError: if weights are NaN or infinite; nothing is written then.
             CheckpointError: if a file cannot be written.
         """
-        check_weights(self.must_be_finite, self.where)
         for file in self.files:
-            io.write(file.path, file.content, keep_as=file.keep_as, cancelled=cancelled)
-            remove(file.then_remove)
-
-
-def job_of(
-    requests: Sequence[SaveRequest],
-    folder: str,
-    contents: Mapping[bool, Any],
-    tensors: Mapping[str, Tensor],
-    where: str,
-) -> SaveJob:
-    """The job that carries out some requests.
-
-    Args:
-        requests: in the order of writing.
-        folder: of the checkpoints.
-        contents: {True: the weights, False: the whole state}, of those that are asked for.
-        tensors, where: `must_be_finite` and `where` of the job.
-    """
-    previous = os.path.join(folder, "previous.pth")
-    files = [
-        FileToWrite(
-            os.path.join(folder, request.file_name),
-            previous if request.file_name == "latest.pth" else None,
-            contents[request.save_single_model],
-            list(request.then_remove),
-        )
-        for request in requests
-    ]
-    return SaveJob(files, tensors, where)
+            check_weights(file.must_be_finite, file.where)
+        for file in self.files:
+            io.write(file.path, file.snapshot.content, keep_as=file.keep_as, cancelled=cancelled)
+        remove(self.then_remove)
 
 
 class Saver:
     """Carries out saves: the run's tensors are copied at once, and written while training continues.
+
+    Weights are copied when they are asked for, so they are those that were scored; a whole state at the next safe point, when
+    all hooks have run. Both are written by one job: weights, then the state, then what they make superfluous is removed.
 
     Args:
         strategy: rank 0 decides which files are saved, and writes them.
@@ -139,8 +123,12 @@ class Saver:
         self.rollback: State | None = None
         self._watch: Watch | None = None
         self._strategy = strategy
-        self._requests = SaveRequests()
         self._saved_here: list[str] = []
+        self._is_writer = strategy.rank == 0
+        self._weights: dict[str, _Weights] = {}  # by path, copied and still to be written
+        self._states: list[str] = []  # names of the whole states that are asked for
+        self._outdated: list[str] = []
+        self._space_is_known = False
         proxy = weakref.proxy(self)  # no circle: the buffers are freed with the trainer
         self._background = Background(on_failure=lambda: proxy.wake())
         self._buffers = HostBuffers()
@@ -149,22 +137,63 @@ class Saver:
         """There is something to do at the next safe point. Called in signal handlers and from the writing thread too."""
         self.pending = True
 
-    def request(self, file_name: str, save_single_model: bool, then_remove: Iterable[str] = ()) -> None:
-        """Ask for a file, written at the next safe point."""
-        self._requests.add(file_name, save_single_model, then_remove)
-        self.wake()
+    # ---------------------------------------------------------------- requests
 
-    def take_requests(self) -> list[SaveRequest]:
-        """What is to be written now, on all ranks; rank 0 decides.
+    def request(self, file_name: str, save_single_model: bool, then_remove: Iterable[str], contents: Contents) -> None:
+        """Ask for a file: weights are copied now, a whole state at the next safe point.
+
+        Raises:
+            NonFiniteError: if a loss or a gradient that has not been read yet is not finite.
+        """
+        self._outdated += then_remove
+        self._forget(os.path.join(contents.folder, file_name), file_name)
+        self.wake()
+        if not save_single_model:
+            self._states.append(file_name)
+        elif contents.own_save is not None:
+            contents.own_save(file_name, True)
+        else:
+            contents.before()
+            weights = contents.weights()  # here, for a function of ours is a frame above an error in it
+            self._copy(file_name, weights, contents)
+
+    def _copy(self, file_name: str, weights: Mapping[str, Any], contents: Contents) -> None:
+        if self._is_writer:  # the others have helped to make the weights
+            since = [file.snapshot for file in self._weights.values()]
+            snapshot = self._buffers.copy(contents.as_saved(weights), since)
+            path = os.path.join(contents.folder, file_name)
+            self._weights[path] = _Weights(path, snapshot, contents.finite_names(), contents.where)
+
+    def _forget(self, path: str, file_name: str) -> None:
+        """A file that is asked for again: earlier requests do not count, and nobody removes it."""
+        self._weights.pop(path, None)
+        self._states = [name for name in self._states if name != file_name]
+        self._outdated = [outdated for outdated in self._outdated if os.path.abspath(outdated) != path]
+
+    # ---------------------------------------------------------------- carrying them out
+
+    def carry_out(self, contents: Contents) -> None:
+        """At a safe point, on all ranks: begin to write what was asked for; rank 0 decides what that is.
 
         Raises:
             BaseException: what an earlier save has failed with.
+            NonFiniteError: if a loss or a gradient that has not been read yet is not finite.
         """
         self.pending = False
         self._background.raise_failure()
         self._tell_of_files_not_written()
-        plain: list[Any] = [tuple(request) for request in self._requests.take()]
-        return [SaveRequest(*fields) for fields in self._strategy.broadcast(plain)]
+        states, self._states = self._strategy.broadcast(self._states), []
+        state = None
+        if states and contents.own_save is not None:  # a subclass of 1.7 saves its own way
+            for file_name in states:
+                contents.own_save(file_name, False)
+        elif states:
+            self._prepare(contents)
+            state = capture(
+                contents.parts(), self.rollback
+            )  # here, for a function of ours is a frame above an error in it
+        outdated, self._outdated = self._outdated, []
+        self._begin(contents, states if state is not None else [], state, outdated)
 
     def note_weights(self, file_name: str) -> None:
         """Weights are saved there and then: by rank 0, if it does so too, which is looked at when all ranks meet."""
@@ -187,22 +216,83 @@ class Saver:
                     ", ".join(missing),
                 )
 
-    def prepare(self, folder: str) -> None:
-        """Before the run is looked at for a save: the save before is complete, and the checkpoints' folder exists.
+    def save_now(self, file_name: str, save_single_model: bool, contents: Contents) -> None:
+        """Save there and then; complete when this returns. Weights that were asked for before are written first.
 
         Raises:
-            BaseException: what the save before has failed with.
-            CheckpointError: if the folder cannot be made.
+            SettingError: for a whole state inside a window of gradients.
         """
-        self.wait()  # its copies are in the buffers
-        if self._strategy.rank == 0:
-            _make_folder(folder)
+        self._forget(os.path.join(contents.folder, file_name), file_name)
+        if save_single_model:
+            contents.before()
+            self._copy(file_name, contents.weights(), contents)
+            self.complete_weights(contents)
+            return
+        if contents.window_open:
+            raise SettingError(
+                f"{file_name} would be saved inside a window of gradient_accumulation_steps, whose gradient it cannot "
+                "hold. Ask with trainer.save_at_safe_point(...), which waits for the window's end."
+            )
+        self._prepare(contents)
+        self._begin(contents, [file_name], capture(contents.parts(), self.rollback))
+        self.wait()
 
-    def start(self, job: SaveJob) -> None:
-        """Copy what a job writes, and begin to write it; on rank 0, the others have helped to make the job."""
-        if self._strategy.rank == 0:
-            copied = job.copied_into(self._buffers)
-            self._background.start(lambda: copied.write(self._background.is_cancelled))
+    def save_last(self, contents: Contents) -> None:
+        """The last save before the run ends by a signal, on all ranks: complete when this returns."""
+        if self.rollback is not None:  # asked for in an after_epoch that the resumed run goes through again
+            self._weights, self._states, self._outdated = {}, [], []
+        self.request("latest.pth", False, (), contents)
+        self.carry_out(contents)
+        self.wait()
+
+    def complete_weights(self, contents: Contents) -> None:
+        """Return when the save under way is complete, and the weights that were asked for are written as well.
+
+        What they make superfluous is removed later, with the state that speaks of them.
+        """
+        self._begin(contents, [])
+        self.wait()
+
+    def _prepare(self, contents: Contents) -> None:
+        self.wait()  # its copies are in the buffers
+        contents.before()
+
+    def _begin(
+        self, contents: Contents, states: Sequence[str], state: Any = None, outdated: Iterable[str] = ()
+    ) -> None:
+        """Begin to write the weights that were copied, and whole states, which are copied now; on rank 0."""
+        weights, self._weights = list(self._weights.values()), {}
+        files = [_file_of(one) for one in weights]
+        if not self._is_writer or not (files or states or outdated):
+            return
+        _make_folder(contents.folder)
+        if states:
+            snapshot = self._buffers.copy(state, [one.snapshot for one in weights])
+            files += [_file_of_state(file_name, snapshot, contents) for file_name in states]
+            self._look_at_space(snapshot, contents.folder)
+        for file in files:
+            file.snapshot.forget_tensors()
+        job = SaveJob(files, sorted(set(outdated) - {file.path for file in files}))
+        self._background.start(lambda: job.write(self._background.is_cancelled))
+
+    def _look_at_space(self, snapshot: Snapshot, folder: str) -> None:
+        """Before the first whole state: whether the disk has room for the run's files."""
+        if self._space_is_known:
+            return
+        self._space_is_known = True
+        needed = 4 * snapshot.num_bytes
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(folder).free
+            if free < needed:
+                _logger.warning(
+                    "%s has %.1f MB of free space, and a state takes %.1f MB: four times that is wanted for latest.pth, "
+                    "previous.pth, the one that is being written, and weights.",
+                    folder,
+                    free / 1e6,
+                    snapshot.num_bytes / 1e6,
+                )
+
+    # ---------------------------------------------------------------- a signal in after_epoch
 
     def rolled_back_if_stopped(
         self, parts: Mapping[str, Part], others: Callable[[], Iterable[Any]]
@@ -239,11 +329,7 @@ class Saver:
         """`after_epoch` is over."""
         self.rollback = self._watch = None
 
-    def request_last_state(self) -> None:
-        """Ask for the whole state before the run ends by a signal."""
-        if self.rollback is not None:
-            self._requests.take()  # asked for in an after_epoch that the resumed run goes through again
-        self.request("latest.pth", save_single_model=False)
+    # ---------------------------------------------------------------- the job under way
 
     @property
     def busy(self) -> bool:
@@ -260,22 +346,37 @@ class Saver:
 
     def remove_unfinished_files(self, folder: str) -> None:
         """Remove what a process that was killed inside a save has left in the folder of a run that begins."""
-        if self._strategy.rank == 0:
+        if self._is_writer:
             remove(glob.glob(os.path.join(glob.escape(folder), ".*.tmp")))
 
 
-def save_one_by_one(requests: Iterable[SaveRequest], save: Callable[[str, bool], None]) -> None:
-    """Carry out requests by a trainer's own `save_checkpoint(file_name, save_single_model)`."""
-    for file_name, save_single_model, outdated in requests:
-        save(file_name, save_single_model)
-        remove(outdated)
+def _file_of(weights: _Weights) -> FileToWrite:
+    """A file of weights."""
+    names, content = weights.finite_names, weights.snapshot.content
+    checked = {name: content[name] for name in sorted(names & content.keys())}
+    return FileToWrite(weights.path, None, weights.snapshot, checked, weights.where)
+
+
+def _file_of_state(file_name: str, snapshot: Snapshot, contents: Contents) -> FileToWrite:
+    """A file of a whole state."""
+    names, content = contents.finite_names(), snapshot.content
+    checked = {name: content["model"][name] for name in sorted(names & content["model"].keys())}
+    if content["ema"] is not None:
+        average = content["ema"]["model"]
+        checked |= {f"EMA's {name}": average[name] for name in sorted(names & average.keys())}
+    keep_as = os.path.join(contents.folder, "previous.pth") if file_name == "latest.pth" else None
+    return FileToWrite(os.path.join(contents.folder, file_name), keep_as, snapshot, checked, contents.where)
 
 
 def remove(paths: Iterable[str]) -> None:
-    """Remove files that may be gone already."""
+    """Remove files that may be gone already; one that cannot be removed is told, and stays."""
     for path in paths:
-        with contextlib.suppress(FileNotFoundError):
+        try:
             os.remove(path)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            _logger.warning("%s is not needed any more, but cannot be removed: %s.", path, error)
 
 
 def _make_folder(path: str) -> None:
