@@ -175,11 +175,105 @@ def test_a_metric_that_nobody_logs_is_named_with_those_there_are(tmp_path: Path)
         train(tmp_path, CheckpointerHook(save_metric="eval_acc"))
 
 
-def test_two_hooks_cannot_both_claim_best(tmp_path: Path) -> None:
-    hooks = [CheckpointerHook(save_metric="total_loss"), EvalHook([0], lambda m, b: {"a": [1.0]}, save_metric="a")]
-    with pytest.raises(SettingError, match=r"best\.pth"):
-        train(tmp_path / "run", *hooks)
-    assert not (tmp_path / "run").exists()
+# ---------------------------------------------------------------- several hooks that follow a metric
+
+
+def scoring(name: str, scores: list[float], **settings: Any) -> EvalHook:
+    hook = EvalHook(
+        [0], lambda model, batch: {name: [scores[hook.trainer.epoch]]}, save_metric=name, save_last=False, **settings
+    )
+    return hook
+
+
+SCORES = {"acc": [0.1, 0.9, 0.5, 0.6], "nll": [3.0, 2.5, 1.0, 2.0], "score": [0.9, 0.1, 0.1, 0.1]}  # best in 1, 2, 0
+ACC = lambda: scoring("acc", SCORES["acc"])  # noqa: E731
+NLL = lambda: scoring("nll", SCORES["nll"], max_first=False, prefix="test")  # noqa: E731
+SCORE = lambda: CheckpointerHook(save_metric="score", save_last=False)  # noqa: E731
+
+
+class Extends(EvalHook):
+    """Does more when it saves, as 1.7's scripts do."""
+
+    def save_model(self) -> None:
+        super().save_model()
+
+
+class Replaces(EvalHook):
+    """Saves in its own way."""
+
+    def save_model(self) -> None:
+        self.saved = True
+
+
+def extending(kind: type[EvalHook]) -> EvalHook:
+    hook = kind([0], lambda m, b: {"acc": [SCORES["acc"][hook.trainer.epoch]]}, save_metric="acc", save_last=False)
+    return hook
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        ([ACC, NLL], {"best.pth": 1, "best_test_nll.pth": 2}),
+        ([NLL, ACC], {"best.pth": 2, "best_eval_acc.pth": 1}),
+        ([SCORE, ACC], {"best.pth": 1, "best_score.pth": 0}),
+        ([SCORE, lambda: Snapshots()], {"best.pth": 0}),
+        ([CheckpointerHook, NLL, SCORE], {"best.pth": 2, "best_score.pth": 0}),
+        ([lambda: extending(Extends), SCORE], {"best.pth": 1, "best_score.pth": 0}),
+        ([lambda: extending(Extends), CheckpointerHook], {"best.pth": 1}),
+        ([lambda: extending(Replaces), SCORE], {"best.pth": 0}),
+        ([lambda: extending(Replaces), CheckpointerHook], {"best.pth": 3}),
+        ([lambda: extending(Replaces)], {}),
+        ([SCORE] * 3, {"best.pth": 0, "best_score.pth": 0, "best_score_2.pth": 0}),
+    ],
+)
+def test_each_hook_that_follows_a_metric_has_a_file_of_its_own(
+    make: list[Any], expected: dict[str, int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    snapshots = Snapshots(SCORES["score"])
+    trainer = train(tmp_path, snapshots, *(one() for one in make))
+    assert {name for name in files_of(trainer) if name.startswith("best")} == set(expected)
+    for name, epoch in expected.items():
+        assert differences(snapshots.weights[epoch], dict(load(trainer, name))) == []
+    told = [line for line in caplog.messages if "Several hooks follow" in line]
+    assert len(told) == (len(expected) > 1)
+    assert all(name in line for line in told for name in expected)
+
+
+def test_best_stays_the_file_of_its_hook_when_the_run_is_resumed(tmp_path: Path) -> None:
+    train(tmp_path / "run", CheckpointerHook(), ACC(), NLL(), epochs=2)
+    hooks = [NLL(), ACC(), CheckpointerHook()]  # a script that was put in another order
+    snapshots = Snapshots()
+    trainer = train(tmp_path / "run", snapshots, *hooks, epochs=4, resume="auto")
+    assert [hook.best_file for hook in hooks[:2]] == ["best_test_nll.pth", "best.pth"]  # type: ignore[attr-defined]
+    assert differences(snapshots.weights[0], dict(load(trainer, "best_test_nll.pth"))) == []
+    assert {name for name in files_of(trainer) if name.startswith("best")} == {"best.pth", "best_test_nll.pth"}
+
+
+def test_a_metrics_name_that_is_no_file_name_is_made_one(tmp_path: Path) -> None:
+    class Logs(HookBase):
+        def after_epoch(self) -> None:
+            self.log(self.trainer.epoch, **{"acc/top 1": 1.0}, smooth=False)
+
+    trainer = train(tmp_path, Logs(), SCORE(), Snapshots([1.0] * 4), CheckpointerHook(save_metric="acc/top 1"))
+    assert {name for name in files_of(trainer) if name.startswith("best")} == {"best.pth", "best_acc_top_1.pth"}
+
+
+def test_a_file_that_two_hooks_keep_goes_when_neither_keeps_it(tmp_path: Path) -> None:
+    hooks = [CheckpointerHook(max_to_keep=1), CheckpointerHook(period=2, max_to_keep=2, save_last=False)]
+    kept: list[set[str]] = []
+    look = On(before_epoch=lambda trainer: kept.append({n for n in os.listdir(trainer.ckpt_dir) if "epoch" in n}))
+    wait = On(before_epoch=lambda trainer: trainer.wait_for_saves())
+    trainer = train(tmp_path, wait, look, *hooks, epochs=7)
+    of = lambda *epochs: {f"epoch_{n}.pth" for n in epochs}  # noqa: E731
+    assert kept == [of(), of(0), of(1), of(1, 2), of(1, 3), of(1, 3, 4), of(3, 5)]
+    assert {name for name in files_of(trainer) if "epoch" in name} == of(5, 6)
+
+
+def test_the_default_hook_saves_every_30_minutes_too(tmp_path: Path) -> None:
+    hook = make_trainer(tmp_path, hooks=None).hooks[0]
+    assert isinstance(hook, CheckpointerHook)
+    assert hook._every_n_seconds == 1800
+    assert not hook.idle_stages
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch_frame.checkpoint.slots import attributes_of
 from torch_frame.checkpoint.values import decode, encode
 from torch_frame.errors import CheckpointError, SettingError
 from torch_frame.hooks.base import STAGES, HookBase, is_ours
-from torch_frame.hooks.checkpoint import CheckpointerHook
+from torch_frame.hooks.checkpoint import CheckpointerHook, tell_best_files
 from torch_frame.hooks.identity import OwnHook, SavedHook, described, identity_of, pairs
 from torch_frame.tracking.step_times import TimeSplit
 
@@ -134,7 +134,7 @@ class HookCaller:
             _logger.info("The checkpoint holds no state of these hooks, which begin anew: %s.", ", ".join(new))
 
     def check_states(self) -> None:
-        """Before the first step: the states of users' hooks can be saved.
+        """Before the first step: the states of users' hooks can be saved; which hook writes which best file.
 
         Raises:
             CheckpointError: with the place of what cannot.
@@ -147,6 +147,7 @@ class HookCaller:
                     raise
                 except Exception:  # it needs a step to be complete; the first save asks again
                     continue
+        tell_best_files(self.hooks)
 
     def keep(self) -> Callable[[], None]:
         """What puts the hooks' attributes back as they are now: a resume may fail after hooks were given their states."""

@@ -16,6 +16,7 @@ from torch_frame.checkpoint.values import like
 from torch_frame.errors import SettingError
 from torch_frame.hooks.attributes import Attributes
 from torch_frame.hooks.base import HookBase, is_ours
+from torch_frame.hooks.best import BEST, assign_best_files
 from torch_frame.scalars import is_whole
 from torch_frame.tracking.history import HistoryBuffer
 
@@ -23,7 +24,7 @@ _logger = logging.getLogger("torch_frame")
 _LOWER_IS_BETTER = re.compile(r"(^|_)(loss|error|err|mae|mse|rmse|perplexity|ppl|wer|cer|nll)(_|$)", re.IGNORECASE)
 
 
-_OWN_KEYS = frozenset({"cur_best", "save_metric", "max_first", "recent_checkpoints", "attributes"})
+_OWN_KEYS = frozenset({"cur_best", "save_metric", "max_first", "recent_checkpoints", "best_file", "attributes"})
 
 
 class CheckpointerHook(HookBase):
@@ -31,11 +32,13 @@ class CheckpointerHook(HookBase):
 
     Runs after each epoch (and each batch, if it is to save inside epochs), on all ranks. Saves are carried out when all hooks
     of the event have run and no window of gradients is open; training waits for the copy of the state (45 ms for 307 MB), and
-    the file is written meanwhile. Files in the work dir's `checkpoints`:
+    the file is written meanwhile. Weights are copied at once: they are those that were scored. Files in the work dir's
+    `checkpoints`:
 
     * `latest.pth`, `previous.pth`: the full state, to resume from (`save_last`);
     * `best.pth`: the weights (EMA's if EMA is on) of the best epoch by `save_metric`; without `save_metric` of the last one,
-      unless another hook with a `save_metric` writes it;
+      unless another hook with a `save_metric` writes it. If several hooks follow a metric, it is the file of the first that
+      evaluates, else of the first; each other one writes `best_<metric>.pth`. One line says which;
     * `epoch_N.pth`: the weights of the last `max_to_keep` saved epochs (with `save_metric`: of the last that were best).
 
     Args:
@@ -48,9 +51,9 @@ class CheckpointerHook(HookBase):
         every_n_minutes: write `latest.pth` as well when so much time has passed since the last time.
 
     When to save and what to keep are independent: several CheckpointerHooks with different settings work side by side, and a
-    file that two of them ask for at once is written once.
+    file that two of them ask for at once is written once. A file that two of them keep is removed when neither keeps it.
 
-    Stores: the best value so far, of which metric and direction it is, and the files it keeps; of a subclass the attributes that
+    Stores: the best value so far, its metric, direction and file, and the files it keeps; of a subclass the attributes that
     have changed since it was registered, if they are of a kind that `torch_frame.checkpoint.values` lists.
     """
 
@@ -58,6 +61,7 @@ class CheckpointerHook(HookBase):
         {
             "trainer",
             "cur_best",
+            "best_file",
             "_recent_checkpoints",
             "_next_save_s",
             "idle_stages",
@@ -67,6 +71,12 @@ class CheckpointerHook(HookBase):
         }
     )
     """Attributes that are not looked at for a change."""
+
+    evaluates: bool = False
+    """`save_metric` is a score of the hook's own evaluation."""
+
+    best_file: str | None = None
+    """Where the best weights by `save_metric` are; None: not decided yet."""
 
     _as_registered: Attributes | None = None
     _resume_notes: tuple[str, ...] = ()
@@ -112,12 +122,6 @@ class CheckpointerHook(HookBase):
     def check(self) -> None:
         if self.save_metric is None:
             return
-        rivals = [h for h in self.trainer.hooks if isinstance(h, CheckpointerHook) and h.save_metric and h is not self]
-        if rivals:
-            raise SettingError(
-                f"Two hooks claim best.pth: {self.class_name}(save_metric={self.save_metric!r}) and "
-                f"{rivals[0].class_name}(save_metric={rivals[0].save_metric!r}). Leave save_metric to one of them."
-            )
         check_direction(self.trainer.hooks, "save_metric", self.save_metric, self.max_first)
         if self.max_first and _LOWER_IS_BETTER.search(self.save_metric):
             _logger.warning(
@@ -136,7 +140,7 @@ class CheckpointerHook(HookBase):
         self._next_save_s = time.monotonic() + self._every_n_seconds
 
     def after_iter(self) -> None:
-        if self.every_n_iters(self._every_n_iters) or time.monotonic() >= self._next_save_s:
+        if time.monotonic() >= self._next_save_s or self.every_n_iters(self._every_n_iters):
             self._save_latest()
 
     def _save_latest(self) -> None:
@@ -153,8 +157,9 @@ class CheckpointerHook(HookBase):
             self._save_latest()
         if self.save_metric is not None and not self._is_new_best():
             return
-        if self._owns_best():
-            self.trainer.save_at_safe_point("best.pth")
+        best_file = self._file_of_best()
+        if best_file is not None:
+            self.trainer.save_at_safe_point(best_file)
         if self._max_to_keep is not None:
             self._save_epoch(self._max_to_keep)
 
@@ -194,20 +199,23 @@ class CheckpointerHook(HookBase):
             )
         return None
 
-    def _owns_best(self) -> bool:
+    def _file_of_best(self) -> str | None:
+        """The file that the weights are now the best for; without a metric best.pth, if that is no other hook's."""
+        hooks = checkpointers(self.trainer.hooks)
+        assign_best_files(hooks, CheckpointerHook.save_model)
         if self.save_metric is not None:
-            return True
-        return not any(isinstance(hook, CheckpointerHook) and hook.save_metric for hook in self.trainer.hooks)
+            return self.best_file
+        return None if any(hook.save_metric and hook.best_file == BEST for hook in hooks) else BEST
 
     def _save_epoch(self, max_to_keep: int) -> None:
         name = f"epoch_{self.trainer.epoch}.pth"
-        self._recent_checkpoints = [kept for kept in self._recent_checkpoints if kept != name] + [name]
-        outdated, self._recent_checkpoints = (
-            self._recent_checkpoints[:-max_to_keep],
-            self._recent_checkpoints[-max_to_keep:],
-        )
+        kept = [other for other in self._recent_checkpoints if other != name] + [name]
+        self._recent_checkpoints = kept[-max_to_keep:]
+        others = [hook for hook in checkpointers(self.trainer.hooks) if hook is not self]
+        kept_by_others = {Path(file).name for hook in others for file in hook._recent_checkpoints}
+        outdated = [file for file in kept[:-max_to_keep] if Path(file).name not in kept_by_others]
         self.trainer.save_at_safe_point(
-            name, then_remove=[os.path.join(self.trainer.ckpt_dir, old) for old in outdated]
+            name, then_remove=[os.path.join(self.trainer.ckpt_dir, file) for file in outdated]
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -216,6 +224,7 @@ class CheckpointerHook(HookBase):
             "save_metric": self.save_metric,
             "max_first": self.max_first,
             "recent_checkpoints": list(self._recent_checkpoints),
+            "best_file": self.best_file,
         }
         changed = {} if self._as_registered is None else self._as_registered.changed(self)
         return {**state, "attributes": changed} if changed else state
@@ -229,6 +238,8 @@ class CheckpointerHook(HookBase):
         now = self.save_metric, self.max_first
         was = state_dict.get("save_metric", now[0]), state_dict.get("max_first", now[1])  # older states do not say
         best = float(state_dict["cur_best"])
+        if was == now or state_dict.get("best_file") == BEST:
+            self.best_file = state_dict.get("best_file")
         if was == now and best != (math.inf if self.max_first else -math.inf):
             self.cur_best = best
         elif was != now and now[0] is not None:
@@ -270,6 +281,16 @@ def check_direction(hooks: Iterable[HookBase], who: str, metric: str, max_first:
                 f"{who} is {metric!r}, of which {'higher' if higher else 'lower'} is better, but max_first is {max_first}: the "
                 f"worst would be taken for the best. Pass max_first={higher}."
             )
+
+
+def checkpointers(hooks: Iterable[HookBase]) -> list[CheckpointerHook]:
+    """Those of the hooks that save."""
+    return [hook for hook in hooks if isinstance(hook, CheckpointerHook)]
+
+
+def tell_best_files(hooks: Iterable[HookBase]) -> None:
+    """Before the first step: which hook writes which file, if several follow a metric."""
+    assign_best_files(checkpointers(hooks), CheckpointerHook.save_model)
 
 
 def _in_words(metric: str | None, max_first: bool) -> str:

@@ -8,5 +8,5 @@ from torch_frame.hooks.logger import LoggerHook
 
 
 def default_hooks() -> list[HookBase]:
-    """Save each epoch and after the last one; log to the console, TensorBoard and metrics.jsonl."""
-    return [CheckpointerHook(), LoggerHook()]
+    """Save each epoch, after the last one and every 30 minutes; log to the console, TensorBoard and metrics.jsonl."""
+    return [CheckpointerHook(every_n_minutes=30), LoggerHook()]

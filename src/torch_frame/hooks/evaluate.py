@@ -53,6 +53,7 @@ class EvaluationHook(CheckpointerHook):
     Stores: what CheckpointerHook stores.
     """
 
+    evaluates = True
     _kept_otherwise = CheckpointerHook._kept_otherwise | {"_score_names", "results"}
 
     def __init__(
