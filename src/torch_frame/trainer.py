@@ -5,6 +5,7 @@ Read `train`, `train_one_epoch` and `train_one_iter` first: they are a batch's w
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -90,8 +91,8 @@ class Trainer:
         hooks: see `HookBase`; None: `[CheckpointerHook(), LoggerHook()]`; `[]`: none.
         use_ema: keep an exponential moving average of the weights, evaluate it and save it as `best.pth`.
         ema_decay: its decay.
-        create_new_dir: if `work_dir` exists already: None uses it; "time_s", "time_m", "time_h", "time_d" make a new one with
-            the time behind its name, "count" one with a number.
+        create_new_dir: if `work_dir` exists already: None uses it, and puts files of another run aside unless it is resumed;
+            "time_s", "time_m", "time_h", "time_d" make a new one with the time behind its name, "count" one with a number.
         step_fn: (model, batch) -> what a model may return; for models that don't hold their loss.
         device: where the model and batches go; None: where the model is.
         precision: "fp32", "bf16" or "fp16".
@@ -102,9 +103,10 @@ class Trainer:
         on_nonfinite: "raise" if a loss or a gradient is NaN or infinite, or "skip" that update.
         seed: of the data's order and augmentation; None: that of the loader's own generator, if it was given one, else
             `torch.initial_seed()`. Kept in the checkpoint.
-        resume: None; "auto": continue from the newest whole checkpoint in `work_dir`, which is used as it is named, or begin anew
-            if there is none; a path: continue from that file, as `load_checkpoint(path)` does. The state is restored when
-            `train()` begins, so that hooks registered until then get theirs.
+        resume: None; "auto": continue from the newest whole checkpoint in `work_dir`, or in a folder that `create_new_dir` made
+            beside it, or begin anew in `work_dir`, as it is named, if there is none; a path: continue from that file, as
+            `load_checkpoint(path)` does. The state is restored when `train()` begins, so that hooks registered until then get
+            theirs.
         take_over: give a plain DataLoader an order and augmentation seeds that are a function of (seed, epoch, position), so that
             they do not depend on workers and any place is reached directly; False: leave it as torch has it.
         compile: compile the model in place (`nn.Module.compile`), which keeps the names of its weights; a dict is passed to
@@ -522,18 +524,22 @@ class Trainer:
     # ---------------------------------------------------------------- begin and end
 
     def _session(self, console_log_level: int, file_log_level: int) -> AbstractContextManager[None]:
-        asked = self._resumption.asked
-        if asked == "auto":
-            self._resume_from(self._ranks.find(lambda: newest(self.ckpt_dir)))
-        elif asked is not None:
-            self.load_checkpoint(asked)
-        self._start.apply(self.progress, self.epoch_len)
-        self._check()
-        self._work_dir.claim(self.strategy)
-        self._feed.set(self.data_loader, self.seed, self.max_epochs - 1)  # the seed may be a checkpoint's by now
-        path, console_level = (self.log_file, console_log_level) if self.check_main() else (None, _SILENT)
-        log = open_run_log(path, console_level, file_log_level)
-        return session.Session(log, self.stop_signals, self._saver, self.stages, self._on_error, self._on_end)
+        with self._work_dir.left_on_error():
+            asked = self._resumption.asked
+            if asked == "auto":
+                self._resume_from(self._ranks.find(lambda: newest(self._work_dir.candidates(), self._work_dir.take)))
+            elif asked is not None:
+                self.load_checkpoint(asked)
+            self._start.apply(self.progress, self.epoch_len)
+            self._check()
+            anew = self.resumed_iter is None and self.progress.iter == 0
+            told = self._work_dir.enter(self.strategy, anew=anew)
+            self._resumption.told += [(logging.WARNING, line) for line in told]
+            self._feed.set(self.data_loader, self.seed, self.max_epochs - 1)  # the seed may be a checkpoint's by now
+            path, console_level = (self.log_file, console_log_level) if self.check_main() else (None, _SILENT)
+            log = open_run_log(path, console_level, file_log_level)
+        around: list[AbstractContextManager[Any]] = [self._work_dir.left_at_end(), log]
+        return session.Session(around, self.stop_signals, self._saver, self.stages, self._on_error, self._on_end)
 
     def _check(self) -> None:
         self._ranks.check_hooks(self.registered_hook_names)
@@ -633,6 +639,7 @@ class Trainer:
         )
 
     def _before_save(self) -> None:
+        self._work_dir.renew()
         self.metric_storage.flush()
         self._frozen.look(values=True)
 

@@ -65,7 +65,8 @@ class LoggerHook(HookBase):
         modes = ["train", "eval"] if modes is None else list(modes)
         self._period = max(int(period), 0)
         self.modes = modes if "train" in modes else ["train", *modes]
-        self.tb_log_dir = tb_log_dir
+        is_local = tb_log_dir is not None and "://" not in os.fspath(tb_log_dir)
+        self.tb_log_dir = os.path.abspath(tb_log_dir) if tb_log_dir is not None and is_local else tb_log_dir
         self.kwargs = kwargs
         self._progress_bar = progress_bar
         self._given = None if writers is None else checked_writers(writers, tb_log_dir, kwargs)

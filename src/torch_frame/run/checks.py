@@ -127,9 +127,11 @@ def checked_seed(seed: Any, loader: Any) -> int:
 
 
 def checked_resume(resume: Any) -> str | os.PathLike[str] | None:
-    """None, "auto", or the path of a checkpoint."""
-    if resume is None or (isinstance(resume, str | os.PathLike) and os.fspath(resume)):
-        return resume
+    """None, "auto", or the path of a checkpoint; one that is there is meant whatever the working directory will be."""
+    if resume is None or resume == "auto":
+        return None if resume is None else "auto"
+    if isinstance(resume, str | os.PathLike) and os.fspath(resume):
+        return os.path.abspath(resume) if os.path.isfile(resume) and not os.path.isabs(resume) else resume
     raise TypeError(f"resume is {resume!r}; it has to be None, 'auto', or the path of a checkpoint such as latest.pth.")
 
 

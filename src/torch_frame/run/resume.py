@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -70,15 +70,23 @@ def read(path: str) -> State:
     return {**_NEWER_PARTS, **upgraded(state)}
 
 
-def newest(folder: str) -> Found | None:
-    """The newest whole state in a folder of checkpoints, or None if it has none.
+def newest(work_dirs: Sequence[str], take: Callable[[str], bool]) -> Found | None:
+    """The newest whole state in some work dirs, or None if there is none. No other run trains in its work dir.
+
+    Args:
+        work_dirs: where to look.
+        take: keeps other processes out of a work dir; False if one trains there.
 
     Raises:
         CheckpointError: if there are states, and all are damaged: beginning anew would overwrite them.
     """
     problems: list[str] = []
-    for name in ("latest.pth", "previous.pth"):
-        path = os.path.join(folder, name)
+    in_use: set[str] = set()
+    for path in _newest_first(work_dirs):
+        work_dir = os.path.dirname(os.path.dirname(path))
+        if work_dir in in_use or not take(work_dir):
+            in_use.add(work_dir)
+            continue
         try:
             return Found(path, read(path), problems)
         except FileNotFoundError:
@@ -87,10 +95,28 @@ def newest(folder: str) -> Found | None:
             problems.append(str(error))
     if problems:
         raise CheckpointError(
-            f"resume='auto' finds no whole state in {folder}: {' '.join(problems)} To begin anew, move them away; to begin "
-            "from weights alone (best.pth), use load_checkpoint(checkpoint=...)."
+            f"resume='auto' finds no whole state in {work_dirs[0]} or beside it: {' '.join(problems)} To begin anew, move them "
+            "away; to begin from weights alone (best.pth), use load_checkpoint(checkpoint=...)."
         )
     return None
+
+
+def _newest_first(work_dirs: Sequence[str]) -> list[str]:
+    """The files of whole states, by the time of their last change; in a folder `latest.pth` first, for a copy has new times."""
+    found: list[tuple[float, int, str]] = []
+    for work_dir in work_dirs:
+        limit = math.inf
+        for turn, name in enumerate(("latest.pth", "previous.pth")):
+            path = os.path.join(work_dir, "checkpoints", name)
+            if os.path.isfile(path):
+                times = [os.path.getmtime(path), *_modified_s(os.path.join(work_dir, "checkpoints", "previous.pth"))]
+                limit = min(limit, max(times) if turn == 0 else times[0])
+                found.append((-limit, turn, path))
+    return [path for _, _, path in sorted(found)]
+
+
+def _modified_s(path: str) -> list[float]:
+    return [os.path.getmtime(path)] if os.path.isfile(path) else []
 
 
 class Resumption:

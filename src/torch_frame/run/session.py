@@ -29,7 +29,7 @@ class Session:
     error.
 
     Args:
-        log: open inside.
+        around: open inside: the folder is held, the log is written.
         signals: listened to inside; if one came, the process is ended as by that signal afterwards.
         saver: its last save is complete at the end; a Ctrl-C gives it up.
         stages: of the hooks; "on_exception" is called with an error, "close" in every case.
@@ -39,14 +39,14 @@ class Session:
 
     def __init__(
         self,
-        log: AbstractContextManager[Any],
+        around: Sequence[AbstractContextManager[Any]],
         signals: StopSignals,
         saver: Saver,
         stages: Stages,
         on_error: Callable[[BaseException], str],
         on_end: Callable[[], None],
     ) -> None:
-        self._log = log
+        self._around = around
         self._signals = signals
         self._saver = saver
         self._stages = stages
@@ -55,7 +55,8 @@ class Session:
         self._open = ExitStack()
 
     def __enter__(self) -> None:
-        self._open.enter_context(self._log)
+        for context in self._around:
+            self._open.enter_context(context)
         self._open.enter_context(self._signals.listening())
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import glob
 import itertools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import WorkDirError
+from torch_frame.run.leftovers import Leftovers, holds_a_run
+from torch_frame.run.lock import FolderLock
 
 _logger = logging.getLogger(__name__)
 
@@ -27,18 +30,21 @@ class WorkDir:
     """Where a run's files go: proposed when the trainer is made, a folder of this run only when training begins.
 
     Args:
-        work_dir: as the user gave it.
+        work_dir: as the user gave it; a later change of the working directory does not matter.
         create_new_dir: what to do if it exists; see `Trainer`.
 
     Attributes:
-        path: final once `claim` has been called.
+        path: absolute; final once `claim` or `enter` has been called.
     """
 
     def __init__(self, work_dir: str | os.PathLike[str], create_new_dir: str | None) -> None:
-        self.path = get_workspace(work_dir, create_new_dir)
-        self._given = os.fspath(work_dir)
+        self._given = os.path.abspath(_clean(work_dir))
+        self.path = get_workspace(self._given, create_new_dir)
         self._create_new_dir = create_new_dir
         self._claimed = False
+        self._begun = False  # a run of this trainer's is in it
+        self._lock: FolderLock | None = None
+        self._leftovers = Leftovers(self.path)
 
     @property
     def checkpoints(self) -> str:
@@ -49,18 +55,70 @@ class WorkDir:
         """Make the folder; under another name if another run has taken the proposed one in the meantime.
 
         Rank 0 makes it, and all ranks have the same one.
+
+        Raises:
+            WorkDirError: if it cannot be made; on all ranks.
         """
-        if self._claimed:
-            return
-        if strategy.rank == 0:
-            base = self.path if self._create_new_dir is None else self._given
-            self.path = claim_work_dir(base, self._create_new_dir)
-        self.path = strategy.broadcast(self.path)
-        self._claimed = True
+        self._on_rank_0(strategy, self._make)
+
+    def enter(self, strategy: Strategy, *, anew: bool) -> list[str]:
+        """Training begins: make the folder, keep other processes out of it, and make the folder of the checkpoints.
+
+        Args:
+            strategy: rank 0 does it.
+            anew: the run is not resumed, so the files of another run are put aside.
+
+        Returns:
+            What is to be said, on rank 0.
+
+        Raises:
+            WorkDirError: if the folder cannot be made or written, or another run trains in it; on all ranks.
+        """
+        told: list[str] = []
+        self._on_rank_0(strategy, lambda: self._enter(anew, told))
+        return told
+
+    def leave(self) -> None:
+        """Training has ended: other processes may train in the folder."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    @contextlib.contextmanager
+    def left_on_error(self) -> Iterator[None]:
+        """If what is inside fails, training does not begin."""
+        try:
+            yield
+        except BaseException:
+            self.leave()
+            raise
+
+    @contextlib.contextmanager
+    def left_at_end(self) -> Iterator[None]:
+        """Training goes on inside."""
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def renew(self) -> None:
+        """At a save: the folder is still this run's."""
+        if self._lock is not None:
+            self._lock.renew()
 
     def find(self, checkpoint: str | os.PathLike[str]) -> str:
         """The checkpoint's place: as given, in this work dir, or in the newest sibling."""
         return find_checkpoint(os.fspath(checkpoint), self._given)
+
+    def candidates(self) -> list[str]:
+        """The folders in which a run of this work dir may be: it, and those that `create_new_dir` makes beside it."""
+        return [self._given, *_siblings(self._given)]
+
+    def take(self, folder: str) -> bool:
+        """Keep other processes out of one of the candidates; False if another run trains there."""
+        self.leave()
+        self._lock = FolderLock.if_free(folder)
+        return self._lock is not None
 
     def move_to(self, checkpoint_path: str) -> None:
         """Continue in the work dir that holds this checkpoint, known from the file's own place."""
@@ -69,6 +127,79 @@ class WorkDir:
             self.path = os.path.dirname(folder)
             self._create_new_dir = None
             self._claimed = False
+
+    # ---------------------------------------------------------------- on rank 0
+
+    def _on_rank_0(self, strategy: Strategy, work: Callable[[], None]) -> None:
+        error: OSError | None = None
+        if strategy.rank == 0:
+            try:
+                work()
+            except OSError as problem:
+                error = problem
+        self.path, problem_of_rank_0 = strategy.broadcast((self.path, None if error is None else str(error)))
+        if error is not None:
+            raise error
+        if problem_of_rank_0 is not None:
+            raise WorkDirError(problem_of_rank_0)
+
+    def _make(self) -> None:
+        if not self._claimed:
+            self.path = next(iter(self._usable()))
+            self._claimed = True
+
+    def _enter(self, anew: bool, told: list[str]) -> None:
+        if self._lock is not None and self._lock.folder != self.path:  # of a search that has found nothing
+            self.leave()
+        if self._lock is None:
+            self._make_and_lock()
+        self._claimed = True
+        os.makedirs(self.checkpoints, exist_ok=True)
+        if anew and not self._begun and self._create_new_dir is None and self._leftovers.folder == self.path:
+            aside = self._leftovers.put_aside()
+            if aside:
+                told.append(f"{self.path} holds files of another run, which are put aside: {', '.join(aside)}.")
+        self._begun = True
+
+    def _make_and_lock(self) -> None:
+        if self._claimed or self._create_new_dir is None:
+            self._make()
+            self._lock = FolderLock(self.path)
+            return
+        for path in self._usable():
+            lock = FolderLock.if_free(path)
+            if lock is not None and holds_a_run(path):  # of a run that has begun and ended just now
+                lock.release()
+            elif lock is not None:
+                self.path, self._lock = path, lock
+                return
+
+    def _usable(self) -> Iterator[str]:
+        """Folders that this run may use, best first; each is made when it is asked for.
+
+        The one that was proposed may be there by now: the script has made it, to put its config there.
+        """
+        with _in_words(self._given):
+            if self._create_new_dir is None:
+                os.makedirs(os.path.dirname(self.path), exist_ok=True)
+                yield _use(self.path)
+                return
+            os.makedirs(os.path.dirname(self._given), exist_ok=True)
+            if _make(self.path) or (os.path.isdir(self.path) and not holds_a_run(self.path)):
+                yield self.path
+            yield from (path for path in _candidates(self._given, self._create_new_dir) if _make(path))
+
+
+@contextlib.contextmanager
+def _in_words(work_dir: str) -> Iterator[None]:
+    """What the system says of a folder that cannot be made is told with its name."""
+    try:
+        yield
+    except WorkDirError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise WorkDirError(f"work_dir {work_dir!r} can't be made: {reason} ({error.filename}). {_ADVICE}") from error
 
 
 def _clean(work_dir: str | os.PathLike[str]) -> str:
@@ -146,16 +277,11 @@ def claim_work_dir(work_dir: str | os.PathLike[str], create_new_dir: str | None)
     """
     _check_mode(create_new_dir)
     work_dir = _clean(work_dir)
-    try:
+    with _in_words(work_dir):
         os.makedirs(os.path.dirname(work_dir) or ".", exist_ok=True)
         if create_new_dir is None:
             return _use(work_dir)
         return next(path for path in _candidates(work_dir, create_new_dir) if _make(path))
-    except WorkDirError:
-        raise
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise WorkDirError(f"work_dir {work_dir!r} can't be made: {reason} ({error.filename}). {_ADVICE}") from error
 
 
 _ADVICE = "Choose a work_dir in a folder that you may write to."
@@ -181,6 +307,12 @@ def _use(path: str) -> str:
     if not os.access(path, os.W_OK | os.X_OK):
         raise WorkDirError(f"work_dir {path!r} is a folder that you may not write to. {_ADVICE}")
     return path
+
+
+def _siblings(work_dir: str) -> list[str]:
+    """The folders that `create_new_dir` has made beside a work dir."""
+    # What it puts behind a name begins with a digit; exp_large is another experiment than exp.
+    return sorted(glob.glob(f"{glob.escape(work_dir)}_[0-9]*"))
 
 
 def _modified_s(path: str) -> float:
@@ -218,9 +350,7 @@ def find_checkpoint(name: str | os.PathLike[str], work_dir: str | os.PathLike[st
         places, siblings = [name], []
     else:
         places = [name, os.path.join(work_dir, "checkpoints", name)]
-        # What create_new_dir puts behind a name begins with a digit; exp_large is another experiment than exp.
-        folders = sorted(glob.glob(f"{glob.escape(work_dir)}_[0-9]*"))
-        siblings = [os.path.join(folder, "checkpoints", name) for folder in folders]
+        siblings = [os.path.join(folder, "checkpoints", name) for folder in _siblings(work_dir)]
     newest_sibling = _newest(siblings)
     found = next((place for place in places if os.path.isfile(place)), newest_sibling)
     if found is None:

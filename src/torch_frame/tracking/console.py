@@ -11,6 +11,7 @@ from typing import Any, Self
 from torch_frame.distributed.comm import is_main
 from torch_frame.tracking.bar import TerminalBar, is_terminal
 from torch_frame.tracking.consoles import is_console
+from torch_frame.tracking.log_txt import LogTxt
 
 logger = logging.getLogger("torch_frame")
 
@@ -110,7 +111,7 @@ def _detach(stream: Any) -> None:
 def _open_file(path: str, level: int) -> logging.FileHandler:
     path = os.path.abspath(path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    handler = LogTxt(path)
     handler.setLevel(level)
     handler.setFormatter(logging.Formatter(_FORMAT, _DATE_FORMAT))
     return handler

@@ -1,0 +1,134 @@
+"""The lock of a run's folder: one living process trains in it."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import json
+import logging
+import os
+import socket
+import sys
+from typing import Self
+
+from torch_frame.errors import WorkDirError
+
+_logger = logging.getLogger("torch_frame")
+NAME = ".torch_frame.lock"
+_UNKNOWN_TO_THE_FILE_SYSTEM = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_BYTE = 1 << 30  # Windows locks bytes; one far behind those that others are to read
+
+_held: dict[str, int] = {}
+"""Folders that a trainer of this process holds -> pid: the system's lock is the process's, and tells its trainers nothing."""
+
+
+class FolderLock:
+    """Held while a run trains in a folder; the system lets it go with the process, however that ends.
+
+    It is `lockf`'s, which forked workers do not inherit: after a SIGKILL a busy worker would keep a `flock` for seconds. The
+    price: it is lost when this process closes any other handle of the file, after a copy of the whole folder, say. So `renew` is
+    called at each save.
+
+    Raises:
+        WorkDirError: another run holds it; who that is.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self._key = os.path.realpath(folder)
+        self._path = os.path.join(folder, NAME)
+        if _held.get(self._key) == os.getpid():
+            raise WorkDirError(_in_use(folder, "another trainer of this process"))
+        self._handle = self._open()
+        _held[self._key] = os.getpid()
+        self._sign()
+
+    @classmethod
+    def if_free(cls, folder: str) -> Self | None:
+        """The lock, or None if another run holds it."""
+        try:
+            return cls(folder)
+        except WorkDirError:
+            return None
+
+    def release(self) -> None:
+        """Let it go, and remove its file."""
+        if _held.get(self._key) == os.getpid():
+            del _held[self._key]
+        with contextlib.suppress(OSError):
+            os.remove(
+                self._path
+            )  # before it is free: who holds it knows whether the file is still the one of this name
+        with contextlib.suppress(OSError):
+            os.close(self._handle)
+
+    def renew(self) -> None:
+        """Take it again, if it has been lost."""
+        if not _lock(self._handle, self.folder):
+            _logger.warning("Another process has taken the lock of %s: two runs write there.", self.folder)
+
+    def _open(self) -> int:
+        while True:
+            try:
+                handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            except OSError as error:
+                raise WorkDirError(f"work_dir {self.folder!r} cannot be written: {error.strerror}.") from error
+            if not _lock(handle, self.folder):
+                os.close(handle)
+                raise WorkDirError(_in_use(self.folder, _holder(self._path)))
+            if self._is_there(handle):
+                return handle
+            os.close(handle)  # removed by the one that held it, just now
+
+    def _is_there(self, handle: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(handle), os.stat(self._path))
+        except FileNotFoundError:
+            return False
+
+    def _sign(self) -> None:
+        since = datetime.datetime.now().isoformat(" ", "seconds")
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+        with contextlib.suppress(OSError):  # a full disk
+            os.ftruncate(self._handle, 0)
+            os.lseek(self._handle, 0, os.SEEK_SET)
+            os.write(self._handle, json.dumps(holder).encode())
+
+
+def _holder(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            holder = json.loads(file.read())
+        return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def _in_use(folder: str, holder: str) -> str:
+    return (
+        f"work_dir {folder!r} is in use: {holder} trains in it. Wait for its end, or choose another work_dir "
+        "(create_new_dir='time_s' makes one)."
+    )
+
+
+def _lock(handle: int, folder: str) -> bool:
+    """Lock an open file; False if another process has it. A file system without locks is told, and taken for free."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            os.lseek(handle, _BYTE, os.SEEK_SET)
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+            os.lseek(handle, 0, os.SEEK_SET)
+        else:
+            import fcntl
+
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _UNKNOWN_TO_THE_FILE_SYSTEM:
+            return False
+        _logger.warning(
+            "The file system of %s has no locks, so nothing keeps another run out of it: %s.", folder, error
+        )
+    return True
