@@ -2,7 +2,9 @@
 
 The state is a model and Adam's moments on the CPU, 300 MB in all. Rows take turns, another one first in each round; before each
 what the one before has written is synced to the disk. "blocking" is how long the call keeps the thread that trains, "total" the
-time until the file is complete. Ours syncs, and it alone makes a digest, reads the file back and keeps the one before.
+time until the file is complete, "CPU" what all threads use for it. "with two files of weights" is what an epoch's end asks for:
+best.pth and epoch_N.pth, which are copied when they are asked for, and the state. Ours syncs, and it alone makes a digest, reads
+the file back and keeps the one before.
 
 Steps are those of a hand-written loop, with one thread, on a small CNN and on an MLP so tiny that every wait shows; beside them
 the 300 MB are written, by ours, by dcp.async_save, and by a torch.save in a thread. `raw again` against `raw` is the error bar.
@@ -116,6 +118,12 @@ class Savers:
         saver = trainer._saver
         return Saving(lambda: saver.busy, trainer.wait_for_saves)
 
+    def ours_with_weights(self) -> Saving:
+        """As at an epoch's end: best.pth and epoch_N.pth are asked for, then the state, at one safe point."""
+        for name in ("best.pth", "epoch_0.pth"):
+            self.trainer.save_at_safe_point(name)
+        return self.ours_async()
+
     def ours_async_first(self) -> Saving:
         return self.ours_async(self.fresh)
 
@@ -183,6 +191,7 @@ def measure_saves(savers: Savers, rounds: int) -> dict[str, dict[str, float]]:
     rows: dict[str, Begin] = {
         "ours, asynchronous, first save": savers.ours_async_first,
         "ours, asynchronous, buffers reused": savers.ours_async,
+        "ours, with two files of weights": savers.ours_with_weights,
         "ours, synchronous": savers.ours_sync,
         "torch.save": functools.partial(savers.torch_save, sync=False),
         "torch.save + fsync": functools.partial(savers.torch_save, sync=True),
@@ -193,22 +202,24 @@ def measure_saves(savers: Savers, rounds: int) -> dict[str, dict[str, float]]:
         rows["safetensors save_file"] = savers.safetensors
     else:
         print("safetensors is not installed: its row is left out (pip install safetensors)")
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}
+    seconds: dict[str, list[tuple[float, float, float]]] = {name: [] for name in rows}
     for round_ in range(rounds + 1):  # the first one warms up
         for name, begin in in_turn(rows, round_):
             savers.settle()
-            started = time.perf_counter()
+            started, cpu = time.perf_counter(), time.process_time()
             saving = begin()
             blocked = time.perf_counter() - started
             saving.finish()
             if round_:
-                seconds[name].append((blocked, time.perf_counter() - started))
+                seconds[name].append((blocked, time.perf_counter() - started, time.process_time() - cpu))
+    columns = ("blocking_ms", "total_ms", "cpu_ms")
     return {
         name: {
-            **quartiles("blocking_ms", [blocked * 1e3 for blocked, _ in pairs]),
-            **quartiles("total_ms", [total * 1e3 for _, total in pairs]),
+            key: value
+            for column, values in zip(columns, zip(*of_rounds, strict=True), strict=True)
+            for key, value in quartiles(column, [one * 1e3 for one in values]).items()
         }
-        for name, pairs in seconds.items()
+        for name, of_rounds in seconds.items()
     }
 
 
@@ -354,9 +365,10 @@ def known(value: float) -> float | None:
 
 
 def print_saves(table: dict[str, dict[str, float]]) -> None:
-    print(f"\n{'One save, ms: median (quartiles)':<38} {'blocking':<26} total")
+    print(f"\n{'One save, ms: median (quartiles)':<38} {'blocking':<26} {'total':<26} CPU of all threads")
     for name, row in table.items():
-        print(f"  {name:<36} {spread(row, 'blocking_ms', 1):<26} {spread(row, 'total_ms', 1)}")
+        columns = [f"{spread(row, column, 1):<26}" for column in ("blocking_ms", "total_ms", "cpu_ms")]
+        print(f"  {name:<36} {' '.join(columns)}")
 
 
 def spread(row: dict[str, Any], name: str, digits: int) -> str:

@@ -13,14 +13,14 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # From the ground up. A room imports from the floors below; from its own floor only what BESIDE lists.
 FLOORS = [
-    {"errors", "types", "scalars", "progress", "_version", "_collision", "distributed", "alarm", "stopping"},
+    {"errors", "types", "scalars", "progress", "_version", "_collision", "distributed", "signals"},
     {"training", "data", "metrics", "tracking", "checkpoint", "vision", "report", "bench"},
     {"hooks", "run"},
     {"trainer", "ddp_trainer", "accelerate_trainer"},
     {"__init__", "utils", "datasets", "lr_scheduler", "cli"},
 ]
 BESIDE = {
-    "stopping": {"alarm", "distributed"},
+    "signals": {"distributed"},
     "scalars": {"types"},
     "__init__": {"utils", "datasets", "lr_scheduler"},
     "bench": {"tracking"},

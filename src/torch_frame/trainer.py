@@ -36,7 +36,7 @@ from torch_frame.run.modes import Modes, train_unless_set
 from torch_frame.run.optimizers import OptimizersPart
 from torch_frame.run.plateau import step_by_metric
 from torch_frame.run.ranks import Ranks
-from torch_frame.run.resume import Found, Resumption, newest
+from torch_frame.run.resume import Found, Resumption, load_best, newest
 from torch_frame.run.saving import Contents, Saver
 from torch_frame.run.script_settings import AllSettings, Choice
 from torch_frame.run.settings import SettingsPart
@@ -46,7 +46,8 @@ from torch_frame.run.trained import FrozenParameters, RequiresGradPart, frozen_p
 from torch_frame.run.values import check_plateaus, hyper_parameters, run_storage
 from torch_frame.run.warm_up import warmed_up
 from torch_frame.run.work_dir import WorkDir
-from torch_frame.stopping import StopRequested, StopSignals
+from torch_frame.signals.interruption import StopRequested
+from torch_frame.signals.stop import StopSignals
 from torch_frame.tracking.bar import ProgressBar
 from torch_frame.tracking.console import logger, open_run_log
 from torch_frame.tracking.history import MetricStorage
@@ -161,6 +162,8 @@ class Trainer:
     registered_hook_names: list[str] = delegated("hook_caller.names", "The hooks' classes, in the order they run.")
     work_dir: str = delegated("_work_dir.path", "Where the run's files go; final once `train()` has begun.")
     ckpt_dir: str = delegated("_work_dir.checkpoints", "Where its checkpoints go.")
+    tb_log_dir: str = delegated("_work_dir.tb_logs", "Where TensorBoard's files go.")
+    log_file: str = delegated("_work_dir.log", "The run's log.txt.")
 
     def __init__(
         self,
@@ -266,7 +269,8 @@ class Trainer:
         self.info_params: list[str] = []
         self._named_params: dict[str, Any] = {}
         self._saver = Saver(self.strategy)
-        self.stop_signals = StopSignals(on_first=self._saver.wake)
+        this = weakref.ref(self)  # no circle
+        self.stop_signals = StopSignals(on_first=self._saver.wake, phase=lambda: session.phase_of(this()))
         self._names_checked = False
         self._reads_steps = type(self)._update_iter_metrics is not Trainer._update_iter_metrics
         self._in_train = False
@@ -282,9 +286,10 @@ class Trainer:
     def train(self, console_log_level: int = 2, file_log_level: int = 2) -> None:
         """Train from where the run stands to `max_epochs`.
 
-        SIGTERM, SIGUSR1 and Ctrl-C end the run at the next point where its state is whole: `latest.pth` is saved, whatever the
-        hooks, `after_train` is called, and the process ends as by that signal (`SystemExit(143)`, `SystemExit(138)`,
-        `KeyboardInterrupt`). A second Ctrl-C stops at once. Outside the main thread no signal is listened to.
+        SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C end the run at the next point where its state is whole: `latest.pth` is saved,
+        whatever the hooks, `after_train` is called, and the process ends as by that signal (`SystemExit(143)`, 138, 140,
+        `KeyboardInterrupt`). If the script has a handler of its own for SIGUSR1 or SIGUSR2, that is called instead, and `train`
+        returns. A second Ctrl-C stops at once. Outside the main thread no signal is listened to.
 
         Args:
             console_log_level: 0..5 = NOTSET, DEBUG, INFO, WARNING, ERROR, FATAL.
@@ -625,30 +630,23 @@ class Trainer:
 
     def _contents(self) -> Contents:
         """What can be saved now."""
-        model = self.model_or_module
         return Contents(
             self.ckpt_dir,
             f"epoch {self.epoch + 1}, iteration {self.cur_iter}",
-            self._before_save,
+            (self._work_dir.renew, self.metric_storage.flush, partial(self._frozen.look, values=True)),
             parts.weights_to_use(self.model, self.model_ema, self.strategy),
             partial(parts.as_saved, self._frozen),
             self._parts,
-            partial(parts.finite_names, model),
+            partial(parts.finite_names, self.model_or_module),
             self.optimization.window_open,
             None if type(self).save_checkpoint is Trainer.save_checkpoint else self.save_checkpoint,
         )
 
-    def _before_save(self) -> None:
-        self._work_dir.renew()
-        self.metric_storage.flush()
-        self._frozen.look(values=True)
-
     def _save_last(self) -> None:
         """The last save before the run ends by a signal: complete when this returns."""
         self._saver.save_last(self._contents())
-        assert self.stop_signals.received is not None
-        name = self.stop_signals.received.name
-        logger.warning("%s came: saved after iteration %d as %s/latest.pth.", name, self.progress.iter, self.ckpt_dir)
+        words = "%s: saved after iteration %d as %s/latest.pth."
+        logger.warning(words, self.stop_signals.told(), self.progress.iter, self.ckpt_dir)
 
     def save_checkpoint(self, file_name: str, save_single_model: bool = True, print_info: bool = False) -> None:
         """Save there and then; the file is complete when this returns.
@@ -691,6 +689,17 @@ class Trainer:
         """
         with self._feed.times.saving():
             self._saver.complete_weights(self._contents())
+
+    def load_best(self) -> WeightsReport:
+        """Put the weights of `best.pth` into the model, and into EMA's: in `after_train`, say, to test them. On all ranks.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            CheckpointError: if it is damaged, or does not fit.
+        """
+        self.wait_for_saves()
+        models = [self.model_or_module] + ([] if self.model_ema is None else [self.model_ema.model])
+        return load_best(self.ckpt_dir, models, self.strategy)
 
     # ---------------------------------------------------------------- the state
 
@@ -735,12 +744,12 @@ class Trainer:
             "rng": parts.RandomPart(self.strategy),
         }
 
-    def _beside_hooks(self) -> Iterator[Any]:
+    def _beside_hooks(self) -> list[Any]:
         """What else is in a state, and may be changed by a hook."""
-        yield from (self.model_or_module, self._feed.generator_states())
-        yield from (*self.optimization.optimizers.values(), *self.optimization.schedules.values())
-        yield from () if self.model_ema is None else (self.model_ema.model, self.model_ema.updates)
-        yield from self._kept_attributes.things()
+        parts_of_steps = [*self.optimization.optimizers.values(), *self.optimization.schedules.values()]
+        ema = [] if self.model_ema is None else [self.model_ema.model, self.model_ema.updates]
+        things = self._kept_attributes.things()
+        return [self.model_or_module, self._feed.generator_states(), *parts_of_steps, *ema, *things]
 
     def load_checkpoint(
         self, path: str | os.PathLike[str] | None = None, checkpoint: Mapping[str, Any] | None = None
@@ -900,14 +909,6 @@ class Trainer:
     def model_evaluate(self) -> nn.Module:
         """The model to evaluate and to use: EMA's if EMA is on."""
         return self.model_or_module if self.model_ema is None else self.model_ema.model
-
-    @property
-    def tb_log_dir(self) -> str:
-        return os.path.join(self.work_dir, "tb_logs")
-
-    @property
-    def log_file(self) -> str:
-        return os.path.join(self.work_dir, "log.txt")
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         raise TypeError("A Trainer cannot be copied: its hooks, files and saves belong to one run. Make a new one.")

@@ -18,35 +18,35 @@ from torch.utils.data import DataLoader
 from tests.small_data import wait_until
 from torch_frame import Trainer
 from torch_frame.data.source import source_of
-from torch_frame.data.workers import Ending
+from torch_frame.signals.workers import WorkerShutdown
 
 
-def _ask(endings: list[Ending], places: Any, own: int, answers: Any) -> None:
+def _ask(shutdowns: list[WorkerShutdown], places: Any, own: int, answers: Any) -> None:
     """Ask each in the same microsecond as the other process: a barrier would wake them too far apart."""
     heard = []
-    for place, ending in enumerate(endings, 1):
+    for place, shutdown in enumerate(shutdowns, 1):
         places[own] = place
         while places[1 - own] < place:
             pass
-        heard.append(ending.has_come())
+        heard.append(shutdown.announced())
     answers.put(heard)
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="forks")
 def test_every_worker_is_told_of_the_end_though_all_ask_at_once() -> None:
     context = multiprocessing.get_context("fork")
-    endings = [Ending(DataLoader(range(4), num_workers=2)) for _ in range(3000)]  # type: ignore[arg-type]  # a range has a length and items
-    assert not any(ending.has_come() for ending in endings)
-    for ending in endings:
-        ending.come()
+    shutdowns = [WorkerShutdown(DataLoader(range(4), num_workers=2)) for _ in range(3000)]  # type: ignore[arg-type]  # a range has a length and items
+    assert not any(shutdown.announced() for shutdown in shutdowns)
+    for shutdown in shutdowns:
+        shutdown.announce()
     places, answers = context.RawArray("q", 2), context.SimpleQueue()
-    workers = [context.Process(target=_ask, args=(endings, places, own, answers)) for own in range(2)]
+    workers = [context.Process(target=_ask, args=(shutdowns, places, own, answers)) for own in range(2)]
     for worker in workers:
         worker.start()
     heard = [answers.get() for _ in workers]
     for worker in workers:
         worker.join()
-    assert heard == [[True] * len(endings)] * 2
+    assert heard == [[True] * len(shutdowns)] * 2
 
 
 class Pids(torch.utils.data.Dataset[Any]):

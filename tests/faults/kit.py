@@ -92,7 +92,7 @@ class Training:
         self.output = folder / f"output_{len(list(folder.glob('output_*')))}.txt"
         command = [sys.executable, "-W", "error", str(SCRIPT), str(folder), *options]
         if by_shell:  # which must outlive a signal to the group, and have its child begin with the default handlers
-            command = ["bash", "-c", 'trap : INT TERM USR1; "$@"; echo "status $?"', "bash", *command]
+            command = ["bash", "-c", 'trap : INT TERM USR1 USR2; "$@"; echo "status $?"', "bash", *command]
         with open(self.output, "w") as file:
             self.process = subprocess.Popen(
                 command,

@@ -68,12 +68,13 @@ def test_where_all_are_damaged_nothing_is_begun_anew(tmp_path: Path) -> None:
     assert str(error).count("is damaged") == 2
 
 
-def test_a_run_in_which_another_process_trains_is_left_alone(tmp_path: Path) -> None:
+def test_a_run_in_which_another_process_trains_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     older = run_until(tmp_path / "run", 3, 2000)
     newer = run_until(tmp_path / "run", 2, 3000, create_new_dir="count")
     with Other(Path(newer.work_dir)):
         trainer = resumed(tmp_path / "run")
     assert (trainer.start_epoch, trainer.work_dir) == (3, older.work_dir)
+    assert any(f"{newer.work_dir} is left alone" in line for line in caplog.messages)
 
 
 def test_in_a_copied_folder_the_latest_state_is_taken_whatever_the_times_of_its_files(tmp_path: Path) -> None:

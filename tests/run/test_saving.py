@@ -150,6 +150,24 @@ def test_an_overridden_save_checkpoint_is_called_at_once_for_weights(tmp_path: P
     assert calls == [("best.pth", True), "a later hook", ("latest.pth", False)]
 
 
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_load_best_puts_the_best_weights_into_the_model_and_the_average(use_ema: bool, tmp_path: Path) -> None:
+    scored = Scored([0.0, 0.9, 0.1, 0.1])
+    found: list[Any] = []
+
+    def load_it(trainer: Trainer) -> None:
+        report = trainer.load_best()
+        found.append(report.complete)
+        found.append(differences(weights_of(trainer.model), scored.weights[1]))
+        found.append(differences(weights_of(trainer.model_evaluate), scored.weights[1]))
+
+    trainer = make_trainer(tmp_path, max_epochs=3, hooks=[scored, On(after_train=load_it)], use_ema=use_ema)
+    with pytest.raises(FileNotFoundError, match=r"no .*best\.pth"):
+        trainer.load_best()
+    trainer.train()
+    assert found == [True, [], []]
+
+
 # ---------------------------------------------------------------- what is not written
 
 
@@ -203,6 +221,51 @@ def test_a_disk_without_room_for_four_states_is_told_once(
 
     assert len(run(100)) == 1
     assert run(10**9) == []
+
+
+def test_weights_that_were_asked_for_are_written_when_a_later_hook_fails(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(trainer: Trainer) -> None:
+        raise LookupError
+
+    scored = Scored([0.0, 0.9])
+    trainer = make_trainer(tmp_path, hooks=[scored, On(after_epoch=fail)])
+    raised_by(trainer.train, LookupError)
+    assert differences(scored.weights[1], dict(load(trainer, "best.pth"))) == []
+    assert any("not written" in line and "latest.pth" in line for line in caplog.messages)
+    assert os.listdir(trainer.ckpt_dir) == ["best.pth"]
+
+
+def test_weights_that_are_asked_for_in_close_are_written(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, hooks=[On(close=lambda trainer: trainer.save_at_safe_point("mine.pth"))])
+    trainer.train()
+    assert differences(weights_of(trainer.model), dict(load(trainer, "mine.pth"))) == []
+
+
+class AllKinds(Net):
+    """Has buffers of all kinds, large enough to be compared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("sparse", torch.eye(300).to_sparse())
+        self.register_buffer("conjugate", torch.randn(9000, dtype=torch.complex64).conj())
+        self.register_buffer("expanded", torch.randn(1, 9000).expand(4, 9000))
+        self.register_buffer("halves", torch.randn(20000).half())
+        self.register_buffer("flags", torch.ones(40000, dtype=torch.bool))
+        self.register_buffer("nothing", torch.empty(0, 3))
+
+
+def test_buffers_of_all_kinds_are_in_weights_and_states(tmp_path: Path) -> None:
+    model = AllKinds()
+    trainer = make_trainer(tmp_path, model, hooks=[CheckpointerHook(max_to_keep=2)])
+    trainer.train()
+    for weights in (load(trainer, "best.pth"), load(trainer, "epoch_1.pth"), load(trainer, "latest.pth")["model"]):
+        for name, value in model.state_dict().items():
+            saved = weights[name]
+            assert torch.equal(saved.to_dense(), value.to_dense()) if value.is_sparse else torch.equal(saved, value), (
+                name
+            )
 
 
 def test_a_folder_that_is_removed_in_mid_run_is_made_again(tmp_path: Path) -> None:

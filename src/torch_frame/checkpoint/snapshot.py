@@ -38,8 +38,9 @@ class Snapshot:
 
     @property
     def num_bytes(self) -> int:
-        """Of all buffers."""
-        return sum(buffer.nbytes for buffer in self._buffers.values())
+        """Of all dense buffers."""
+        dense = [buffer for buffer in self._buffers.values() if buffer.layout is torch.strided]
+        return sum(buffer.numel() * buffer.element_size() for buffer in dense)
 
     def forget_tensors(self) -> None:
         """The tensors that were copied are not held any longer: later snapshots copy them again."""

@@ -17,6 +17,7 @@ from torch_frame.data.plan import BatchPlace
 from torch_frame.data.rng import ALL_GENERATORS, NUMPY, seed_all, seeder
 from torch_frame.data.rng_guard import LoadingRng
 from torch_frame.data.rng_memory import numpy_keeps_a_number
+from torch_frame.signals.interruption import INTERRUPTION
 
 
 class Fetched(NamedTuple):
@@ -72,6 +73,7 @@ class Loading:
     def __getitems__(self, place: BatchPlace) -> Fetched:
         if self._rng is None:
             self._rng = LoadingRng()
+        outer, INTERRUPTION.here = INTERRUPTION.here, False  # a dataset may load from a loader of its own
         try:
             if place.epoch != self._epoch:
                 self._begin_epoch(place.epoch, self._rng)
@@ -83,6 +85,8 @@ class Loading:
                 f"Loading the samples {place.indices} raised a StopIteration, which would have ended the epoch. "
                 "Raise an IndexError for an index that does not exist."
             ) from error
+        finally:
+            INTERRUPTION.here = outer
         return Fetched(batch, place, self.drawn)
 
     def _begin_epoch(self, epoch: int, rng: LoadingRng) -> None:
@@ -116,10 +120,12 @@ class Loading:
                 self.drawn |= moved  # not seen before: its numbers were not those of each position
 
     def _load(self, place: BatchPlace, rng: LoadingRng, *, learn: bool = False) -> Any:
-        """Call the user's code; to `learn` is to seed all generators and to note those that are drawn from.
+        """Call the user's code, which a signal may interrupt.
 
-        Signals know this function by its name: a dataset that hangs in it may be interrupted.
+        Args:
+            learn: seed all generators, and note those that are drawn from.
         """
+        stop = INTERRUPTION
         key, drawn = self._epoch_key, 0
         seed = seeder(ALL_GENERATORS if self.drawn is None else self.drawn)
         if self._samples_are_asked_at_once:
@@ -127,17 +133,21 @@ class Loading:
                 seed(splitmix64(key, place.first))
             if learn:
                 rng.mark()
+            stop.begin()
             samples = self.dataset[place.indices] if self._single else self.dataset.__getitems__(place.indices)
+            stop.here = False
         elif seed is None:
-            samples, dataset = [], self.dataset
-            for index in place.indices:  # a loop: a comprehension is a frame of its own, which signals would not know
-                samples.append(dataset[index])
+            stop.begin()
+            samples = [self.dataset[index] for index in place.indices]
+            stop.here = False
         elif self.drawn == NUMPY and rng.seed_own_numpy is not None:  # half of the time that it takes in general
             samples, dataset, seed_sample = [], self.dataset, rng.seed_own_numpy
             numbers = splitmix64_range(key, place.first, len(place.indices), bits=32)
             for number, index in zip(numbers, place.indices, strict=True):
                 seed_sample(number)
+                stop.begin()
                 samples.append(dataset[index])
+                stop.here = False
                 if numpy_keeps_a_number():
                     seed_sample = seed  # which forgets that number
             if self._collate_fn is not default_collate:
@@ -149,14 +159,18 @@ class Loading:
                 seed(number)
                 if learn:
                     rng.mark()
+                stop.begin()
                 samples.append(dataset[index])
+                stop.here = False
                 if learn:
                     drawn |= rng.moved()
             if self._collate_fn is not default_collate:  # which draws nothing
                 seed(hash_ints(key, place.first, 1))
                 if learn:
                     rng.mark()
+        stop.begin()
         batch = self._collate_fn(samples)
+        stop.here = False
         if learn:
             self.drawn = drawn | rng.moved()
         return batch
@@ -214,12 +228,12 @@ class Streaming(IterableDataset[Any]):
             seed_all(key)
             if hasattr(self.dataset, "set_epoch"):
                 self.dataset.set_epoch(self._epoch)
-            samples = iter(self.dataset)
+            samples = _interruptible(iter, self.dataset)
         sample, count = None, 0
         while True:
             with kept:
                 seed_all(splitmix64(key, count))
-                sample = next(samples, _END)
+                sample = _interruptible(next, samples, _END)
             if sample is _END:
                 return
             yield sample
@@ -244,4 +258,14 @@ class StreamCollating:
         with contextlib.nullcontext() if worker is not None else LoadingRng():
             seed_all(splitmix64(key, self._count))
             self._count += 1
-            return self._collate_fn(samples)
+            return _interruptible(self._collate_fn, samples)
+
+
+def _interruptible(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a user's function, which a signal may interrupt."""
+    outer = INTERRUPTION.here
+    INTERRUPTION.begin()
+    try:
+        return function(*arguments)
+    finally:
+        INTERRUPTION.here = outer

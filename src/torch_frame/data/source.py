@@ -17,10 +17,12 @@ from torch_frame.data.order import hash_ints
 from torch_frame.data.plan import splits_by_itself
 from torch_frame.data.source_base import BatchAndPosition, Source, StatelessSource, length_of
 from torch_frame.data.source_ordered import EndlessSource, OrderedSource
-from torch_frame.data.starting import signals_held_back
-from torch_frame.data.workers import Ending, no_second_warning, worker_settings
+from torch_frame.data.workers import no_second_warning, worker_settings
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import SettingError
+from torch_frame.signals.blocking import signals_blocked
+from torch_frame.signals.interruption import INTERRUPTION
+from torch_frame.signals.workers import WorkerShutdown
 
 __all__ = ["Source", "length_of", "source_of"]
 
@@ -133,7 +135,9 @@ class ReplaySource(StatelessSource):
         if isinstance(sampler, DistributedSampler):
             sampler.set_epoch(epoch)
         if not start:
-            return ((batch, i) for i, batch in enumerate(self._loader, 1))
+            is_sent = isinstance(self._loader, DataLoader) and self._loader.num_workers > 0
+            batches = _waited_for(iter(self._loader)) if is_sent else self._loader
+            return ((batch, i) for i, batch in enumerate(batches, 1))
         if isinstance(self._loader, Iterator):
             _logger.warning(
                 "Resuming inside an epoch over an iterator, which cannot be put back: the epoch begins anew with what it yields "
@@ -195,13 +199,13 @@ class StreamSource(StatelessSource):
     def __init__(self, loader: DataLoader[Any], seed: int) -> None:
         super().__init__(loader)
         self.seed = seed
-        self._ending: Ending | None = None
+        self._shutdown: WorkerShutdown | None = None
 
     def close(self) -> None:
         """The workers of an iteration end with it; they may be ended by force from now on."""
-        if self._ending is not None:
-            self._ending.come()
-            self._ending = None
+        if self._shutdown is not None:
+            self._shutdown.announce()
+            self._shutdown = None
 
     def state_dict(self, position: int) -> dict[str, Any]:
         return {"num_workers": self._loader.num_workers}
@@ -224,15 +228,32 @@ class StreamSource(StatelessSource):
             )
         streaming = Streaming(self._loader.dataset, self.seed, epoch)
         self.close()
-        with no_second_warning(), signals_held_back(self._loader) as blocked:
-            self._ending = Ending(self._loader, blocked)
+        with no_second_warning(), signals_blocked(self._loader) as blocked:
+            self._shutdown = WorkerShutdown(self._loader, blocked)
             inner = DataLoader(
                 streaming,
                 batch_size=self._loader.batch_size,
                 drop_last=self._loader.drop_last,
                 collate_fn=StreamCollating(self._loader.collate_fn, self.seed, epoch),
-                **worker_settings(self._loader, hash_ints(self.seed, epoch), self._ending),
+                **worker_settings(self._loader, hash_ints(self.seed, epoch), self._shutdown),
             )
             stream = iter(inner)
-            self._ending.workers = getattr(stream, "_workers", ())
-        return islice(((batch, i) for i, batch in enumerate(stream, 1)), start, None)
+            self._shutdown.workers = getattr(stream, "_workers", ())
+        batches = _waited_for(stream) if self._loader.num_workers > 0 else stream
+        return islice(((batch, i) for i, batch in enumerate(batches, 1)), start, None)
+
+
+def _waited_for(stream: Iterator[Any]) -> Iterator[Any]:
+    """What workers send; waiting for it may be interrupted."""
+    while True:
+        INTERRUPTION.begin()
+        try:
+            batch = next(stream, _END)
+        finally:
+            INTERRUPTION.here = False
+        if batch is _END:
+            return
+        yield batch
+
+
+_END = object()

@@ -13,8 +13,10 @@ from torch_frame.data.loading import Fetched, Loading
 from torch_frame.data.order import hash_ints
 from torch_frame.data.plan import BatchPlace, BatchPlan, plan_of
 from torch_frame.data.source_base import BatchAndPosition, StatelessSource, length_of
-from torch_frame.data.starting import signals_held_back
-from torch_frame.data.workers import Ending, as_it_is, no_second_warning, worker_settings
+from torch_frame.data.workers import as_it_is, no_second_warning, worker_settings
+from torch_frame.signals.blocking import signals_blocked
+from torch_frame.signals.interruption import INTERRUPTION
+from torch_frame.signals.workers import WorkerShutdown
 
 _logger = logging.getLogger("torch_frame")
 
@@ -46,7 +48,7 @@ class OrderedSource(StatelessSource):
         self._places: Iterator[BatchPlace] = iter(())
         self._inner: DataLoader[Any] | None = None
         self._stream: Iterator[Fetched] | None = None
-        self._ending: Ending | None = None
+        self._shutdown: WorkerShutdown | None = None
         self._iteration = 0
         self._drawn: int | None = None  # the generators that the dataset has been seen to draw from
         self._hashes: dict[
@@ -94,10 +96,13 @@ class OrderedSource(StatelessSource):
         self._iteration += 1
         iteration = self._iteration
         try:
-            stream = self._begin_epoch(epoch, start)
+            stream, is_sent = self._begin_epoch(epoch, start), self._loader.num_workers > 0
             while True:
                 self._check_iteration(iteration)
+                if is_sent:
+                    INTERRUPTION.begin()
                 fetched = next(stream, None)
+                INTERRUPTION.here = False
                 if fetched is None:
                     self._check_open(stream)
                     break
@@ -110,6 +115,7 @@ class OrderedSource(StatelessSource):
                 self.close()  # workers that failed are not asked again
             raise
         finally:
+            INTERRUPTION.here = False
             if iteration == self._iteration:
                 self._expected = None
                 if not self._loader.persistent_workers:
@@ -128,23 +134,23 @@ class OrderedSource(StatelessSource):
                 self._loading().__getitems__, self._places
             )  # a DataLoader around it would take 8 us a batch
             return self._stream
-        with no_second_warning(), signals_held_back(self._loader) as blocked:
+        with no_second_warning(), signals_blocked(self._loader) as blocked:
             if self._inner is None:
-                self._ending = Ending(self._loader, blocked)
-                self._inner = self._inner_loader(epoch, self._ending)
+                self._shutdown = WorkerShutdown(self._loader, blocked)
+                self._inner = self._inner_loader(epoch, self._shutdown)
             self._stream = iter(self._inner)
-            assert self._ending is not None
-            self._ending.workers = getattr(self._stream, "_workers", ())
+            assert self._shutdown is not None
+            self._shutdown.workers = getattr(self._stream, "_workers", ())
         return self._stream
 
-    def _inner_loader(self, epoch: int, ending: Ending) -> DataLoader[Any]:
+    def _inner_loader(self, epoch: int, shutdown: WorkerShutdown) -> DataLoader[Any]:
         """A DataLoader with the user's workers and settings that loads by our places."""
         loader = self._loader
         return DataLoader(
             self._loading(),  # type: ignore[arg-type]  # asked through __getitems__ only
             batch_sampler=_Places(self),  # type: ignore[arg-type]  # places instead of lists of indices
             collate_fn=as_it_is,
-            **worker_settings(loader, hash_ints(self.seed, epoch), ending),  # workers have other seeds in each epoch
+            **worker_settings(loader, hash_ints(self.seed, epoch), shutdown),  # workers have other seeds in each epoch
         )
 
     def _loading(self) -> Loading:
@@ -201,13 +207,13 @@ class OrderedSource(StatelessSource):
     def close(self) -> None:
         """End the workers; the next epoch starts new ones."""
         # Shut down explicitly: a traceback or a user's variable may keep the iterator alive.
-        shutdown = getattr(self._stream, "_shutdown_workers", None)
-        ending, self._ending = self._ending, None
+        end_workers = getattr(self._stream, "_shutdown_workers", None)
+        shutdown, self._shutdown = self._shutdown, None
         self._stream = self._inner = None
-        if ending is not None:
-            ending.come()
         if shutdown is not None:
-            shutdown()
+            shutdown.announce()
+        if end_workers is not None:
+            end_workers()
 
 
 class _Places:
@@ -219,7 +225,25 @@ class _Places:
     def __iter__(self) -> Iterator[BatchPlace]:
         source = self._source()
         assert source is not None
-        return source._places
+        return _Whole(source._places)
+
+
+class _Whole(Iterator[BatchPlace]):
+    """Places that are made while a batch is waited for, and the sampler's numbers with them: not to be interrupted.
+
+    Args:
+        places: one after the other.
+    """
+
+    def __init__(self, places: Iterator[BatchPlace]) -> None:
+        self._places = places
+
+    def __next__(self) -> BatchPlace:
+        may_be_interrupted, INTERRUPTION.here = INTERRUPTION.here, False
+        place = next(self._places)
+        if may_be_interrupted:
+            INTERRUPTION.begin()
+        return place
 
 
 class EndlessSource(OrderedSource):
@@ -250,9 +274,13 @@ class EndlessSource(OrderedSource):
         iteration = self._iteration
         try:
             stream, generation = self._stream_at(epoch, start)
+            is_sent = self._loader.num_workers > 0
             while True:
                 self._check_iteration(iteration)
+                if is_sent:
+                    INTERRUPTION.begin()
                 fetched = next(stream, None)
+                INTERRUPTION.here = False
                 if fetched is None:  # the epoch has no batch
                     self._check_open(stream)
                     break
@@ -271,6 +299,7 @@ class EndlessSource(OrderedSource):
                 self.close()
             raise
         finally:
+            INTERRUPTION.here = False
             if iteration == self._iteration:
                 self._expected = None
 

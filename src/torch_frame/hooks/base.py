@@ -183,7 +183,7 @@ class HookTrainer(Protocol):
     def save_at_safe_point(
         self, file_name: str, save_single_model: bool = True, then_remove: Iterable[str] = ()
     ) -> None:
-        """Ask for a save, which is carried out at the next safe point."""
+        """Ask for a save: weights are copied now, a whole state at the next safe point; both are written there."""
         ...
 
     def save_checkpoint(self, file_name: str, save_single_model: bool = True, print_info: bool = False) -> None:
@@ -197,7 +197,7 @@ class HookTrainer(Protocol):
         ...
 
     def wait_for_saves(self) -> None:
-        """Return when the files of the save under way are complete."""
+        """Return when the files of the save under way, and the weights that were asked for, are complete."""
         ...
 
     def check_stop(self) -> None:

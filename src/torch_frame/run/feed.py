@@ -17,7 +17,7 @@ from torch_frame.progress import Progress
 from torch_frame.run import checks, parts
 from torch_frame.run.samplers import Samplers
 from torch_frame.run.state import Part
-from torch_frame.stopping import StopSignals
+from torch_frame.signals.stop import StopSignals
 from torch_frame.tracking.step_times import StepTimes
 from torch_frame.training.optimization import Optimization
 
@@ -96,14 +96,14 @@ class Feed:
         try:
             signals.begin_wait(may_interrupt and not optimization.window_open)
             for batch, position in placed:
-                signals.may_interrupt = False
+                signals.end_wait()
                 moved = batch if ahead else move_to_device(batch, device)
                 times.receive()
                 yield moved, position
                 times.ask()
                 signals.begin_wait(may_interrupt and not optimization.window_open)
         finally:  # after a fetch that failed, too: later waits must not be interrupted
-            signals.may_interrupt = False
+            signals.end_wait()
             times.end_asking()
 
     def generator_states(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch_frame.checkpoint.format import VERSION, is_full_state
 from torch_frame.checkpoint.names import bare_name
 from torch_frame.checkpoint.upgrade import OLDEST, upgraded
 from torch_frame.checkpoint.weights import WeightsReport, load_weights
+from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import CheckpointError
 from torch_frame.progress import Progress
 from torch_frame.run.parts import ENVIRONMENT
@@ -81,14 +82,16 @@ def newest(work_dirs: Sequence[str], take: Callable[[str], bool]) -> Found | Non
         CheckpointError: if there are states, and all are damaged: beginning anew would overwrite them.
     """
     problems: list[str] = []
-    in_use: set[str] = set()
+    in_use: dict[str, str] = {}
     for path in _newest_first(work_dirs):
         work_dir = os.path.dirname(os.path.dirname(path))
         if work_dir in in_use or not take(work_dir):
-            in_use.add(work_dir)
+            in_use[work_dir] = (
+                f"{work_dir} is left alone, because another process trains there or it cannot be written."
+            )
             continue
         try:
-            return Found(path, read(path), problems)
+            return Found(path, read(path), [*problems, *in_use.values()])
         except FileNotFoundError:
             continue
         except CheckpointError as error:
@@ -98,6 +101,8 @@ def newest(work_dirs: Sequence[str], take: Callable[[str], bool]) -> Found | Non
             f"resume='auto' finds no whole state in {work_dirs[0]} or beside it: {' '.join(problems)} To begin anew, move them "
             "away; to begin from weights alone (best.pth), use load_checkpoint(checkpoint=...)."
         )
+    for line in in_use.values():
+        _logger.warning("resume='auto': %s", line)
     return None
 
 
@@ -117,6 +122,33 @@ def _newest_first(work_dirs: Sequence[str]) -> list[str]:
 
 def _modified_s(path: str) -> list[float]:
     return [os.path.getmtime(path)] if os.path.isfile(path) else []
+
+
+def load_best(folder: str, models: Sequence[nn.Module], strategy: Strategy) -> WeightsReport:
+    """Load the best weights of a run into models of one kind, on all ranks; rank 0 reads them.
+
+    Args:
+        folder: of the checkpoints; complete.
+
+    Raises:
+        FileNotFoundError: if there is no best.pth; on all ranks.
+        CheckpointError: if it is damaged, or does not fit; on all ranks.
+    """
+    path = os.path.join(folder, "best.pth")
+    weights, problem = None, None
+    if strategy.rank == 0:
+        try:
+            weights = io.read(path)
+        except FileNotFoundError:
+            problem = "none", f"There is no {path}: no hook that saves has found a best epoch yet."
+        except CheckpointError as error:
+            problem = "damaged", str(error)
+    weights, problem = strategy.broadcast((weights, problem))
+    if problem is not None:
+        raise FileNotFoundError(problem[1]) if problem[0] == "none" else CheckpointError(problem[1])
+    reports = [load_weights(model, weights) for model in models]
+    _logger.info("Loaded %s: %s.", path, reports[0])
+    return reports[0]
 
 
 class Resumption:

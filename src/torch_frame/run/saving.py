@@ -48,7 +48,7 @@ class Contents:
 
     folder: str
     where: str
-    before: Callable[[], None]
+    before: Sequence[Callable[[], object]]
     weights: Callable[[], Mapping[str, Any]]
     as_saved: Callable[[Mapping[str, Any]], dict[str, Any]]
     parts: Callable[[], Mapping[str, Part]]
@@ -153,7 +153,7 @@ class Saver:
         elif contents.own_save is not None:
             contents.own_save(file_name, True)
         else:
-            contents.before()
+            _call(contents.before)
             weights = contents.weights()  # here, for a function of ours is a frame above an error in it
             self._copy(file_name, weights, contents)
 
@@ -189,9 +189,7 @@ class Saver:
                 contents.own_save(file_name, False)
         elif states:
             self._prepare(contents)
-            state = capture(
-                contents.parts(), self.rollback
-            )  # here, for a function of ours is a frame above an error in it
+            state = capture(contents.parts(), self.rollback)  # here, for the same reason
         outdated, self._outdated = self._outdated, []
         self._begin(contents, states if state is not None else [], state, outdated)
 
@@ -224,7 +222,7 @@ class Saver:
         """
         self._forget(os.path.join(contents.folder, file_name), file_name)
         if save_single_model:
-            contents.before()
+            _call(contents.before)
             self._copy(file_name, contents.weights(), contents)
             self.complete_weights(contents)
             return
@@ -255,7 +253,7 @@ class Saver:
 
     def _prepare(self, contents: Contents) -> None:
         self.wait()  # its copies are in the buffers
-        contents.before()
+        _call(contents.before)
 
     def _begin(
         self, contents: Contents, states: Sequence[str], state: Any = None, outdated: Iterable[str] = ()
@@ -344,10 +342,32 @@ class Saver:
         """Give up the save that is being written; the files that it would have replaced stay."""
         self._background.cancel()
 
+    def finish(self, *, give_up: bool) -> None:
+        """The run has ended, perhaps by an error: weights that were asked for are written, for they were scored.
+
+        Args:
+            give_up: nothing is waited for.
+        """
+        self.wait()
+        weights, self._weights = list(self._weights.values()), {}
+        lost, self._states, self._outdated = list(self._states), [], []
+        if give_up:
+            lost += [os.path.basename(one.path) for one in weights]
+        elif weights:
+            _make_folder(os.path.dirname(weights[0].path))
+            SaveJob([_file_of(one) for one in weights], []).write()
+        if lost and self._is_writer:
+            _logger.info("Asked for, but not written, because the run has ended before: %s.", ", ".join(lost))
+
     def remove_unfinished_files(self, folder: str) -> None:
         """Remove what a process that was killed inside a save has left in the folder of a run that begins."""
         if self._is_writer:
             remove(glob.glob(os.path.join(glob.escape(folder), ".*.tmp")))
+
+
+def _call(functions: Iterable[Callable[[], object]]) -> None:
+    for function in functions:
+        function()
 
 
 def _file_of(weights: _Weights) -> FileToWrite:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
 from torch_frame._version import __version__
+from torch_frame.progress import Progress
 from torch_frame.run.saving import Saver
-from torch_frame.stopping import StopRequested, StopSignals
+from torch_frame.signals.interruption import INTERRUPTION, StopRequested
+from torch_frame.signals.stop import StopSignals
 
 _logger = logging.getLogger("torch_frame")
 _RULE = "-" * 50
@@ -74,7 +76,7 @@ class Session:
                     _report(error, self._on_error(error), self._stages["on_exception"])
             finally:
                 self._on_end()
-                error_at_close = _close(self._saver, self._stages["close"])
+                error_at_close = _close(self._saver, self._stages["close"], isinstance(error, KeyboardInterrupt))
             if error is None:
                 own_error = error_at_close
             if own_error is not None:
@@ -92,6 +94,31 @@ def ended_by_signals(save: Callable[[], None]) -> Iterator[None]:
         save()
 
 
+class Standing(Protocol):
+    """Where a run stands."""
+
+    @property
+    def epoch(self) -> int: ...
+
+    @property
+    def cur_iter(self) -> int: ...
+
+    @property
+    def progress(self) -> Progress: ...
+
+
+def phase_of(run: Standing | None) -> str:
+    """Where the run is, in words. Called in the handler of a signal, so it only looks."""
+    if run is None:
+        return ""
+    place = f"epoch {run.epoch + 1}, iteration {run.cur_iter} of the run"
+    if INTERRUPTION.allowed:
+        return f"while a batch was waited for in {place}"
+    if run.progress.epoch_trained:
+        return f"behind the last batch of epoch {run.epoch + 1}"
+    return f"in {place}"
+
+
 def _report(error: BaseException, where: str, tell: Sequence[Callable[[BaseException], None]]) -> None:
     """Tell the hooks of an error; one that fails at it does not hide the error itself."""
     _logger.error("Training ended in %s: %s", where, type(error).__name__)
@@ -102,21 +129,26 @@ def _report(error: BaseException, where: str, tell: Sequence[Callable[[BaseExcep
             _logger.exception("A hook's on_exception failed as well")
 
 
-def _close(saver: Saver, closes: Sequence[Callable[[], None]]) -> Exception | None:
-    """Close saves and all hooks; returns the first error."""
-    first: Exception | None = None
-    try:
-        saver.wait()
-    except Exception as error:
-        _logger.error("A save in the background failed: %s", error)
-        first = error
+def _close(saver: Saver, closes: Sequence[Callable[[], None]], give_up: bool) -> Exception | None:
+    """Close saves and all hooks, and write what these ask for; returns the first error."""
+    errors = [_finish(saver, give_up)]
     for close in closes:
         try:
             close()
         except Exception as error:
             _logger.exception("A hook's close failed")
-            first = first or error
-    return first
+            errors.append(error)
+    errors.append(_finish(saver, give_up))
+    return next((error for error in errors if error is not None), None)
+
+
+def _finish(saver: Saver, give_up: bool) -> Exception | None:
+    try:
+        saver.finish(give_up=give_up)
+    except Exception as error:
+        _logger.error("A save in the background failed: %s", error)
+        return error
+    return None
 
 
 # ---------------------------------------------------------------- the first lines

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import WorkDirError
-from torch_frame.run.leftovers import Leftovers, holds_a_run
+from torch_frame.run.leftovers import LOG, Leftovers, holds_a_run
 from torch_frame.run.lock import FolderLock
 
 _logger = logging.getLogger(__name__)
@@ -51,6 +51,16 @@ class WorkDir:
         """The folder of the checkpoints."""
         return os.path.join(self.path, "checkpoints")
 
+    @property
+    def tb_logs(self) -> str:
+        """The folder of TensorBoard's files."""
+        return os.path.join(self.path, "tb_logs")
+
+    @property
+    def log(self) -> str:
+        """The run's log."""
+        return os.path.join(self.path, LOG)
+
     def claim(self, strategy: Strategy) -> None:
         """Make the folder; under another name if another run has taken the proposed one in the meantime.
 
@@ -59,7 +69,9 @@ class WorkDir:
         Raises:
             WorkDirError: if it cannot be made; on all ranks.
         """
-        self._on_rank_0(strategy, self._make)
+        if not self._claimed:
+            self._on_rank_0(strategy, self._make)
+            self._claimed = True  # on all ranks: rank 0 may save weights alone later
 
     def enter(self, strategy: Strategy, *, anew: bool) -> list[str]:
         """Training begins: make the folder, keep other processes out of it, and make the folder of the checkpoints.
@@ -76,6 +88,7 @@ class WorkDir:
         """
         told: list[str] = []
         self._on_rank_0(strategy, lambda: self._enter(anew, told))
+        self._claimed = True
         return told
 
     def leave(self) -> None:

@@ -1,0 +1,352 @@
+"""Signals beside the run's own waits: those that come just before one, and the workers that they end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from tests.small_runs import Net, differences, environment, make_batches, make_trainer, run_python, weights_of
+from torch_frame import CheckpointerHook, EvalHook, RepeatDataset, Trainer
+from torch_frame.data.rng_guard import LoadingRng
+from torch_frame.data.source import source_of
+from torch_frame.signals.interruption import INTERRUPTION, StopRequested
+from torch_frame.signals.stop import StopSignals
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+
+
+@contextlib.contextmanager
+def handler_of(number: int, handler: Any) -> Iterator[None]:
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+@pytest.fixture
+def signals() -> StopSignals:
+    return StopSignals(on_first=lambda: None)
+
+
+def wait_for_data(seconds: float) -> bool:
+    """Whether the wait was interrupted."""
+    try:
+        INTERRUPTION.begin()
+        queue.Queue[None]().get(timeout=seconds)
+    except queue.Empty:
+        return False
+    except StopRequested:
+        return True
+    finally:
+        INTERRUPTION.here = False
+    raise AssertionError
+
+
+def test_a_wait_does_not_begin_when_a_signal_has_come(signals: StopSignals) -> None:
+    with signals.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        signals.begin_wait(False)  # something is open
+        with pytest.raises(StopRequested):
+            signals.begin_wait(True)
+
+
+def test_a_signal_that_comes_just_before_the_wait_ends_it(signals: StopSignals) -> None:
+    with signals.listening():
+        signals.begin_wait(True)
+        os.kill(os.getpid(), signal.SIGTERM)  # nothing is waited for yet
+        assert signals.received == signal.SIGTERM
+        assert wait_for_data(120)
+
+
+def test_a_signal_in_the_wait_ends_it_at_once(signals: StopSignals) -> None:
+    with signals.listening():
+        signals.begin_wait(True)
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        started = time.monotonic()
+        assert wait_for_data(120)
+        assert time.monotonic() - started < 30
+
+
+def test_where_something_is_open_the_wait_goes_on(signals: StopSignals) -> None:
+    with signals.listening():
+        signals.begin_wait(True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        signals.begin_wait(False) if signals.received is None else signals.end_wait()
+        assert not wait_for_data(0.6)
+
+
+def test_no_flag_is_left_behind(signals: StopSignals) -> None:
+    with signals.listening():
+        signals.begin_wait(True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert wait_for_data(120)
+    assert (INTERRUPTION.allowed, INTERRUPTION.here, INTERRUPTION.came) == (False, False, False)
+
+
+def test_from_the_first_signal_on_a_dead_worker_is_no_error(signals: StopSignals) -> None:
+    def as_torch_does(number: int, frame: Any) -> None:
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated.")
+
+    with handler_of(signal.SIGCHLD, as_torch_does):
+        with signals.listening():
+            with pytest.raises(RuntimeError):
+                os.kill(os.getpid(), signal.SIGCHLD)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGCHLD)
+        assert signal.getsignal(signal.SIGCHLD) is as_torch_does
+
+
+def test_an_evaluation_whose_workers_the_signal_has_ended_is_gone_through_again(tmp_path: Path) -> None:
+    class Loader:
+        """Its workers die of the signal, and torch notices it when it waits for them."""
+
+        dies = True
+        num_whole = 0
+
+        def __iter__(self) -> Iterator[Any]:
+            yield make_batches(1)[0]
+            if self.dies:
+                self.dies = False
+                os.kill(os.getpid(), signal.SIGTERM)
+                raise RuntimeError("DataLoader worker (pid(s) 1) exited unexpectedly")
+            self.num_whole += 1
+
+    loader = Loader()
+
+    def run() -> Trainer:
+        hook = EvalHook(loader, lambda model, batch: {"loss": model(batch).reshape(1)})
+        return make_trainer(tmp_path / "run", hooks=[hook], resume="auto")
+
+    with pytest.raises(SystemExit) as ended:
+        run().train()
+    assert ended.value.code == 143
+    resumed = run()
+    resumed.train()
+    assert resumed.progress.epoch == 2
+    assert loader.num_whole == 2
+
+
+class Hangs(Dataset[Any]):
+    """Draws random numbers; loading its sample 9 sends SIGTERM to the process and takes long, until it is allowed to go on."""
+
+    def __init__(self) -> None:
+        self.hangs = True
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        drawn = torch.rand(3) + random.random() + np.random.randn()
+        if index == 9 and self.hangs:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(120)
+        return drawn, drawn[:1]
+
+
+class HangsAsStream(IterableDataset[Any]):
+    def __init__(self, dataset: Hangs) -> None:
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self.dataset[index] for index in range(len(self.dataset)))
+
+
+@pytest.mark.parametrize("wrap", [lambda data: data, lambda data: RepeatDataset(data, 2), HangsAsStream])
+def test_without_workers_a_dataset_that_hangs_is_broken_off_and_the_run_resumed_bitwise(
+    wrap: Any, tmp_path: Path
+) -> None:
+    def run(folder: str, *, hangs: bool) -> Trainer:
+        dataset = Hangs()
+        dataset.hangs = hangs
+        torch.manual_seed(0)
+        loader = DataLoader(wrap(dataset), batch_size=4)
+        settings = {"seed": 5, "resume": "auto", "hooks": [CheckpointerHook()]}
+        return make_trainer(tmp_path / folder, Net(dropout=True), data=loader, **settings)
+
+    whole = run("whole", hangs=False)
+    whole.train()
+    stopped, started = run("stopped", hangs=True), time.monotonic()
+    with pytest.raises(SystemExit) as end:
+        stopped.train()
+    assert end.value.code == 143
+    assert time.monotonic() - started < 60
+    assert stopped.progress.iter == 2
+    resumed = run("stopped", hangs=False)
+    resumed.train()
+    assert not differences(weights_of(resumed.model), weights_of(whole.model))
+
+
+class LooksAtItself(Dataset[Any]):
+    """Notes whether a signal could interrupt it; loads from a loader of its own, if there is one."""
+
+    def __init__(self, seen: list[bool], inner: Any = None, draws: bool = False) -> None:
+        self.seen = seen
+        self.inner = inner
+        self.draws = draws
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> Tensor:
+        self.seen.append(INTERRUPTION.here)
+        for _ in () if self.inner is None else self.inner.epoch(0):
+            pass
+        if self.draws:
+            np.random.rand()
+        return torch.ones(1)
+
+
+class LooksAtItsOrder(Sampler[int]):
+    """Notes whether a signal could interrupt it."""
+
+    def __init__(self, seen: list[bool]) -> None:
+        self.seen = seen
+
+    def __len__(self) -> int:
+        return 2
+
+    def __iter__(self) -> Iterator[int]:
+        for index in range(2):
+            self.seen.append(INTERRUPTION.here)
+            yield index
+
+
+@pytest.mark.parametrize("draws", [False, True])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_dataset_may_be_interrupted_but_not_a_sampler_or_what_keeps_the_random_numbers(
+    draws: bool, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_datasets: list[bool] = []
+    in_ours: list[bool] = []
+    in_order: list[bool] = []
+    for name in ("__enter__", "__exit__", "mark", "moved", "seed_and_mark"):
+        method = getattr(LoadingRng, name)
+
+        def watched(*arguments: Any, method: Any = method) -> Any:
+            in_ours.append(INTERRUPTION.here)
+            return method(*arguments)
+
+        monkeypatch.setattr(LoadingRng, name, watched)
+    inner = source_of(DataLoader(LooksAtItself(in_datasets), batch_size=1), seed=0)
+    collate = lambda samples: in_datasets.append(INTERRUPTION.here) or torch.stack(samples)  # noqa: E731
+    dataset = LooksAtItself(in_datasets, inner, draws)
+    settings: Any = {"batch_size": 1, "sampler": LooksAtItsOrder(in_order), "num_workers": num_workers}
+    source = source_of(DataLoader(dataset, collate_fn=collate, **settings), seed=0)
+    for _ in source.epoch(0):
+        assert not INTERRUPTION.here
+    source.close()
+    assert in_order == [False] * len(in_order) != []
+    assert in_ours == [False] * len(in_ours)
+    if num_workers == 0:
+        assert in_datasets == [True] * len(in_datasets) != []
+        assert in_ours
+
+
+def test_waiting_for_workers_may_be_interrupted_and_the_process_is_not_after_an_error() -> None:
+    class Fails(LooksAtItself):
+        def __getitem__(self, index: int) -> Tensor:
+            raise LookupError
+
+    for num_workers in (0, 1):
+        source = source_of(DataLoader(Fails([]), batch_size=1, num_workers=num_workers), seed=0)
+        with pytest.raises(LookupError):
+            next(iter(source.epoch(0)))
+        assert not INTERRUPTION.here
+
+
+# ---------------------------------------------------------------- what is told, and users' own handlers
+
+USERS = """
+import os, signal, sys, torch
+from torch import nn
+from torch_frame import CheckpointerHook, HookBase, Trainer
+
+class Send(HookBase):
+    def after_iter(self):
+        if self.trainer.cur_iter == 2:
+            os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+
+model = nn.Linear(2, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+loss = lambda model, batch: model(batch).square().mean()
+trainer = Trainer(model, optimizer, None, [torch.ones(4, 2)] * 5, 1, sys.argv[1], hooks=[Send()], step_fn=loss)
+
+def requeue(number, frame):
+    saved = torch.load(trainer.ckpt_dir + "/latest.pth")["progress"]["iter"]
+    print(f"requeued by {number}, saved {saved}", flush=True)
+    if sys.argv[3] == "exits":
+        sys.exit(3)
+
+if sys.argv[3] != "none":
+    signal.signal(getattr(signal, sys.argv[2]), requeue)
+trainer.train()
+print("returned")
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "handler", "status"),
+    [("SIGUSR1", "exits", 3), ("SIGUSR2", "returns", 0), ("SIGUSR2", "none", 140), ("SIGTERM", "returns", 143)],
+)
+def test_a_users_handler_of_sigusr_is_called_after_the_save(
+    name: str, handler: str, status: int, tmp_path: Path
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(USERS)
+    command = [sys.executable, str(script), str(tmp_path / "run"), name, handler]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == status, done.stderr
+    assert ("requeued by" in done.stdout) == (handler != "none" and name != "SIGTERM")
+    assert ("returned" in done.stdout) == (status == 0)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    told = next(line for line in log.splitlines() if f"{name} came" in line)
+    assert (
+        "s ago, in epoch 1, iteration 2 of the run (train.py, line 9, in after_iter): saved after iteration 3" in told
+    )
+
+
+def test_the_line_names_what_was_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loader = DataLoader(Hangs(), batch_size=4)
+    with pytest.raises(SystemExit):
+        make_trainer(tmp_path, Net(), data=loader).train()
+    told = next(line for line in caplog.messages if "SIGTERM came" in line)
+    assert "while a batch was waited for in epoch 1" in told
+    assert "(test_stop.py, line " in told
+    assert "in __getitem__)" in told
+
+
+def test_a_handler_of_c_is_left_alone(tmp_path: Path) -> None:
+    """faulthandler's, of which python's `signal.getsignal` knows nothing."""
+    code = """
+import faulthandler, os, signal, sys
+from tests.small_hooks import On, at_iter
+from tests.small_runs import make_trainer
+from pathlib import Path
+
+faulthandler.register(signal.SIGUSR1)
+send = On(after_iter=at_iter(2, lambda trainer: os.kill(os.getpid(), signal.SIGUSR1)))
+trainer = make_trainer(Path(sys.argv[1]), hooks=[send])
+trainer.train()
+print(trainer.progress.epoch)
+"""
+    done = run_python(code, tmp_path, str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("2\n")
+    assert "most recent call first" in done.stderr
