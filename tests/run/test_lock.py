@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,15 @@ def test_a_folder_in_which_another_process_trains_is_refused_with_its_name(resum
     trainer.train()
     assert trainer.progress.epoch == 2
     assert files_in(tmp_path / "run") == {"log.txt"}
+
+
+def test_a_holder_that_signs_its_lock_just_now_is_named(tmp_path: Path) -> None:
+    with Other(tmp_path) as other:
+        signed = (tmp_path / NAME).read_bytes()
+        (tmp_path / NAME).write_bytes(b"")
+        threading.Timer(0.3, (tmp_path / NAME).write_bytes, (signed,)).start()
+        with pytest.raises(WorkDirError, match=f"process {other.process.pid} on "):
+            FolderLock(str(tmp_path))
 
 
 def test_a_trainer_of_this_process_is_refused_too(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import sys
+import time
 from typing import Self
 
 from torch_frame.errors import WorkDirError
@@ -97,12 +98,15 @@ class FolderLock:
 
 
 def _holder(path: str) -> str:
-    try:
-        with open(path, "rb") as file:
-            holder = json.loads(file.read())
-        return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
+    """Who holds a lock, by its file; it may be signing it just now."""
+    for _ in range(20):
+        try:
+            with open(path, "rb") as file:
+                holder = json.loads(file.read())
+            return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            time.sleep(0.05)
+    return "another process"
 
 
 def _in_use(folder: str, holder: str) -> str:
