@@ -435,7 +435,7 @@ def test_a_failed_save_is_told_at_the_next_safe_point_and_nothing_old_is_removed
     trainer = make_trainer(tmp_path, max_epochs=9, hooks=hooks, step_fn=step)
     with pytest.raises(CheckpointError, match=r"epoch_2\.pth could not be written"):
         trainer.train()
-    assert trainer.progress.iter == 16, "at the next safe point, not at the run's end"
+    assert trainer.progress.iter in (15, 16), "at the next safe point, before the next batch or after it"
     assert "epoch_1.pth" in files_of(trainer)
     assert load(trainer, "latest.pth")["progress"]["epoch"] == 2
     assert not [name for name in files_of(trainer) if name.endswith(".tmp")]
