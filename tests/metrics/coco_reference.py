@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pycocotools import mask as mask_tools
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -26,10 +27,14 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)  # of MeanAveragePrecision
 
 
-def pycocotools_evaluation(case: Case) -> COCOeval:
+def pycocotools_evaluation(case: Case, iou_type: str = "bbox") -> COCOeval:
     """Evaluated, accumulated and, where there are three limits, summarised."""
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(*(_coco(case, rows) for rows in (case.targets, case.preds)), "bbox")
+        if iou_type == "bbox":
+            sides = [_coco(case, case.targets), _coco(case, case.preds)]
+        else:
+            sides = _coco_of_masks(case)
+        evaluation = COCOeval(*sides, iou_type)
         params, settings = evaluation.params, case.settings
         params.iouThrs = np.array(settings.get("iou_thresholds", params.iouThrs), float)
         params.recThrs = np.array(settings.get("rec_thresholds", params.recThrs), float)
@@ -62,6 +67,114 @@ def _coco(case: Case, of_images: list[dict[str, np.ndarray]]) -> COCO:
     }
     coco.createIndex()
     return coco
+
+
+def _coco_of_masks(case: Case) -> list[COCO]:
+    """As COCO's own files are read: truth with `area`, results of nothing but codes and scores through `loadRes`."""
+    truth, results = [], []
+    for image, (target, pred) in enumerate(zip(case.targets, case.preds, strict=True)):
+        for k, label in enumerate(target["labels"].tolist()):
+            of_one = {
+                "id": len(truth) + 1,
+                "image_id": image,
+                "category_id": label,
+                "iscrowd": int(target["iscrowd"][k]),
+            }
+            code = pycocotools_code(target["masks"][k])
+            area = float(target["area"][k]) if "area" in target else float(mask_tools.area(code))
+            truth.append(of_one | {"segmentation": code, "area": area})
+        for k, label in enumerate(pred["labels"].tolist()):
+            of_one = {"image_id": image, "category_id": label, "score": float(pred["scores"][k])}
+            results.append(of_one | {"segmentation": pycocotools_code(pred["masks"][k])})
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": image, "height": 1, "width": 1} for image in range(len(case.ids))],
+        "categories": [{"id": k, "name": str(k)} for k in range(case.num_classes)],
+        "annotations": truth,
+    }
+    coco.createIndex()
+    if results:
+        return [coco, coco.loadRes(results)]
+    nothing = COCO()
+    nothing.dataset = coco.dataset | {"annotations": []}
+    nothing.createIndex()
+    return [coco, nothing]
+
+
+def pycocotools_code(mask: Any) -> dict[str, Any]:
+    """A mask or a code as pycocotools' compressed code."""
+    if isinstance(mask, dict):
+        counts = mask["counts"]
+        if isinstance(counts, list):
+            return mask_tools.frPyObjects(mask, *mask["size"])
+        return {"size": list(mask["size"]), "counts": counts.encode() if isinstance(counts, str) else counts}
+    return mask_tools.encode(np.asfortranarray(np.asarray(mask) != 0).astype(np.uint8))
+
+
+def random_case_of_masks(seed: int) -> Case:
+    """As `random_case`, of masks: overlapping, equal, empty, full, ragged, of borderline areas; as arrays and codes."""
+    rng = np.random.default_rng(seed)
+    num_images, num_classes = int(rng.integers(1, 6)), int(rng.integers(1, 4))
+    kind, some = int(rng.integers(5)), int(rng.choice([0, 2, 6, 10]))
+    preds, targets = [], []
+    for _ in range(num_images):
+        height, width = rng.integers(1, 24, 2) if kind < 4 else rng.integers(60, 130, 2)
+        num_truth, num_preds = int(rng.integers(0, some + 1)), int(rng.integers(0, 14))
+        truth = _random_masks(rng, kind, num_truth, int(height), int(width))
+        masks = _random_masks(rng, kind, num_preds, int(height), int(width))
+        labels, pred_labels = rng.integers(0, num_classes, num_truth), rng.integers(0, num_classes, num_preds)
+        if num_truth:  # most of them are some truth, moved, cut or as it is
+            source = rng.integers(0, num_truth, num_preds)
+            for k in np.flatnonzero(rng.random(num_preds) < 0.7):
+                masks[k] = np.roll(truth[source[k]], rng.choice([0, 0, 1, -2], 2), (0, 1))
+                masks[k] &= rng.random(masks[k].shape) >= rng.choice([0, 0, 0.2])
+                pred_labels[k] = labels[source[k]]
+        crowd = (rng.random(num_truth) < rng.choice([0, 0, 0.2, 0.8])).astype(np.int64)
+        target = {"masks": _in_some_form(rng, truth), "labels": labels, "iscrowd": crowd}
+        if rng.random() < 0.4:
+            target["area"] = rng.choice([0, -1, 100.0, 1024.0, 9216.0, 1e10], num_truth)
+        scores = [rng.random(num_preds), rng.integers(0, 4, num_preds) / 4, np.ones(num_preds), -rng.random(num_preds)]
+        preds.append({"masks": _in_some_form(rng, masks), "labels": pred_labels, "scores": scores[rng.integers(4)]})
+        targets.append(target)
+    return Case(num_classes, _random_ids(rng, num_images), preds, targets, _random_settings(rng))
+
+
+def _random_masks(rng: np.random.Generator, kind: int, n: int, height: int, width: int) -> np.ndarray:
+    """(n, height, width) bool."""
+    masks = np.zeros((n, height, width), bool)
+    for mask in masks:
+        if kind == 0:
+            mask[:] = rng.random((height, width)) < rng.choice([0.05, 0.5, 0.95])
+        elif kind == 1:
+            mask[:] = rng.choice([0, 0, 1])  # nothing, or all of it
+        elif kind == 4:  # sides at the borders of COCO's area ranges
+            top, left = rng.integers(0, 4, 2) * 10
+            mask[top : top + rng.choice([10, 32, 96]), left : left + rng.choice([10, 32, 96])] = True
+        else:
+            (top, bottom), (left, right) = (
+                np.sort(rng.integers(0, height + 1, 2)),
+                np.sort(rng.integers(0, width + 1, 2)),
+            )
+            mask[top:bottom, left:right] = True if kind == 2 else rng.random((bottom - top, right - left)) < 0.7
+    return masks
+
+
+def _in_some_form(rng: np.random.Generator, masks: np.ndarray) -> Any:
+    """bool or uint8 tensors of 0 and 1 or of 0 and 255, or pycocotools' codes: bytes, text, or runs."""
+    form = int(rng.integers(6))
+    if form < 3:
+        return torch.from_numpy([masks, masks.astype(np.uint8), masks.astype(np.uint8) * 255][form])
+    codes = [mask_tools.encode(np.asfortranarray(mask).astype(np.uint8)) for mask in masks]
+    if form == 4:
+        return [{**code, "counts": code["counts"].decode()} for code in codes]
+    return codes if form == 3 else [{"size": list(mask.shape), "counts": _runs(mask)} for mask in masks]
+
+
+def _runs(mask: np.ndarray) -> list[int]:
+    """Lengths of runs down the columns, the first one of pixels outside."""
+    pixels = np.r_[False, mask.ravel(order="F")]
+    changes = np.flatnonzero(pixels[1:] != pixels[:-1])
+    return np.diff(np.r_[0, changes, mask.size]).tolist()
 
 
 def random_case(seed: int) -> Case:

@@ -37,10 +37,10 @@ TO_XYWH: dict[str, Callable[[Table], None]] = {
 
 
 def detection_tables(
-    image_ids: Sequence[ImageId], preds: Sequence[Entry], num_classes: int, box_format: str
+    image_ids: Sequence[ImageId], preds: Sequence[Entry], num_classes: int, box_format: str, things: str = "boxes"
 ) -> list[Table]:
     """For each image its detections: (n, 6) of `DETECTION_COLUMNS`, in input order."""
-    source = _Source("prediction", image_ids, preds)
+    source = _Source("prediction", image_ids, preds, things)
     table = np.empty((source.num_rows, 6))
     table[:, :4] = source.boxes()
     table[:, 4] = source.column("scores")
@@ -50,10 +50,10 @@ def detection_tables(
 
 
 def truth_tables(
-    image_ids: Sequence[ImageId], targets: Sequence[Entry], num_classes: int, box_format: str
+    image_ids: Sequence[ImageId], targets: Sequence[Entry], num_classes: int, box_format: str, things: str = "boxes"
 ) -> list[Table]:
     """For each image its truth: (m, 7) of `TRUTH_COLUMNS`; `area` is the box's where none is given, `crowd` 0 or 1."""
-    source = _Source("target", image_ids, targets)
+    source = _Source("target", image_ids, targets, things)
     table = np.empty((source.num_rows, 7))
     table[:, :4] = source.boxes()
     table[:, 4] = source.column("area", default=0.0)
@@ -72,10 +72,11 @@ class _Source:
         what: "prediction" or "target", for messages.
         image_ids: one for each entry.
         entries: for each image a dict of tensors, `boxes` among them.
+        things: "boxes" or "masks", for messages.
     """
 
-    def __init__(self, what: str, image_ids: Sequence[ImageId], entries: Sequence[Entry]) -> None:
-        self._what, self._ids, self._entries = what, image_ids, entries
+    def __init__(self, what: str, image_ids: Sequence[ImageId], entries: Sequence[Entry], things: str) -> None:
+        self._what, self._ids, self._entries, self._things = what, image_ids, entries, things
         for image_id, entry in zip(image_ids, entries, strict=True):
             if not isinstance(entry, Mapping):
                 raise TypeError(
@@ -131,7 +132,7 @@ class _Source:
         if values.shape != (count,) and (count or values.numel()):
             raise ValueError(
                 f"The {name} of the {self._what} of image {self._ids[i]!s} have shape {tuple(values.shape)}, "
-                f"but it has {count} boxes. Pass one value for each box."
+                f"but it has {count} {self._things}. Pass one value for each of them."
             )
         return values
 

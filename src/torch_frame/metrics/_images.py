@@ -5,62 +5,101 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 
 from torch_frame.errors import SettingError
 from torch_frame.metrics._batch import DETECTION_COLUMNS, TRUTH_COLUMNS, Table
 from torch_frame.metrics._ids import ImageId, from_json, sort_key, to_json
+from torch_frame.metrics._masks import MaskArrays, Masks, mask_arrays, pack_masks, unpack_masks
 
 MAGIC = b"torch-frame detections 1\n"
+MAGIC_MASKS = b"torch-frame masked detections 1\n"
+
+Seen: TypeAlias = tuple[Table, Table, Masks | None]
+"""An image's detections (n, 6), its truth (m, 7), and where they have masks the masks of both."""
 
 
 class SeenImages:
-    """id -> (detections (n, 6), truth (m, 7)) of each image, whatever order they came in.
+    """id -> what was seen of each image, whatever order they came in.
 
     Two sets of images with the same content are one to the last bit, whoever added them: everything is read in the order of ids.
+
+    Args:
+        with_masks: all images have masks; else none has.
     """
 
-    def __init__(self) -> None:
-        self._images: dict[ImageId, tuple[Table, Table]] = {}
+    def __init__(self, with_masks: bool = False) -> None:
+        self._with_masks = with_masks
+        self._images: dict[ImageId, Seen] = {}
 
     def __len__(self) -> int:
         return len(self._images)
 
-    def add(self, images: Iterable[tuple[ImageId, Table, Table]]) -> None:
+    def add(self, images: Iterable[tuple[ImageId, Table, Table, Masks | None]]) -> None:
         """Add images, all or none; one that is there already with the same content is left out.
 
         Raises:
             ValueError: where an image comes again with other content.
         """
-        new: dict[ImageId, tuple[Table, Table]] = {}
-        for image_id, detections, truth in images:
+        new: dict[ImageId, Seen] = {}
+        for image_id, detections, truth, masks in images:
+            content = (detections, truth, masks)
             seen = self._images.get(image_id) or new.get(image_id)
-            if seen is None:
-                new[image_id] = (detections, truth)
-            elif not (_same(seen[0], detections) and _same(seen[1], truth)):
+            other = None if seen is None else _difference(seen, content)
+            if other is not None:
                 raise ValueError(
-                    f"Image {image_id!s} came twice, with other {'truth' if _same(seen[0], detections) else 'detections'} the "
-                    "second time. Give each image its own id, and call reset() between evaluations."
+                    f"Image {image_id!s} came twice, with other {other} the second time. Give each image its own id, and call "
+                    "reset() between evaluations."
                 )
+            if seen is None:
+                new[image_id] = content
         self._images.update(new)
 
     def merge(self, other: SeenImages) -> None:
-        self.add((image_id, *tables) for image_id, tables in other._images.items())
+        self.add((image_id, *seen) for image_id, seen in other._images.items())
 
     def tables(self) -> tuple[Table, Table]:
         """(N, 7) and (M, 8): the detections and the truth of all images, each row led by the image's place in the order."""
         ordered = [self._images[image_id] for image_id in self._ordered_ids()]
-        detections = [detections for detections, _ in ordered]
-        truth = [truth for _, truth in ordered]
+        detections = [detections for detections, _, _ in ordered]
+        truth = [truth for _, truth, _ in ordered]
         return led_by_place(detections, len(DETECTION_COLUMNS)), led_by_place(truth, len(TRUTH_COLUMNS))
+
+    def masks(self) -> tuple[MaskArrays, MaskArrays] | None:
+        """The masks of the rows of `tables`; None without masks."""
+        if not self._with_masks:
+            return None
+        masks = self._ordered_masks()
+        return mask_arrays(masks, 0), mask_arrays(masks, 1)
 
     def to_bytes(self, classes: Sequence[object]) -> bytes:
         ids = self._ordered_ids()
-        return pack(classes, ids, [self._images[image_id] for image_id in ids])
+        tables = pack(classes, ids, [self._images[image_id][:2] for image_id in ids])
+        if not self._with_masks:
+            return tables
+        return b"".join((MAGIC_MASKS, struct.pack("<Q", len(tables)), tables, pack_masks(self._ordered_masks())))
 
     def add_bytes(self, data: bytes, classes: Sequence[object]) -> None:
-        self.add(unpack(data, classes))
+        has_masks = data[: len(MAGIC_MASKS)] == MAGIC_MASKS
+        if has_masks != self._with_masks and data[: len(MAGIC)] in (MAGIC, MAGIC_MASKS[: len(MAGIC)]):
+            raise SettingError(
+                f"The state is of a metric {'with' if has_masks else 'without'} masks, and this one is "
+                f"{'with' if self._with_masks else 'without'}. Make both with the same iou_type."
+            )
+        if not self._with_masks:
+            self.add((*row, None) for row in unpack(data, classes))
+            return
+        start = len(MAGIC_MASKS) + 8
+        if not has_masks or len(data) < start:
+            raise ValueError("These bytes are not the state of a metric of masks. Pass what to_bytes() returned.")
+        (length,) = struct.unpack("<Q", data[len(MAGIC_MASKS) : start])
+        rows = unpack(data[start : start + length], classes)
+        self.add((*row, masks) for row, masks in zip(rows, unpack_masks(data[start + length :]), strict=True))
+
+    def _ordered_masks(self) -> list[Masks]:
+        return [masks for image_id in self._ordered_ids() if (masks := self._images[image_id][2]) is not None]
 
     def _ordered_ids(self) -> list[ImageId]:
         return sorted(self._images, key=sort_key)
@@ -68,6 +107,15 @@ class SeenImages:
 
 def _same(first: Table, second: Table) -> bool:
     return first.shape == second.shape and first.tobytes() == second.tobytes()
+
+
+def _difference(seen: Seen, again: Seen) -> str | None:
+    """What an image came with that is not what was seen of it."""
+    if not _same(seen[0], again[0]):
+        return "detections"
+    if not _same(seen[1], again[1]):
+        return "truth"
+    return None if seen[2] == again[2] else "masks"
 
 
 def led_by_place(tables: Sequence[Table], width: int) -> Table:

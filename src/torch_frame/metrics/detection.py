@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from torch_frame.metrics._batch import TO_XYWH, Entry, detection_tables, truth_t
 from torch_frame.metrics._coco import coco_arrays
 from torch_frame.metrics._ids import as_image_ids
 from torch_frame.metrics._images import SeenImages
+from torch_frame.metrics._masks import Masks, read_masks, with_boxes
 from torch_frame.metrics.voc import VocAP, voc_average_precision
 
 Array = npt.NDArray[np.float64]
@@ -72,10 +73,12 @@ class PrecisionRecall:
 
 
 class MeanAveragePrecision:
-    """COCO's mean average precision and recall of boxes, and VOC's average precision.
+    """COCO's mean average precision and recall of boxes or masks, and of boxes VOC's average precision.
 
     Every number is pycocotools' to the last bit. Images count in the order of their ids, an image's boxes in input order, so the
     result depends on nothing else: not on batches, shards or the order of merging. The backend is hotcoco (extra `detection`).
+
+    For both, take two metrics: `EvalTotalHook(loader, {"box": ..., "mask": ...}, inputs=...)`; each reads what it compares.
 
     Args:
         classes: the names of the classes; labels are indices into them, from 0.
@@ -84,6 +87,7 @@ class MeanAveragePrecision:
         rec_thresholds: in [0, 1], growing. None: 0, 0.01, ..., 1.
         max_dets: how many detections of an image and class count, best scores first; whole numbers from 1, each once.
         area_ranges: name -> (lowest, highest) area in square pixels, both inside; `all` has to be among them. None: COCO's.
+        iou_type: what is compared: "bbox", the boxes, or "segm", the masks.
 
     Raises:
         SettingError: where a setting can't be what is meant.
@@ -108,6 +112,7 @@ class MeanAveragePrecision:
         rec_thresholds: Sequence[float] | Array | None = None,
         max_dets: Sequence[int] = (1, 10, 100),
         area_ranges: Mapping[str, tuple[float, float]] | None = None,
+        iou_type: Literal["bbox", "segm"] = "bbox",
     ) -> None:
         if importlib.util.find_spec("hotcoco") is None:
             raise ImportError(
@@ -115,6 +120,9 @@ class MeanAveragePrecision:
             )
         if box_format not in TO_XYWH:
             raise SettingError(f"box_format is {box_format!r}; it has to be one of {', '.join(map(repr, TO_XYWH))}.")
+        if iou_type not in ("bbox", "segm"):
+            raise SettingError(f"iou_type is {iou_type!r}; it has to be 'bbox' or 'segm'. For both, make two metrics.")
+        self.iou_type = iou_type
         self.classes = _checked_classes(classes)
         self.box_format = box_format
         self.iou_thresholds = _checked_grid("iou_thresholds", iou_thresholds, np.linspace(0.5, 0.95, 10))
@@ -123,8 +131,8 @@ class MeanAveragePrecision:
             raise SettingError(f"rec_thresholds are {self.rec_thresholds.tolist()}; they have to grow.")
         self.max_dets = _checked_max_dets(max_dets)
         self.area_ranges = _checked_ranges(AREA_RANGES if area_ranges is None else area_ranges)
-        self._images = SeenImages()
-        self._evaluated: tuple[PrecisionRecall, VocAP] | None = None
+        self._images = self._no_images()
+        self._evaluated: tuple[PrecisionRecall, VocAP | None] | None = None
 
     def update(self, image_ids: Iterable[Any], preds: Sequence[Entry], targets: Sequence[Entry]) -> None:
         """Take in a batch: one id, one prediction and one target for each image.
@@ -134,9 +142,13 @@ class MeanAveragePrecision:
 
         Args:
             image_ids: any hashables; equal ones are one image. Tensors and arrays of numbers count as the numbers.
-            preds: dicts of `boxes` (N, 4), `scores` (N,) and `labels` (N,).
+            preds: dicts of `boxes` (N, 4), `scores` (N,) and `labels` (N,); of masks, `masks` in place of `boxes`.
             targets: dicts of `boxes` (M, 4), `labels` (M,) and, where known, `iscrowd` (M,), `area` (M,) in square pixels.
-                Without `area` the box's is taken; a given area counts as it is, 0 too, as in COCO.
+                Without `area` the box's is taken, or the mask's; a given area counts as it is, 0 too, as in COCO.
+
+        With `iou_type="segm"` both have `masks`: (N, height, width) bool or integers (0 is outside), or a list of COCO's
+        run-length codes `{"size": [height, width], "counts": ...}` (compressed, as text too, or the runs' lengths). All masks of
+        an image are of one size. A detection's area is its mask's, whatever boxes there are: `boxes` are not read.
 
         Raises:
             ValueError: where boxes, scores or labels can't be counted, naming the image; nothing of the batch is taken in then.
@@ -147,9 +159,15 @@ class MeanAveragePrecision:
                 f"update() got {len(ids)} image_ids, {len(preds)} preds and {len(targets)} targets. "
                 "Pass one of each for each image."
             )
-        detections = detection_tables(ids, preds, len(self.classes), self.box_format)
-        truth = truth_tables(ids, targets, len(self.classes), self.box_format)
-        self._images.add(zip(ids, detections, truth, strict=True))
+        masks: Sequence[Masks | None] = [None] * len(ids)
+        box_format, things = self.box_format, "boxes"
+        if self.iou_type == "segm":
+            masks = read = read_masks(ids, preds, targets)
+            preds, targets = with_boxes(preds, read, 0), with_boxes(targets, read, 1)
+            box_format, things = "xywh", "masks"
+        detections = detection_tables(ids, preds, len(self.classes), box_format, things)
+        truth = truth_tables(ids, targets, len(self.classes), box_format, things)
+        self._images.add(zip(ids, detections, truth, masks, strict=True))
         self._evaluated = None
 
     def compute(self) -> dict[str, Any]:
@@ -159,7 +177,7 @@ class MeanAveragePrecision:
         - `map_small`, ... and `mar_small`, ... (one for each range but `all`): within a range of areas.
         - `map_per_class`, `mar_100_per_class`: the classes' own.
         - `voc_map` (area under the curve), `voc07_map` (eleven points), `voc_map_per_class`, `voc07_map_per_class`: at IoU 0.5;
-          `max_dets` and `area_ranges` don't apply to them.
+          `max_dets` and `area_ranges` don't apply to them. Of boxes only.
 
         0 where there is truth but no detection is right, -1 where there is no truth; means leave classes without truth out.
         As in pycocotools `map` and `map_per_class` are -1 where 100 is not in `max_dets`, and what has no limit in its name is at
@@ -182,7 +200,7 @@ class MeanAveragePrecision:
         """The arrays that the numbers are means of; kept until data is added."""
         return self._evaluate()[0]
 
-    def _evaluate(self) -> tuple[PrecisionRecall, VocAP]:
+    def _evaluate(self) -> tuple[PrecisionRecall, VocAP | None]:
         if self._evaluated is None:
             detections, truth = self._images.tables()
             precision, recall, scores = coco_arrays(
@@ -194,17 +212,24 @@ class MeanAveragePrecision:
                 rec_thresholds=self.rec_thresholds,
                 max_dets=np.array(self.max_dets, float),
                 area_ranges=np.array(list(self.area_ranges.values())),
+                masks=self._images.masks(),
             )
             arrays = PrecisionRecall(
                 *(precision, recall, scores, self.iou_thresholds, self.rec_thresholds),
                 *(self.classes, tuple(self.area_ranges), self.max_dets),
             )
-            self._evaluated = arrays, voc_average_precision(detections, truth, len(self.classes))
+            of_boxes = self.iou_type == "bbox"
+            self._evaluated = (
+                arrays,
+                voc_average_precision(detections, truth, len(self.classes)) if of_boxes else None,
+            )
         return self._evaluated
 
     def _voc_results(self) -> dict[str, Any]:
         of_classes = self._evaluate()[1]
         results: dict[str, Any] = {}
+        if of_classes is None:
+            return results
         for name, values in (("voc_map", of_classes.area), ("voc07_map", of_classes.eleven_point)):
             results[name] = _mean(values)
             results[f"{name}_per_class"] = dict(zip(self.classes, values.tolist(), strict=True))
@@ -217,18 +242,25 @@ class MeanAveragePrecision:
 
     def reset(self) -> None:
         """Forget all images."""
-        self._images = SeenImages()
+        self._images = self._no_images()
         self._evaluated = None
+
+    def _no_images(self) -> SeenImages:
+        return SeenImages(with_masks=self.iou_type == "segm")
 
     def merge(self, other: MeanAveragePrecision) -> None:
         """Take in the images of another metric of the same classes; the result is as if all had come here.
 
         Raises:
-            SettingError: where the classes differ.
+            SettingError: where the classes differ, or one is of boxes and the other of masks.
             ValueError: where an image is in both with different content.
         """
         if other.classes != self.classes:
             raise SettingError("The other metric has other classes. Make both with the same classes in the same order.")
+        if other.iou_type != self.iou_type:
+            raise SettingError(
+                f"The other metric's iou_type is {other.iou_type!r}, this one's {self.iou_type!r}. Make both with the same."
+            )
         self._images.merge(other._images)
         self._evaluated = None
 
@@ -244,7 +276,7 @@ class MeanAveragePrecision:
         """Take in the images of what `to_bytes` of another metric, in any process, returned.
 
         Raises:
-            SettingError: where the classes differ.
+            SettingError: where the classes differ, or one is of boxes and the other of masks.
             ValueError: where the bytes are damaged, or an image is in both with different content.
         """
         self._images.add_bytes(data, self.classes)
@@ -256,7 +288,7 @@ class MeanAveragePrecision:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take on a state in place of this one's."""
-        images = SeenImages()
+        images = self._no_images()
         images.add_bytes(state["images"].cpu().numpy().tobytes(), self.classes)
         self._images, self._evaluated = images, None
 
