@@ -54,7 +54,7 @@ class EvaluationHook(CheckpointerHook):
     """
 
     evaluates = True
-    _kept_otherwise = CheckpointerHook._kept_otherwise | {"_score_names", "results"}
+    _kept_otherwise = CheckpointerHook._kept_otherwise | {"_score_names", "results", "pictures"}
 
     def __init__(
         self,
@@ -156,6 +156,10 @@ class EvaluationHook(CheckpointerHook):
         """Run the evaluation and log what it yields."""
         step = self.trainer.epoch if self.period_unit == "epoch" else self.trainer.cur_iter
         self.log(step, **self.evaluate(), smooth=False, window_size=1)
+        self._write_pictures(step)
+
+    def _write_pictures(self, step: int) -> None:
+        """Hand over what the evaluation has drawn; here nothing."""
 
     def placed(self, batch: Any) -> Any:
         """The batch where it is wanted: on the model's device, or as it is."""

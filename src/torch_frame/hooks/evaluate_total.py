@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
@@ -14,7 +15,10 @@ from torch import Tensor, nn
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import SettingError
 from torch_frame.hooks.evaluate import EvaluationHook, check_dataloader, evaluating, first_batch, same_buffers
+from torch_frame.hooks.figures import check_can_draw, check_figures, draw_figures, write_figures
 from torch_frame.metrics.metric import Metric, is_torchmetrics, results_of
+
+_logger = logging.getLogger("torch_frame")
 
 
 class EvalTotalHook(EvaluationHook):
@@ -36,11 +40,15 @@ class EvalTotalHook(EvaluationHook):
             several; None: no metric decides.
         prefix: results are logged as `<prefix>_<result>`.
         inputs: (model, batch) -> the arguments of the metrics' `update`: a tuple, a dict of keyword arguments, or a single one.
+        figures: {name: function}: after each evaluation the function is called on the main process with `eval_metric`, which has
+            seen all data, and returns a matplotlib figure (or None), which the LoggerHook's writers get as `<prefix>_<name>`.
+            `torch_frame.report.precision_recall.plot_precision_recall` is one for `MeanAveragePrecision`.
         settings: `period_unit`, `inference_mode`, `progress_bar` of EvaluationHook.
 
     Attributes:
         results: of the last evaluation, as the metrics returned them: {prefix: {name: value}}, matrices and lists included; on
             ranks other than 0 the numbers only.
+        pictures: the figures of the last evaluation, by name; on rank 0.
 
     Stores: what CheckpointerHook stores.
 
@@ -70,6 +78,7 @@ class EvalTotalHook(EvaluationHook):
         prefix: str = "eval",
         *,
         inputs: Callable[[nn.Module, Any], Any] | None = None,
+        figures: Mapping[str, Callable[[Any], Any]] | None = None,
         **settings: Any,
     ) -> None:
         self.prefix = f"{prefix}_"
@@ -81,6 +90,10 @@ class EvalTotalHook(EvaluationHook):
         if inputs is not None and not callable(inputs):
             raise TypeError(f"inputs is {inputs!r}; it has to be a function of (model, batch), or None.")
         self._inputs = inputs
+        self._figures = check_figures(figures, self.class_name)
+        self._given_metric = eval_metric
+        self._unwritten: set[str] = set()  # figures of which was told that no writer takes them
+        self.pictures: dict[str, Any] = {}
         self.results: dict[str, dict[str, Any]] = {}
         super().__init__(period, max_to_keep, self._full_name(save_metric), max_first, save_last, **settings)
 
@@ -112,6 +125,7 @@ class EvalTotalHook(EvaluationHook):
 
     def check(self) -> None:
         super().check()
+        check_can_draw(self._figures, self.class_name)
         check_can_merge([metric for _, metric in self._metrics], self.trainer.hook_strategy)
 
     def higher_is_better(self, name: str) -> bool | None:
@@ -136,9 +150,10 @@ class EvalTotalHook(EvaluationHook):
                 try:
                     names |= self._scalars(prefix, self._compute(merged=False)).keys()
                 except Exception:  # one batch may be too little for it; a real evaluation will tell
-                    return None
-                finally:
                     self._reset()
+                    return None
+                self._draw(prefix)
+                self._reset()
         return names
 
     def evaluate(self) -> dict[str, float]:
@@ -154,6 +169,7 @@ class EvalTotalHook(EvaluationHook):
                         raise SettingError(f"The evaluation's dataloader ({prefix}) is empty.")
                     merge_over_ranks([metric for _, metric in self._metrics], strategy)
                     self.results[prefix] = _detached_results(self._compute(merged=True))
+                    self._draw(prefix)
                 finally:
                     self._reset()
                 found = strategy.broadcast(self._scalars(prefix, self.results[prefix]))
@@ -161,6 +177,20 @@ class EvalTotalHook(EvaluationHook):
                     self.results[prefix] = {name.removeprefix(f"{prefix}_"): value for name, value in found.items()}
                 scalars |= found
         return scalars
+
+    def _draw(self, prefix: str) -> None:
+        if self.trainer.hook_strategy.rank == 0:
+            self.pictures |= draw_figures(self._figures, self._given_metric, prefix)
+
+    def _write_pictures(self, step: int) -> None:
+        for name in write_figures(self.pictures, self.trainer.hooks, step):
+            if name not in self._unwritten:
+                self._unwritten.add(name)
+                _logger.warning(
+                    "The figure %s is not written: that needs a LoggerHook, and TensorBoard (pip install "
+                    "'torch-frame[tensorboard]'). `pictures` of the hook has it.",
+                    name,
+                )
 
     def _update_all(self, loader: Iterable[Any], prefix: str) -> bool:
         seen = False

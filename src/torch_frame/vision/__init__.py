@@ -26,6 +26,7 @@ from torch_frame.vision.colors import (
     adjust_gamma,
     adjust_hue_saturation,
 )
+from torch_frame.vision.drawing import draw, draw_grid
 from torch_frame.vision.geometry import (
     Letterboxed,
     crop,
@@ -60,6 +61,8 @@ __all__ = [
     "convert_boxes",
     "crop",
     "det_postprocess",
+    "draw",
+    "draw_grid",
     "eval_map",
     "filter_box",
     "flip",

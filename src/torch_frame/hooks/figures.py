@@ -1,0 +1,69 @@
+"""Figures of an evaluation: made from its metrics, handed to the writers."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch_frame.errors import SettingError
+from torch_frame.hooks.base import HookBase
+from torch_frame.hooks.logger import LoggerHook
+
+
+def check_figures(figures: Mapping[str, Callable[[Any], Any]] | None, owner: str) -> dict[str, Callable[[Any], Any]]:
+    """The functions by name.
+
+    Raises:
+        TypeError: they are something else.
+    """
+    if figures is None:
+        return {}
+    if not isinstance(figures, Mapping) or not all(callable(function) for function in figures.values()):
+        raise TypeError(
+            f"figures of {owner} is {figures!r}; it has to be {{name: function of the metric that returns a figure}}."
+        )
+    return dict(figures)
+
+
+def check_can_draw(names: Iterable[str], owner: str) -> None:
+    """matplotlib is there, if any figure is asked for.
+
+    Raises:
+        SettingError: it is not installed.
+    """
+    if not list(names):
+        return
+    try:
+        importlib.import_module("matplotlib")
+    except ModuleNotFoundError as error:
+        raise SettingError(
+            f"figures of {owner} need matplotlib, which is not installed. Run: pip install 'torch-frame[report]'"
+        ) from error
+
+
+def draw_figures(functions: Mapping[str, Callable[[Any], Any]], metric: Any, prefix: str) -> dict[str, Any]:
+    """`<prefix>_<name>` -> figure; a function may return None: nothing to show.
+
+    Raises:
+        TypeError: a function returned something else.
+    """
+    drawn = {}
+    for name, function in functions.items():
+        figure = function(metric)
+        if figure is None:
+            continue
+        if not hasattr(figure, "savefig"):
+            raise TypeError(
+                f"The function of the figure {name!r} returned {type(figure).__name__}; it has to return a matplotlib figure."
+            )
+        drawn[f"{prefix}_{name}"] = figure
+    return drawn
+
+
+def write_figures(figures: Mapping[str, Any], hooks: Iterable[HookBase], step: int) -> list[str]:
+    """Hand figures to all writers that take them; returns the names of those that none has taken."""
+    loggers = [hook for hook in hooks if isinstance(hook, LoggerHook)]
+    return [
+        name for name, figure in figures.items() if not sum(logger.add_figure(name, figure, step) for logger in loggers)
+    ]
