@@ -117,7 +117,7 @@ def test_a_picture_of_any_size_fits_a_screen_and_its_labels_are_inside_and_large
     assert min(drawn.shape[:2]) >= 48
     assert len(texts(figure)) == 3
     for text in figure.axes[0].texts:
-        assert 4.5 <= text.get_fontsize() <= 10
+        assert 5.5 <= text.get_fontsize() <= 10
         if min(drawn.shape[:2]) > 100:  # there is room for it
             extent = text.get_window_extent()
             assert extent.x0 >= -3
@@ -196,6 +196,7 @@ def test_a_grid_has_each_picture_with_its_own_detections():
     figure = draw_grid([picture()] * 5, founds, classes=list("abcde"))
     assert [texts_of.texts[0].get_text() for texts_of in figure.axes[:5]] == list("abcde")
     assert len(figure.axes) == 6
+    assert pixels(figure).shape == (512, 960, 3)
     assert len(draw_grid([picture(), picture(64, 9)], [{}, {}], columns=9).axes) == 2
     with pytest.raises(ValueError, match="2 images and 1 dicts"):
         draw_grid([picture()] * 2, [{}])

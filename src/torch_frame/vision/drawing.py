@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 _DPI = 100
 _SHORTEST, _LONGEST = 640, 1600  # pixels that the longer side of a figure has at least and at most
+_SHORTEST_IN_GRID = 320  # of a picture in a grid, as far as the figure is large enough
 _MASK_ALPHA = 0.45
+_SMALLEST_LETTERS, _LARGEST_LETTERS = 5.5, 10.0  # points
 _NARROWEST = 48  # pixels that the shorter side has at least, however long the picture is
 
 
@@ -218,7 +220,8 @@ def _panels(rows: int, columns: int, pictures: Sequence[npt.NDArray[np.uint8]]) 
     height = rows * max(picture.shape[0] for picture in pictures)
     width = columns * max(picture.shape[1] for picture in pictures)
     longest = max(height, width)
-    scale = min(max(_SHORTEST, longest), _LONGEST) / longest
+    shortest = max(_SHORTEST, _SHORTEST_IN_GRID * max(rows, columns))
+    scale = min(max(shortest, longest), _LONGEST) / longest
     if scale > 1:
         scale = math.ceil(scale) if math.ceil(scale) * longest <= _LONGEST else scale  # whole pixels for a pixel
     size = [max(side * scale, _NARROWEST) for side in (width, height)]
@@ -247,7 +250,7 @@ def _draw_on(axes: Any, picture: npt.NDArray[np.uint8], found: _Found) -> None:
     sides = found.boxes[:, 2:] - found.boxes[:, :2]
     visible = sides.min(axis=1) > 0
     typical = float(np.median(sides[visible].max(axis=1))) * points if visible.any() else 100.0
-    size = min(max(typical / 6, 4.5), 10.0)
+    size = min(max(typical / 6, _SMALLEST_LETTERS), _LARGEST_LETTERS)
     for k in range(len(found.texts)):
         if visible[k]:
             colour = found.colours[k]
