@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.distributed.processes import Failed, on_processes, outcomes
+from tests.metrics.coco_reference import pycocotools_code
 from tests.small_runs import Net, make_batches, make_trainer
 from torch_frame import CheckpointerHook, EarlyStoppingHook, EvalHook, EvalTotalHook, HookBase
 from torch_frame.distributed.ddp import DDP
@@ -76,6 +77,18 @@ def split(batch: Any) -> tuple[list[int], list[Any], list[Any]]:
     return list(ids), list(preds), list(targets)
 
 
+def with_masks(batch: Any) -> tuple[list[int], list[Any], list[Any]]:
+    """The batch with the boxes' pixels as masks, of images of many sizes; truth as run-length codes."""
+    ids, preds, targets = split(batch)
+    for image, sides in enumerate(zip(preds, targets, strict=True)):
+        for entry in sides:
+            y, x = torch.meshgrid(torch.arange(140 + ids[image] % 7), torch.arange(150), indexing="ij")
+            left, top, right, bottom = entry["boxes"][:, :, None, None].unbind(1)
+            entry["masks"] = (x >= left) & (x < right) & (y >= top) & (y < bottom)
+    targets = [entry | {"masks": [pycocotools_code(mask) for mask in entry["masks"].numpy()]} for entry in targets]
+    return ids, preds, targets
+
+
 def score_means(model: Any, batch: Any) -> dict[str, list[float]]:
     return {"score": [float(pred["scores"].mean()) for _, pred, _ in batch]}
 
@@ -89,6 +102,13 @@ def evaluate(folder: Path, batch_size: int = 4) -> dict[str, Any]:
             MeanAveragePrecision(["a", "b"]),
             save_metric="map",
             inputs=lambda model, batch: split(batch),
+            **quiet,
+        ),
+        EvalTotalHook(
+            loader,
+            {"box": MeanAveragePrecision(["a", "b"]), "mask": MeanAveragePrecision(["a", "b"], iou_type="segm")},
+            prefix="both",
+            inputs=lambda model, batch: with_masks(batch),
             **quiet,
         ),
         EvalTotalHook(loader, Counts(), prefix="num", inputs=lambda model, batch: split(batch)[1], **quiet),
@@ -111,6 +131,9 @@ def test_values_are_those_of_one_process(world_size: int, tmp_path: Path) -> Non
     assert isinstance(Counts(), Metric)
     expected = evaluate(tmp_path / "one")
     assert 0.05 < expected["eval_map"] < 0.95
+    assert expected["both_box_map"] == expected["eval_map"]
+    assert 0.05 < expected["both_mask_map"] < 0.95
+    assert expected["both_mask_map"] != expected["eval_map"]
     assert expected["num_count"] == NUM_IMAGES
     for result in on_processes(evaluate, tmp_path, world_size, tmp_path / "ranks"):
         for name, value in expected.items():

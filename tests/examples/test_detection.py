@@ -25,7 +25,7 @@ pytest.importorskip("hotcoco")
 pytest.importorskip("matplotlib")
 
 SCRIPT = ROOT / "examples" / "detection.py"
-SHORT = ("--epochs", "4", "--canvases", "24", "--batch-size", "8", "--threads", "1")
+SHORT = ("--epochs", "4", "--canvases", "24", "--batch-size", "8")
 
 
 def example() -> Any:
@@ -184,9 +184,6 @@ def test_two_ranks_of_which_one_never_has_a_box_do_not_wait_for_each_other(tmp_p
     assert first == second
 
 
-FULL = ("--threads", "1")
-
-
 def final_ap50(work_dir: Path) -> float:
     return scores_of(work_dir)[-1]["eval_map_50"]
 
@@ -195,7 +192,7 @@ def final_ap50(work_dir: Path) -> float:
 def full_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     work_dir = tmp_path_factory.mktemp("detection") / "whole"
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    output = finish(start(work_dir, *FULL), 1800)
+    output = finish(start(work_dir), 1800)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert seconds < 180, "CPU time: the 3 minutes are meant for an idle machine"
@@ -215,8 +212,8 @@ def test_the_full_run_reaches_its_goal_on_digits_that_it_has_not_seen(full_run: 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
 def test_the_full_run_killed_half_way_ends_with_the_same_numbers(full_run: tuple[Path, str], tmp_path: Path) -> None:
     whole, output = full_run
-    kill_after(len(scores_of(whole)) // 2, tmp_path / "killed", *FULL)
-    resumed = finish(start(tmp_path / "killed", *FULL, "--resume"), 1800)
+    kill_after(len(scores_of(whole)) // 2, tmp_path / "killed")
+    resumed = finish(start(tmp_path / "killed", "--resume"), 1800)
     check_same_end(whole, tmp_path / "killed", output, resumed)
 
 
@@ -226,6 +223,6 @@ def test_two_ranks_end_within_a_hundredth_of_one(full_run: tuple[Path, str], tmp
     if torch.cuda.is_available():
         pytest.skip("the script trains on the CPU, which is tried without a GPU")
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    output = finish(start(tmp_path / "ranks", *FULL, launch=launch), 1800)
+    output = finish(start(tmp_path / "ranks", launch=launch), 1800)
     assert output.count("at the end; mAP") == 1, "rank 0 alone prints"
     assert abs(final_ap50(tmp_path / "ranks") - final_ap50(full_run[0])) <= 0.01

@@ -159,7 +159,10 @@ GOOD = {"size": [64, 64], "counts": [4096]}
     [
         ({"labels": torch.zeros(1).long(), "scores": torch.ones(1)}, "has no 'masks', only 'labels', 'scores'"),
         (entry(FLOATS), r"float32; they have to be bool, .* masks > 0.5"),
-        (entry(FLOATS[None] > 0.5), r"shape \(1, 1, 64, 64\); they have to be \(N, height, width\)"),
+        (entry(FLOATS[None] > 0.5), r"shape \(1, 1, 64, 64\), with a channel, .* masks\[:, 0\] > 0.5"),
+        (entry([[[1.0, 1.0, 9.0, 1.0, 9.0, 9.0]]]), "Of polygons pycocotools.mask.frPyObjects"),
+        (entry([[]]), r"shape \(1, 0\); they have to be \(N, height, width\).* of polygons"),
+        (entry(["mask.png"]), r"shape \(1,\); they have to be \(N, height, width\)"),
         (entry(FLOATS[0] > 0.5), r"shape \(64, 64\)"),
         (entry([square(size=64), square(size=32)]), r"several shapes: \(32, 32\), \(64, 64\)"),
         (entry(square(size=32)[None]), "are 32x32 pixels .* in the prediction and 64x64 in the target"),

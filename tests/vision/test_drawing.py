@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.small_runs import environment
+from tests.small_runs import ROOT, environment
 from torch_frame.vision import draw, draw_grid
 
 pytest.importorskip("matplotlib")
@@ -95,6 +96,9 @@ def test_labels_scores_and_their_order():
         "1 0.20",
         "0 0.30",
     ]
+    odd = [None, float("nan"), (1, 2)]
+    assert texts(draw(picture(), boxes, odd, classes=["cat"])) == ["None", "nan", "(1, 2)"]
+    assert texts(draw(picture(), boxes, np.array(["a", "b", "c"]), classes=["cat"])) == ["a", "b", "c"]
     assert texts(draw(picture(), boxes)) == []
     assert texts(draw(picture(), boxes, [0, 1, 2], [0.5, float("nan"), 0.2]))[-1] == "0 0.50"
 
@@ -146,7 +150,7 @@ def test_every_kind_of_picture_is_taken():
     for kind in kinds:
         assert np.array_equal(pixels(draw(kind)), expected)
     colour = picture()
-    assert np.array_equal(pixels(draw(colour[:, :, ::-1], bgr=True)), pixels(draw(colour)))
+    assert np.array_equal(pixels(draw(colour[:, :, ::-1], channel_order="bgr")), pixels(draw(colour)))
     assert np.array_equal(pixels(draw(np.dstack([colour, grey]))), pixels(draw(colour)))
     assert np.array_equal(pixels(draw(grey > 100)), pixels(draw((grey > 100).astype(np.uint8) * 255)))
     draw(torch.full((3, 4, 4), torch.nan, dtype=torch.bfloat16))
@@ -163,7 +167,7 @@ def test_nothing_found_is_the_picture_itself(nothing):
 def test_what_is_given_is_left_as_it_is():
     image, boxes, scores, masks = picture(), np.array([[-1.0, 2, 30, 90]]), np.array([0.5]), np.ones((1, 32, 40), bool)
     copies = [array.copy() for array in (image, boxes, scores, masks)]
-    draw(image, boxes, [0], scores, masks, bgr=True)
+    draw(image, boxes, [0], scores, masks, channel_order="bgr")
     for array, copy in zip((image, boxes, scores, masks), copies, strict=True):
         assert np.array_equal(array, copy)
 
@@ -200,8 +204,22 @@ def test_a_grid_has_each_picture_with_its_own_detections():
     assert len(draw_grid([picture(), picture(64, 9)], [{}, {}], columns=9).axes) == 2
     with pytest.raises(ValueError, match="2 images and 1 dicts"):
         draw_grid([picture()] * 2, [{}])
+    with pytest.raises(ValueError, match="channel_order is 'gbr'; it is 'rgb' or 'bgr'"):
+        draw(picture(), channel_order="gbr")
     with pytest.raises(TypeError, match="knows no 'color'"):
         draw_grid([picture()], [{}], color=1)
+
+
+def test_the_guides_pictures_and_hook_are_made(tmp_path, monkeypatch):
+    pytest.importorskip("hotcoco")
+    monkeypatch.chdir(tmp_path)
+    guide = ROOT / "docs" / "vision.md"
+    _, pictures, hook = re.findall(r"```python\n(.*?)```", guide.read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(pictures + hook, str(guide), "exec"), names)
+    assert (tmp_path / "found.png").read_bytes()[:4] == b"\x89PNG"
+    assert texts(names["figure"]) == ["dog"] * 4
+    assert type(names["hook"]).__name__ == "EvalTotalHook"
 
 
 def test_drawing_imports_matplotlib_when_it_is_called_and_never_pyplot():

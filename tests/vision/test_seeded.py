@@ -86,7 +86,7 @@ def test_augmentation_is_the_same_for_any_number_of_workers_and_after_a_resume(t
 
 
 def test_the_guides_dataset_runs(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
     names: dict[str, Any] = {}
     exec(compile(code, str(GUIDE), "exec"), names)
     image, rows = names["image"], names["rows"]

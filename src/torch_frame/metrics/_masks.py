@@ -122,15 +122,22 @@ def _encoded(whose: str, masks: Any) -> tuple[Size | None, tuple[bytes, ...]]:
     array = _as_array(whose, masks)
     if array.shape[:1] == (0,):
         return None, ()
-    if array.ndim != 3 or array.size == 0:
+    is_number = array.dtype == bool or np.issubdtype(array.dtype, np.number)
+    if array.ndim == 4 and array.shape[1] == 1 and is_number:
+        raise ValueError(
+            f"The masks of {whose} have shape {array.shape}, with a channel, as torchvision's Mask R-CNN returns them; they have "
+            "to be (N, height, width). Choose a threshold: masks[:, 0] > 0.5."
+        )
+    if array.ndim != 3 or array.size == 0 or not is_number:
         raise ValueError(
             f"The masks of {whose} have shape {array.shape}; they have to be (N, height, width), (0, height, width) if there "
-            "is none, or a list of COCO's run-length codes {'size': [height, width], 'counts': ...}."
+            "is none, or a list of COCO's run-length codes {'size': [height, width], 'counts': ...}, which "
+            "pycocotools.mask.frPyObjects makes of polygons."
         )
     if array.dtype != bool and not np.issubdtype(array.dtype, np.integer):
         raise ValueError(
-            f"The masks of {whose} are {array.dtype}; they have to be bool, or integers (0 is outside). "
-            "Choose a threshold: masks > 0.5."
+            f"The masks of {whose} are {array.dtype}; they have to be bool, or integers (0 is outside). Choose a threshold: "
+            "masks > 0.5. (Of polygons pycocotools.mask.frPyObjects makes run-length codes, which are taken too.)"
         )
     inside = array if array.dtype == bool else array != 0
     rles = hotcoco.mask.encode(inside.transpose(1, 2, 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import math
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,13 +32,14 @@ def draw(
     *,
     classes: Sequence[Any] | None = None,
     min_score: float = 0.0,
-    bgr: bool = False,
+    channel_order: str = "rgb",
 ) -> Figure:
     """A picture with what was found on it, each class in its colour. Nothing that is given is changed.
 
     Lines and letters have the size that they need on the figure, not on the picture: a picture of 32 pixels is enlarged, one of
     8,000 reduced. Among many or small boxes letters are smaller. A box is cut to the picture, one outside it is left out, a
-    label is moved inside; the best score is drawn on top. Arrays and tensors, on any device, are taken.
+    label is moved inside; the best score is drawn on top. Arrays and tensors, on any device, are taken. Letters are of
+    matplotlib's font: if it lacks yours (Chinese, say), matplotlib warns, and `matplotlib.rcParams["font.family"] = [...]` helps.
 
     Args:
         image: array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or tensor (H, W) or (1 or 3 or 4, H, W); bool, integers of 0..255,
@@ -48,7 +50,7 @@ def draw(
         masks: (N, H, W), bool or integers (0 is outside): painted over the picture.
         classes: names of the labels.
         min_score: what has a lower score is left out.
-        bgr: the image is blue, green, red, as OpenCV reads it.
+        channel_order: of the image: "rgb", as PIL and torchvision read it, or "bgr", as OpenCV does.
 
     Returns:
         A figure of a size of its own: `draw(...).savefig("found.png")`. It belongs to no window and no pyplot.
@@ -61,7 +63,7 @@ def draw(
     >>> [text.get_text() for text in figure.axes[0].texts]
     ['dog 0.90']
     """
-    figure, axes = _panels(1, 1, [picture := _picture(image, bgr)])
+    figure, axes = _panels(1, 1, [picture := _picture(image, channel_order)])
     found = {"boxes": boxes, "labels": labels, "scores": scores, "masks": masks}
     _draw_on(axes[0], picture, _Found(picture, found, classes, min_score))
     return figure
@@ -74,7 +76,7 @@ def draw_grid(images: Sequence[Any], founds: Sequence[Any], *, columns: int | No
         images: each as `draw` takes it.
         founds: for each image a dict of `boxes`, `labels`, `scores`, `masks`, as far as there are; other keys are not read.
         columns: pictures in a row; None: about as many as there are rows.
-        settings: `classes`, `min_score`, `bgr` of `draw`.
+        settings: `classes`, `min_score`, `channel_order` of `draw`.
 
     Raises:
         ModuleNotFoundError, TypeError, ValueError: as `draw`.
@@ -83,14 +85,14 @@ def draw_grid(images: Sequence[Any], founds: Sequence[Any], *, columns: int | No
         raise ValueError(
             f"There are {len(images)} images and {len(founds)} dicts; give one dict for each image, at least one."
         )
-    pictures = [_picture(image, settings.get("bgr", False)) for image in images]
+    pictures = [_picture(image, settings.get("channel_order", "rgb")) for image in images]
     columns = min(columns or math.ceil(math.sqrt(len(pictures))), len(pictures))
     figure, axes = _panels(math.ceil(len(pictures) / columns), columns, pictures)
     classes, min_score = settings.get("classes"), settings.get("min_score", 0.0)
-    unknown = settings.keys() - {"classes", "min_score", "bgr"}
+    unknown = settings.keys() - {"classes", "min_score", "channel_order"}
     if unknown:
         raise TypeError(
-            f"draw_grid() knows no {', '.join(map(repr, sorted(unknown)))}; only classes, min_score and bgr."
+            f"draw_grid() knows no {', '.join(map(repr, sorted(unknown)))}; only classes, min_score, channel_order."
         )
     for one, picture, found in zip(axes, pictures, founds, strict=False):
         _draw_on(one, picture, _Found(picture, found, classes, min_score))
@@ -113,8 +115,10 @@ def _is_small_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.itemsize < 4
 
 
-def _picture(image: Any, bgr: bool) -> npt.NDArray[np.uint8]:
-    """(H, W, 3) uint8."""
+def _picture(image: Any, channel_order: str) -> npt.NDArray[np.uint8]:
+    """(H, W, 3) uint8, red, green, blue."""
+    if channel_order not in ("rgb", "bgr"):
+        raise ValueError(f"channel_order is {channel_order!r}; it is 'rgb' or 'bgr'.")
     array = _array(image)
     if isinstance(image, Tensor) and array.ndim == 3:
         array = np.moveaxis(array, 0, 2)
@@ -134,7 +138,7 @@ def _picture(image: Any, bgr: bool) -> npt.NDArray[np.uint8]:
     else:
         raise TypeError(f"The image is of {array.dtype}; it has to be bool, integers of 0..255, or floats of 0..1.")
     colours = np.repeat(levels, 3, axis=2) if levels.shape[2] == 1 else levels[:, :, :3]
-    return np.ascontiguousarray(colours[:, :, ::-1] if bgr else colours)
+    return np.ascontiguousarray(colours[:, :, ::-1] if channel_order == "bgr" else colours)
 
 
 class _Found:
@@ -192,9 +196,8 @@ def _text(
 
 def _name(label: Any, classes: Sequence[Any] | None) -> Any:
     """The class's name; a label that `classes` does not have is written as it is."""
-    if classes is None or isinstance(label, str) or label != int(label) or not 0 <= label < len(classes):
-        return label
-    return classes[int(label)]
+    is_index = isinstance(label, int | float) and math.isfinite(label) and label == int(label)
+    return classes[int(label)] if classes is not None and is_index and 0 <= label < len(classes) else label
 
 
 def _colour(label: Any, classes: Sequence[Any] | None) -> tuple[float, float, float]:
@@ -287,12 +290,11 @@ def _write(
     """The label above its box, or below its upper edge where there is no room above; never outside of the picture."""
     if not text:
         return
-    wide, high = len(text) * size * 0.62 / points, size * 1.35 / points  # in pixels of the picture, about
+    letters = sum(1.6 if unicodedata.east_asian_width(letter) in "FW" else 1.0 for letter in text)
+    wide, high = letters * size * 0.62 / points, size * 1.35 / points  # in pixels of the picture, about
     left = max(min(box[0], shape[1] - wide), 0)
     top = box[1] - high if box[1] >= high else min(box[1], max(shape[0] - high, 0))
     dark = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] < 0.55
     ground = {"boxstyle": "square,pad=0.12", "facecolor": colour, "edgecolor": "none", "alpha": 0.85}
     place = {"ha": "left", "va": "top", "clip_on": True, "zorder": zorder + 0.5, "parse_math": False}
-    axes.text(
-        left, top, text, fontsize=size, color="white" if dark else "black", bbox=ground, family="DejaVu Sans", **place
-    )
+    axes.text(left, top, text, fontsize=size, color="white" if dark else "black", bbox=ground, **place)
