@@ -16,6 +16,7 @@ from tests.small_runs import make_trainer, run_python
 from torch_frame import EvalTotalHook, LoggerHook, Trainer
 from torch_frame.metrics import MeanAveragePrecision
 from torch_frame.report.precision_recall import plot_precision_recall
+from torch_frame.vision import draw
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tensorboard")
@@ -123,6 +124,40 @@ def test_a_wrong_function_is_told_before_the_first_step(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError, match="in my figure"):
         train(tmp_path, evaluation(figures={"broken": broken}), step_fn=lambda model, batch: steps.append(1))
     assert not steps
+
+
+def test_only_what_an_evaluation_has_drawn_is_written(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def every_other(metric: MeanAveragePrecision) -> Any:
+        calls.append(metric.num_images)
+        return plot_precision_recall(metric) if len(calls) % 2 else None
+
+    trainer = train(tmp_path, evaluation(figures={"curves": every_other}), LoggerHook(progress_bar=False), max_epochs=4)
+    assert calls == [1, 2, 2, 2, 2]  # the first one tries it on one batch
+    assert images_of(trainer) == {"eval/eval_curves": [1, 3]}
+
+
+def test_a_function_may_run_the_model_to_draw_what_it_finds(tmp_path: Path) -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    def found(metric: MeanAveragePrecision) -> Any:
+        model = trainer.model_evaluate
+        seen.append((model.training, torch.is_grad_enabled()))
+        width = float(model.predict(torch.ones(1, 3)).abs())
+        torch.rand(1)
+        return draw(np.zeros((32, 32), np.uint8), [[0, 0, 8 + width, 20]], ["cat"], [0.9])
+
+    plain = train(tmp_path / "plain", evaluation(), LoggerHook(progress_bar=False))
+    trainer = make_trainer(
+        tmp_path / "drawn", max_epochs=2, hooks=[evaluation(figures={"found": found}), LoggerHook(progress_bar=False)]
+    )
+    trainer.train(5, 5)
+    assert images_of(trainer) == {"eval/eval_found": [0, 1]}
+    assert seen == [(False, False)] * 3
+    assert trainer.model.training
+    for one, other in zip(plain.model.parameters(), trainer.model.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_an_evaluation_by_hand_draws_and_writes_nothing(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from torch.optim import SGD
 
 from tests.small_hooks import On
 from tests.small_runs import Net, Unsized, UserError, fail, library_frames, make_batches, make_trainer, raised_by
-from torch_frame import EvalHook
+from torch_frame import EvalHook, EvalTotalHook
+from torch_frame.metrics import ModelMetric
 
 STAGES = ("before_train", "before_epoch", "before_iter", "before_update", "after_update", "after_iter", "after_epoch",
           "after_train", "close")  # fmt: skip
@@ -68,11 +69,27 @@ class FailingData:
         raise UserError
 
 
+class Recall(ModelMetric):
+    """A metric of 1.7."""
+
+    def __init__(self, update: Any = lambda model, batch: None) -> None:
+        self.update = update
+
+    def evaluate(self) -> dict[str, float]:
+        return {"recall": 1.0}
+
+    def reset(self) -> None:
+        pass
+
+
 ELSEWHERE = {
     "backward": failing_backward,
     "optimizer": failing_optimizer,
     "data": lambda: {"data": FailingData()},
     "eval_func": lambda: {"hooks": [EvalHook(make_batches(1), fail)]},
+    "eval_inputs": lambda: {"hooks": [EvalTotalHook(make_batches(1), Recall(), inputs=fail)]},
+    "eval_metric": lambda: {"hooks": [EvalTotalHook(make_batches(1), Recall(update=fail))]},
+    "eval_figure": lambda: {"hooks": [EvalTotalHook(make_batches(1), Recall(), figures={"curves": fail})]},
     "eval_data": lambda: {"hooks": [EvalHook(FailingData(), lambda model, batch: {"a": [1.0]})]},
 }
 

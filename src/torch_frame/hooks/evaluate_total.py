@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import SettingError
 from torch_frame.hooks.evaluate import EvaluationHook, check_dataloader, evaluating, first_batch, same_buffers
-from torch_frame.hooks.figures import check_can_draw, check_figures, draw_figures, write_figures
+from torch_frame.hooks.figures import check_can_draw, check_figures, checked_figure, write_figures
 from torch_frame.metrics.metric import Metric, is_torchmetrics, results_of
 
 _logger = logging.getLogger("torch_frame")
@@ -158,13 +158,17 @@ class EvalTotalHook(EvaluationHook):
 
     def evaluate(self) -> dict[str, float]:
         scalars: dict[str, float] = {}
+        self.pictures = {}
         model, strategy = self.trainer.model_evaluate, self.trainer.hook_strategy
         check_can_merge([metric for _, metric in self._metrics], strategy)
         with evaluating(model, self.inference_mode), same_buffers(model, strategy):
             for prefix, loader in self.dataloaders.items():
                 self._reset()
                 try:
-                    seen = self._update_all(loader, prefix)
+                    seen = False
+                    for batch in self.batches(loader, prefix):
+                        self._update(batch)
+                        seen = True
                     if not strategy.agree(seen):
                         raise SettingError(f"The evaluation's dataloader ({prefix}) is empty.")
                     merge_over_ranks([metric for _, metric in self._metrics], strategy)
@@ -179,8 +183,12 @@ class EvalTotalHook(EvaluationHook):
         return scalars
 
     def _draw(self, prefix: str) -> None:
-        if self.trainer.hook_strategy.rank == 0:
-            self.pictures |= draw_figures(self._figures, self._given_metric, prefix)
+        if self.trainer.hook_strategy.rank != 0:
+            return
+        for name, function in self._figures.items():
+            figure = checked_figure(name, function(self._given_metric))
+            if figure is not None:
+                self.pictures[f"{prefix}_{name}"] = figure
 
     def _write_pictures(self, step: int) -> None:
         for name in write_figures(self.pictures, self.trainer.hooks, step):
@@ -191,13 +199,6 @@ class EvalTotalHook(EvaluationHook):
                     "'torch-frame[tensorboard]'). `pictures` of the hook has it.",
                     name,
                 )
-
-    def _update_all(self, loader: Iterable[Any], prefix: str) -> bool:
-        seen = False
-        for batch in self.batches(loader, prefix):
-            self._update(batch)
-            seen = True
-        return seen
 
     def _update(self, batch: Any) -> None:
         model = self.trainer.model_evaluate

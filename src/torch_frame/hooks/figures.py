@@ -42,23 +42,17 @@ def check_can_draw(names: Iterable[str], owner: str) -> None:
         ) from error
 
 
-def draw_figures(functions: Mapping[str, Callable[[Any], Any]], metric: Any, prefix: str) -> dict[str, Any]:
-    """`<prefix>_<name>` -> figure; a function may return None: nothing to show.
+def checked_figure(name: str, figure: Any) -> Any:
+    """What a function of `figures` returned: a figure, or None: nothing to show.
 
     Raises:
-        TypeError: a function returned something else.
+        TypeError: it is something else.
     """
-    drawn = {}
-    for name, function in functions.items():
-        figure = function(metric)
-        if figure is None:
-            continue
-        if not hasattr(figure, "savefig"):
-            raise TypeError(
-                f"The function of the figure {name!r} returned {type(figure).__name__}; it has to return a matplotlib figure."
-            )
-        drawn[f"{prefix}_{name}"] = figure
-    return drawn
+    if figure is not None and not hasattr(figure, "savefig"):
+        raise TypeError(
+            f"The function of the figure {name!r} returned {type(figure).__name__}; it has to return a matplotlib figure."
+        )
+    return figure
 
 
 def write_figures(figures: Mapping[str, Any], hooks: Iterable[HookBase], step: int) -> list[str]:
