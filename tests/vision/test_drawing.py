@@ -96,6 +96,7 @@ def test_labels_scores_and_their_order():
         "1 0.20",
         "0 0.30",
     ]
+    pixels(draw(picture(), boxes, [r"$\frac{$", "$a", "100 %"]))  # names are no formulas
     odd = [None, float("nan"), (1, 2)]
     assert texts(draw(picture(), boxes, odd, classes=["cat"])) == ["None", "nan", "(1, 2)"]
     assert texts(draw(picture(), boxes, np.array(["a", "b", "c"]), classes=["cat"])) == ["a", "b", "c"]
@@ -115,11 +116,12 @@ def test_what_lies_outside_is_cut_or_left_out():
 )
 def test_a_picture_of_any_size_fits_a_screen_and_its_labels_are_inside_and_large_enough(height, width):
     boxes = [[0, 0, width, height], [width * 0.6, height * 0.6, width, height], [0, height * 0.7, width * 0.5, height]]
-    figure = draw(np.zeros((height, width), np.uint8), boxes, ["person"] * 3, [0.9, 0.8, 0.7])
+    boxes.append([width * 0.95, height * 0.1, width, height * 0.4])
+    figure = draw(np.zeros((height, width), np.uint8), boxes, ["person"] * 4, [0.9, 0.8, 0.7, 0.6])
     drawn = pixels(figure)
     assert 640 <= max(drawn.shape[:2]) <= 1600
     assert min(drawn.shape[:2]) >= 48
-    assert len(texts(figure)) == 3
+    assert len(texts(figure)) == 4
     for text in figure.axes[0].texts:
         assert 5.5 <= text.get_fontsize() <= 10
         if min(drawn.shape[:2]) > 100:  # there is room for it
