@@ -138,6 +138,10 @@ class HookTrainer(Protocol):
         """What a name is worth now: `MetricStorage.value`."""
         ...
 
+    def add_figure(self, name: str, figure: Any, step: int | None = None) -> None:
+        """Give a matplotlib figure to the writers, as a picture."""
+        ...
+
     @property
     def run_media(self) -> Media:
         """Brings pictures, texts and histograms to the writers."""

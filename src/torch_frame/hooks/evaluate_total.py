@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import SettingError
 from torch_frame.hooks.evaluate import EvaluationHook, check_dataloader, evaluating, first_batch, same_buffers
-from torch_frame.hooks.figures import check_can_draw, check_figures, checked_figure, write_figures
+from torch_frame.hooks.figures import check_can_draw, check_figures, checked_figure
 from torch_frame.metrics.metric import Metric, is_torchmetrics, results_of
 
 _logger = logging.getLogger("torch_frame")
@@ -92,7 +92,6 @@ class EvalTotalHook(EvaluationHook):
         self._inputs = inputs
         self._figures = check_figures(figures, self.class_name)
         self._given_metric = eval_metric
-        self._unwritten: set[str] = set()  # figures of which was told that no writer takes them
         self.pictures: dict[str, Any] = {}
         self.results: dict[str, dict[str, Any]] = {}
         super().__init__(period, max_to_keep, self._full_name(save_metric), max_first, save_last, **settings)
@@ -191,14 +190,10 @@ class EvalTotalHook(EvaluationHook):
                 self.pictures[f"{prefix}_{name}"] = figure
 
     def _write_pictures(self, step: int) -> None:
-        for name in write_figures(self.pictures, self.trainer.hooks, step):
-            if name not in self._unwritten:
-                self._unwritten.add(name)
-                _logger.warning(
-                    "The figure %s is not written: that needs a LoggerHook, and TensorBoard (pip install "
-                    "'torch-frame[tensorboard]'). `pictures` of the hook has it.",
-                    name,
-                )
+        """Under the names that values of these names have."""
+        for name, figure in self.pictures.items():
+            group = next(prefix for prefix in self.results if name.startswith(f"{prefix}_"))
+            self.trainer.add_figure(f"{group}/{name}", figure, step)
 
     def _update(self, batch: Any) -> None:
         model = self.trainer.model_evaluate

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch_frame.errors import SettingError
-from torch_frame.hooks.base import HookBase
-from torch_frame.hooks.logger import LoggerHook
 
 
 def check_figures(figures: Mapping[str, Callable[[Any], Any]] | None, owner: str) -> dict[str, Callable[[Any], Any]]:
@@ -53,11 +51,3 @@ def checked_figure(name: str, figure: Any) -> Any:
             f"The function of the figure {name!r} returned {type(figure).__name__}; it has to return a matplotlib figure."
         )
     return figure
-
-
-def write_figures(figures: Mapping[str, Any], hooks: Iterable[HookBase], step: int) -> list[str]:
-    """Hand figures to all writers that take them; returns the names of those that none has taken."""
-    loggers = [hook for hook in hooks if isinstance(hook, LoggerHook)]
-    return [
-        name for name, figure in figures.items() if not sum(logger.add_figure(name, figure, step) for logger in loggers)
-    ]

@@ -156,13 +156,6 @@ class LoggerHook(HookBase):
     def logged_metrics(self) -> set[str] | None:
         return set() if type(self) is LoggerHook else None
 
-    def add_figure(self, name: str, figure: Any, step: int) -> bool:
-        """Write a matplotlib figure, under the name that a value of this name has; returns whether a writer has taken it."""
-        if self._tensorboard is None:
-            return False
-        self._tensorboard.write_figure(f"{self._mode_of(name)}/{name}", figure, step)
-        return True
-
     # ------------------------------------------------------------ where it goes
 
     def _batches_until_write(self, inner_iter: int) -> int:

@@ -179,14 +179,6 @@ class TensorBoardWriter:
         if time.perf_counter() >= self._next_hand_over_s:
             self.flush()
 
-    def write_figure(self, tag: str, figure: Any, step: int) -> None:
-        """Writes a matplotlib figure as an image, as it is now; it is not changed and not closed."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-        canvas = FigureCanvasAgg(figure) if not isinstance(figure.canvas, FigureCanvasAgg) else figure.canvas
-        canvas.draw()
-        self._writer.add_image(tag, np.asarray(canvas.buffer_rgba())[:, :, :3], step, dataformats="HWC")
-
     def flush(self) -> None:
         """Give torch's writer what has gathered."""
         rows, self._waiting = self._waiting, []
