@@ -19,6 +19,7 @@ BENCHMARKS := $(sort $(filter-out benchmarks/_% benchmarks/gpu.py,$(wildcard ben
 
 PEERS := .venv-peers
 TRACKERS := .venv-trackers
+RECIPES := .venv-recipes
 
 # A machine with a GPU has a Python with a CUDA build of torch already, as a rule: one that is named is used as it is.
 GPU_PYTHON := $(if $(filter file undefined,$(origin PYTHON)),$(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON)),$(PYTHON))
@@ -28,7 +29,7 @@ GPU_PYTHON := $(if $(filter file undefined,$(origin PYTHON)),$(if $(wildcard $(S
 PIP_INSTALL := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
 	$(BIN)/python -m pip install
 
-.PHONY: help demo test test-ranks test-trackers faults lint format bench bench-peers gpu docs clean
+.PHONY: help demo test test-ranks test-trackers faults lint format bench bench-peers gpu docs recipes clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile
@@ -72,6 +73,9 @@ docs: $(STAMP) ## write the API pages to site/
 	rm -rf site
 	$(BIN)/python -m pdoc --docformat google --output-directory site $(DOCUMENTED)
 
+recipes: $(RECIPES)/.installed ## run the snippets of docs/recipes.md, in an environment of its own (one: make recipes ARGS=peft)
+	$(RECIPES)/bin/python docs/run_recipes.py $(ARGS)
+
 clean: ## remove caches and build outputs (not .venv, and no run's work_dir)
 	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find benchmarks src tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
@@ -106,4 +110,13 @@ $(TRACKERS)/.installed: tests/requirements-trackers.txt constraints.txt
 	PIP_CONSTRAINT=constraints.txt $(TRACKERS)/bin/python -m pip install torch
 	$(TRACKERS)/bin/python -m pip freeze | grep '^torch=' > $(TRACKERS)/torch.txt
 	PIP_CONSTRAINT=$(TRACKERS)/torch.txt $(TRACKERS)/bin/python -m pip install -e '.[tensorboard]' -r tests/requirements-trackers.txt
+	@touch $@
+
+# Likewise: transformers and peft would bring a CUDA build of torch where there is none yet.
+$(RECIPES)/.installed: docs/requirements-recipes.txt constraints.txt
+	rm -rf $(RECIPES)
+	$(PYTHON) -m venv $(RECIPES)
+	PIP_CONSTRAINT=constraints.txt $(RECIPES)/bin/python -m pip install torch
+	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(RECIPES)/bin/python -m pip install -e '.[tensorboard]' \
+		-r docs/requirements-recipes.txt
 	@touch $@

@@ -61,7 +61,7 @@ class AccelerateTrainer(Trainer):
         optimizer: Optimizer | Sequence[Optimizer] | Mapping[str, Optimizer],
         lr_scheduler: Any,
         data_loader: Iterable[Any],
-        max_epochs: int,
+        max_epochs: int | None = None,
         work_dir: str | os.PathLike[str] = "work_dir",
         clip_grad_norm: float = 0.0,
         mixed_precision: str | None = None,
@@ -186,20 +186,22 @@ class AccelerateTrainer(Trainer):
         return loader
 
     def _tell_of_long_warmup(self) -> None:
-        if self._named_warmup and self.updates_per_epoch is not None and self._named_warmup >= self._num_updates():
+        updates = self.length.num_updates(self.gradient_accumulation_steps)
+        if self._named_warmup and updates is not None and self._named_warmup >= updates:
             logger.warning(
                 "warmup_iters is %d, but the run has %d updates: the learning rate never gets to the optimizer's.",
                 self._named_warmup,
-                self._num_updates(),
+                updates,
             )
 
     def _num_updates(self) -> int:
-        if self.updates_per_epoch is None:
+        updates = self.length.num_updates(self.gradient_accumulation_steps)
+        if updates is None:
             raise SettingError(
-                "A schedule by name ends with the run, but data_loader has no length. Pass a torch scheduler, whose length you "
-                f"choose, or one of {', '.join(map(repr, ENDLESS))}."
+                "A schedule by name ends with the run, but data_loader has no length. Pass max_iters, or a torch scheduler, "
+                f"whose length you choose, or one of {', '.join(map(repr, ENDLESS))}."
             )
-        return self.updates_per_epoch * self.max_epochs
+        return updates
 
 
 def _each(function: Callable[[Any], Any], given: Any) -> Any:

@@ -52,7 +52,7 @@ class DDPTrainer(Trainer):
         lr_scheduler: Any,
         dataset: Any,
         dataset_params: Mapping[str, Any],
-        max_epochs: int,
+        max_epochs: int | None = None,
         work_dir: str | os.PathLike[str] = "work_dir",
         clip_grad_norm: float = 0.0,
         enable_amp: bool = False,

@@ -52,14 +52,21 @@ class Progress:
         """The epoch's last batch is trained; `after_epoch` is next."""
         self.epoch_trained = True
 
-    def end_epoch(self) -> None:
-        """The hooks of `after_epoch` have run."""
+    def end_epoch(self) -> bool:
+        """The hooks of `after_epoch` have run.
+
+        Returns:
+            Whether the epoch is counted; False if the run ended inside it: it goes on there if it is continued.
+        """
+        if not self.epoch_trained:
+            return False
         self.epoch += 1
         self.last_inner_iter = max(self.inner_iter - 1, 0)
         self.inner_iter = 0
         self.position = 0
         self.epoch_trained = False
         self.in_epoch = False
+        return True
 
     @property
     def current_epoch(self) -> int:

@@ -18,7 +18,6 @@ from torch.optim import Optimizer
 
 from torch_frame.checkpoint.weights import WeightsReport
 from torch_frame.data.move import resolve_device
-from torch_frame.data.source import length_of
 from torch_frame.data.workers import keep_parents_garbage
 from torch_frame.distributed.comm import is_main
 from torch_frame.distributed.strategy import Strategy
@@ -28,11 +27,12 @@ from torch_frame.hooks.caller import HookCaller, checked_hooks
 from torch_frame.hooks.defaults import default_hooks
 from torch_frame.hooks.evaluate import evaluate_all
 from torch_frame.progress import Progress
-from torch_frame.run import checks, parts, saving, session
+from torch_frame.run import checks, doubts, parts, saving, session
 from torch_frame.run.attributes import Attributes
 from torch_frame.run.delegated import delegated
 from torch_frame.run.feed import Feed
-from torch_frame.run.modes import Modes, train_unless_set
+from torch_frame.run.length import RunLength
+from torch_frame.run.modes import Modes
 from torch_frame.run.optimizers import OptimizersPart
 from torch_frame.run.plateau import step_by_metric
 from torch_frame.run.ranks import Ranks
@@ -54,7 +54,7 @@ from torch_frame.tracking.history import MetricStorage
 from torch_frame.tracking.media import Media
 from torch_frame.training.ema import EMA
 from torch_frame.training.finite import Columns, first_nonfinite
-from torch_frame.training.losses import arguments_of_17, read_losses
+from torch_frame.training.losses import arguments_of_17, check_counted_once, read_losses
 from torch_frame.training.metric_names import MetricNames
 from torch_frame.training.optimization import Optimization, UpdateSettings, Warmup
 from torch_frame.training.own_step import OwnStep
@@ -82,7 +82,7 @@ class Trainer:
             `train_one_iter` of your own (docs/optimizers.md).
         lr_scheduler: any torch scheduler of that optimizer, or a list or dict of them as of optimizers; None: a constant rate.
         data_loader: a DataLoader, or any iterable of batches that can be iterated again for each epoch; a list too.
-        max_epochs: epochs to train; 0 trains nothing.
+        max_epochs: epochs to train; 0 trains nothing. None: as many as `max_iters` takes, over an endless stream too.
         work_dir: where the run's files go: `checkpoints/`, `tb_logs/`, `log.txt`, `metrics.jsonl`. Made when `train()` begins.
         clip_grad_norm: clip the gradient to this 2-norm; 0 or less: don't.
         enable_amp: fp16 with a gradient scaler, on CUDA (1.7's switch; `precision` says more).
@@ -121,10 +121,15 @@ class Trainer:
             self-play). A loader with workers fetches ahead by itself, so it is refused then.
         save_frozen: False: parameters that this run has never trained are in no file, and EMA shares them (fine-tuning with
             adapters). A resumed run takes them from the model that the script makes; one of other values is refused.
+        max_iters: batches in the run; with `max_epochs` whichever comes first. Inside an epoch the state is saved and
+            `after_epoch` runs as in the last one, without a step of the epoch's schedule; continued with more, the run goes on
+            inside that epoch.
+        ema_ramp: updates in which EMA's decay is ramped up (see `EMA`); 0: none.
+        limit_batches: an epoch and an evaluation have at most so many batches: a dry run of everything.
 
     Attributes:
         progress: the counters (`torch_frame.progress.Progress`).
-        should_stop: set it to True to end the run after the epoch under way.
+        length: where the run ends (`torch_frame.run.length.RunLength`).
         metric_storage: the run's values by name.
         model_ema: the `EMA`, or None.
         optimizer: as it was given: one, a tuple, or a mapping of names; another one may be set.
@@ -156,10 +161,19 @@ class Trainer:
     )
     cur_iter: int = delegated("progress.current_iter", "Index in the run of the batch under way, or of the last one.")
     hook_strategy: Strategy = delegated("_ranks.of_hooks", "`strategy`, or one process if only rank 0 has hooks.")
-    should_stop: bool = delegated(
-        "_ranks.stops", "The run ends after the epoch under way; set it to True.", settable=True
+    should_stop: bool = delegated("_ranks.stops", "The run ends at the next safe point; set it to True.", settable=True)
+    data_loader: Iterable[Any] = delegated(
+        "_feed.next_loader", "Of the training; one that is set counts from the next epoch on.", settable=True
     )
     registered_hook_names: list[str] = delegated("hook_caller.names", "The hooks' classes, in the order they run.")
+    window_open: bool = delegated(
+        "optimization.window_open", "Gradients of some batches wait for the rest of a window."
+    )
+    max_epochs: int | None = delegated("length.max_epochs", "None if `max_iters` alone ends the run.", settable=True)
+    max_iters: int | None = delegated(
+        "length.max_iters", "Batches in the run, by whichever of the two comes first; None: not known.", settable=True
+    )
+    epoch_len: int | None = delegated("length.epoch_len", "Batches in an epoch, on this rank; None: not known.")
     work_dir: str = delegated("_work_dir.path", "Where the run's files go; final once `train()` has begun.")
     ckpt_dir: str = delegated("_work_dir.checkpoints", "Where its checkpoints go.")
     tb_log_dir: str = delegated("_work_dir.tb_logs", "Where TensorBoard's files go.")
@@ -171,7 +185,7 @@ class Trainer:
         optimizer: Optimizer | Sequence[Optimizer] | Mapping[str, Optimizer],
         lr_scheduler: Any,
         data_loader: Iterable[Any],
-        max_epochs: int,
+        max_epochs: int | None = None,
         work_dir: str | os.PathLike[str] = "work_dir",
         clip_grad_norm: float = 0.0,
         enable_amp: bool = False,
@@ -199,6 +213,9 @@ class Trainer:
         resume_settings: Choice | None = None,
         prefetch: bool = True,
         save_frozen: bool = True,
+        max_iters: int | None = None,
+        ema_ramp: float = 2000,
+        limit_batches: int | None = None,
     ) -> None:
         names_before = set(vars(self))
         checks.check_given(locals())
@@ -209,12 +226,12 @@ class Trainer:
         self.device = checks.device_of(model) if device is None else resolve_device(device)
         prepare = self.strategy.replicate if isinstance(optimizer, Mapping) else self.strategy.prepare
         self.model = prepare(model if device is None else model.to(self.device))
-        self.data_loader = data_loader
-        self.max_epochs = int(max_epochs)
         self.step_fn = step_fn
         self.loss_weight = loss_weight
         shared = [] if save_frozen else frozen_parameters(model).values()
-        ema = EMA(model, ema_decay, shared=shared) if use_ema else None
+        proxy = weakref.proxy(self)  # no circle
+        all_optimizers: Callable[[], list[Optimizer]] = lambda: proxy._kept_attributes.optimizers()  # noqa: E731
+        ema = EMA(model, ema_decay, shared=shared, ramp=ema_ramp, optimizers=all_optimizers) if use_ema else None
         self._frozen = FrozenParameters(self.model_or_module, ema, left_out=not save_frozen)
         self.precision = Precision(choose_precision(precision, enable_amp, self.device), self.device)
         self.progress = Progress()
@@ -259,7 +276,9 @@ class Trainer:
         self.seed_is_explicit = seed is not None
         self.take_over = take_over
         self.prefetch = prefetch
-        self._feed = Feed(data_loader, self.seed, self.strategy, self.device, take_over=take_over, prefetch=prefetch)
+        feed_settings = {"take_over": take_over, "prefetch": prefetch}
+        self._feed = Feed(data_loader, self.seed, self.strategy, self.device, self.progress, **feed_settings)
+        self.length = RunLength(max_epochs, max_iters, limit_batches, self.progress, self._feed.epoch_len)
         keep_parents_garbage(self)
         self._start = StartEpoch()
         self.run_media = Media(self.hook_caller.takes_media, is_main=self.check_main())
@@ -269,6 +288,7 @@ class Trainer:
         self.info_params: list[str] = []
         self._named_params: dict[str, Any] = {}
         self._saver = Saver(self.strategy)
+        self._ranks.on_stop = self._saver.wake
         this = weakref.ref(self)  # no circle
         self.stop_signals = StopSignals(on_first=self._saver.wake, phase=lambda: session.phase_of(this()))
         self._names_checked = False
@@ -278,13 +298,13 @@ class Trainer:
 
         own = {*vars(self), "_kept_attributes", "_module_modes"} - names_before
         self._kept_attributes = Attributes(self, own)
-        self._module_modes = Modes(self.model_or_module, self.progress, self._kept_attributes.modules)
+        self._module_modes = Modes(self.model_or_module, self.progress, self._kept_attributes, self.model)
         self.register_hooks(self._build_default_hooks() if hooks is None else hooks)
 
     # ---------------------------------------------------------------- the loop
 
     def train(self, console_log_level: int = 2, file_log_level: int = 2) -> None:
-        """Train from where the run stands to `max_epochs`.
+        """Train from where the run stands to `max_epochs` or `max_iters`.
 
         SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C end the run at the next point where its state is whole: `latest.pth` is saved,
         whatever the hooks, `after_train` is called, and the process ends as by that signal (`SystemExit(143)`, 138, 140,
@@ -303,29 +323,32 @@ class Trainer:
             self._start.apply(self.progress, self.epoch_len)
             self._start.in_train = True
             self.hook_caller.check_states()
+            held, schedules = self._kept_attributes.parameters(), self.optimization.schedules.values()
+            interval, window, is_new = self.lr_scheduler_interval, self.gradient_accumulation_steps, self.epoch == 0
+            doubts.tell(self.model_or_module, held, schedules, interval, self.length, window, is_new=is_new)
             checks.check_can_be_saved(self.optimization.optimizers, self._parts()["lr_schedulers"])
             self._kept_attributes.begin()
-            self._feed.use(self.data_loader, self.max_epochs - 1)
+            self._feed.use_next(self.length.last_epoch)
             self._resumption.restore_last(self._parts)  # random numbers
             with session.ended_by_signals(self._save_last):
-                while self.progress.epoch < self.max_epochs and not self._ranks.agree_on_stop():
+                while not self.length.is_over() and not self._ranks.agree_on_stop():
                     self.safe_point()  # a signal may have come before the first step
                     self.progress.begin_epoch()
                     if not self.progress.epoch_trained:
                         self.train_one_epoch()
                     with self._saver.rolled_back_if_stopped(self._parts_of_hooks(), self._beside_hooks):
-                        self._agree_after_epoch()
+                        self._ranks.share_values(self.metric_storage.state_dict, self.metric_storage.load_state_dict)
                         with self._ranks.alone():
-                            for run in self.stages[
-                                "after_epoch"
-                            ]:  # not by `call`: a frame less above errors in hooks and saves
+                            for run in self.stages["after_epoch"]:  # not by `call`: a frame less above errors
                                 run()
-                        is_last = self.epoch == self.max_epochs - 1
-                        metric, storage = self.lr_scheduler_metric, self.metric_storage
+                        is_last, is_whole = self.length.is_last_epoch(), self.progress.epoch_trained
+                        metric, storage = self.lr_scheduler_metric if is_whole else None, self.metric_storage
                         step_by_metric(self.optimization, metric, storage, self.strategy, is_last=is_last)
                         self._save_if_stopping()
                     self.progress.end_epoch()
                     self.safe_point()
+                    if not is_whole:  # max_iters has cut it
+                        break
             self._saver.wait()
             self._ranks.meet()  # all files are complete
             with self._ranks.alone():
@@ -353,15 +376,17 @@ class Trainer:
 
     def train_one_epoch(self) -> None:
         """The batches' way: loader -> device -> losses -> update."""
-        self.model.train()
         if not self.progress.is_inside_epoch:
             self.metric_storage.begin_epoch()
+            self._module_modes.begin_epoch()
             with self._ranks.alone():
                 self.call("before_epoch")
             self._ranks.meet_if_alone()
-            train_unless_set(self.model)
+            self._module_modes.after_before_epoch()
         else:
             self._module_modes.restore()
+        if self.model_ema is not None:
+            self.model_ema.bind(self.model)
         self.optimization.refresh()
         self._own_step.begin_epoch(self.train_one_iter, Trainer.train_one_iter)
         self._frozen.look()
@@ -380,7 +405,8 @@ class Trainer:
             row["lr"] = lr  # that the step was made with
             self.record(row)  # nothing is read from the device until the values are
             self.call("after_iter")
-            self.safe_point()
+            if self.safe_point():
+                raise StopRequested
         self._finish_epoch()
 
     def train_one_iter(self, batch: Any) -> Mapping[str, Tensor | Number]:
@@ -404,6 +430,8 @@ class Trainer:
                 with self.strategy.autocast(self.precision.autocast()):
                     output = self.model(batch) if self.step_fn is None else self.step_fn(self.model, batch)
             total, values = read_losses(output, self._names)
+            if not self._names_checked:  # the first step
+                check_counted_once(output)
             weight = None if self.loss_weight is None else check_weight(self.loss_weight(batch))
             for run in optimization.update(optimization.unit, total, weight, values, is_last=ends_window):
                 run()
@@ -438,10 +466,11 @@ class Trainer:
 
     def batches(self) -> Iterator[tuple[Any, int]]:
         """The epoch's batches, on the device, and the position behind each; of a resumed epoch those that are left."""
-        self._feed.use(self.data_loader, self.max_epochs - 1)  # a script or a hook may have set another one
-        batches = self._feed.batches(self.progress, self.stop_signals, self.optimization)
+        self._feed.use_next(self.length.last_epoch)  # a script or a hook may have set another one
+        batches = self._feed.batches(self.stop_signals, self.optimization)
         if self.epoch_len is None:
             batches = self._ranks.in_step(batches)
+        batches = self.length.limited(batches)
         if self._own_step.function is not None:
             return self._own_step.beginning(batches)
         if self.resumed_iter == self.progress.iter > 0:
@@ -485,7 +514,8 @@ class Trainer:
         """The batch under way completes its window, as far as the loader's length tells."""
         optimization = self.optimization
         window = optimization.window_len
-        return window == 1 or optimization.num_open + 1 >= window or self.inner_iter + 1 == self.epoch_len
+        is_full = window == 1 or optimization.num_open + 1 >= window
+        return is_full or self.inner_iter + 1 == self.length.batches_in_epoch
 
     def _finish_epoch(self) -> None:
         self._own_step.end_look()
@@ -495,7 +525,13 @@ class Trainer:
                 run()
             self.metric_storage.record(self.cur_iter, values)
         if self.progress.inner_iter == 0:
-            raise SettingError(checks.empty_loader_message(self.data_loader, self.epoch))
+            raise SettingError(checks.empty_loader_message(self.data_loader, self.epoch, self.progress.iter))
+        if self.length.is_cut():  # its state is that of before after_epoch, for more iterations to come
+            if any(hook.saves_last_state for hook in self.hook_caller.hooks):
+                self.save_at_safe_point("latest.pth", save_single_model=False)
+                self._saver.holds_last_state = True
+            self.safe_point()
+            return
         self.optimization.step_by_epoch()
         self.progress.end_batches()
 
@@ -503,12 +539,6 @@ class Trainer:
         """A run that ends early leaves a `latest.pth`, even if the hook that writes it ran before the decision."""
         if self._ranks.agree_on_stop() and any(hook.saves_last_state for hook in self.hook_caller.hooks):
             self.save_at_safe_point("latest.pth", save_single_model=False)
-
-    def _agree_after_epoch(self) -> None:
-        """Hooks on several ranks come to the same decisions: they see rank 0's values, and whether the run ends."""
-        if self.strategy.world_size > 1:
-            self._ranks.agree_on_stop()
-            self._ranks.share_values(self.metric_storage.state_dict, self.metric_storage.load_state_dict)
 
     def _leave_together(self) -> None:
         """What was asked for in `after_train` is written; when `train` returns on one rank, this is so on all."""
@@ -540,7 +570,7 @@ class Trainer:
             anew = self.resumed_iter is None and self.progress.iter == 0
             told = self._work_dir.enter(self.strategy, anew=anew)
             self._resumption.told += [(logging.WARNING, line) for line in told]
-            self._feed.set(self.data_loader, self.seed, self.max_epochs - 1)  # the seed may be a checkpoint's by now
+            self._feed.set(self.data_loader, self.seed, self.length.last_epoch)  # the seed may be a checkpoint's by now
             path, console_level = (self.log_file, console_log_level) if self.check_main() else (None, _SILENT)
             log = open_run_log(path, console_level, file_log_level)
         around: list[AbstractContextManager[Any]] = [self._work_dir.left_at_end(), log]
@@ -548,13 +578,12 @@ class Trainer:
 
     def _check(self) -> None:
         self._ranks.check_hooks(self.registered_hook_names)
+        self.length.check()
         self._ranks.check_lengths(self.epoch_len)
         checks.check_device(self.model, self.device)
-        epochs_left = self.max_epochs - self.progress.epoch
-        checks.check_loader(self.data_loader, epochs_left, self.epoch_len, prefetch=self.prefetch)
-        metric, epochs = self.lr_scheduler_metric, self.max_epochs if epochs_left > 0 else None
-        is_saved = self._settings.saved_count
-        checks.check_schedules(self.optimization, metric, self.updates_per_epoch, epochs, is_saved=is_saved)
+        checks.check_loader(self.data_loader, self.length.epochs_left(), self.epoch_len, prefetch=self.prefetch)
+        metric, is_saved = self.lr_scheduler_metric, self._settings.saved_count
+        checks.check_schedules(self.optimization, metric, self.length, is_saved=is_saved)
         checks.check_step(self.optimization, self.train_one_iter, Trainer.train_one_iter)
         check_plateaus(self.optimization, metric, self.hooks)
         for hook in self.hook_caller.hooks:
@@ -576,11 +605,15 @@ class Trainer:
             "Work directory": self.work_dir,
             "Model": session.model_row(self.model_or_module),
             "Device": f"{self.device}, precision {self.precision.name}",
-            "Batch": session.batch_row(self._batch_size, self.gradient_accumulation_steps, self.strategy.world_size),
-            "Steps": session.steps_row(self.max_epochs, self.epoch_len, self.updates_per_epoch),
+            "Batch": session.batch_row(
+                self._feed.batch_size, self.gradient_accumulation_steps, self.strategy.world_size
+            ),
+            "Steps": self.length.row(self.gradient_accumulation_steps),
+            "EMA": None if self.model_ema is None else self.model_ema.row,
+            "Frozen, in eval mode": self._module_modes.row(),
         }
         session.log_first_lines(rows, self._resumption.told, self.info_params)
-        session.log_beginning(self.progress.epoch, self.max_epochs)
+        self.length.log_beginning(self.gradient_accumulation_steps)
 
     def _on_error(self, error: BaseException) -> str:
         """Where the run was, in words."""
@@ -592,7 +625,7 @@ class Trainer:
     def _on_end(self) -> None:
         self._in_train = self._start.in_train = False
         self.resumed_iter = None  # another train() continues where this one ended
-        self._saver.drop_rollback()
+        self._saver.forget()
         self._feed.source.close()
 
     # ---------------------------------------------------------------- saves
@@ -609,13 +642,19 @@ class Trainer:
         """
         self._saver.request(file_name, save_single_model, then_remove, self._contents())
 
-    def safe_point(self) -> None:
-        """Carry out the saves that were asked for and end if a signal asks for it, unless a window of gradients is open."""
+    def safe_point(self) -> bool:
+        """Carry out the saves that were asked for and end if a signal asks for it, unless a window of gradients is open.
+
+        Returns:
+            Whether a hook or a script wants the run to end: `should_stop`.
+        """
         if not self.optimization.window_open and self.strategy.agree(self._saver.pending):
             with self._feed.times.saving():
                 self._saver.carry_out(self._contents())
             if self.stop_signals.agree(self.strategy):
                 raise StopRequested
+            return self._ranks.agree_on_stop()
+        return False
 
     def check_stop(self) -> None:
         """For hooks that work for long in `after_epoch`, between two pieces: end here if a signal asks for it.
@@ -643,10 +682,12 @@ class Trainer:
         )
 
     def _save_last(self) -> None:
-        """The last save before the run ends by a signal: complete when this returns."""
-        self._saver.save_last(self._contents())
-        words = "%s: saved after iteration %d as %s/latest.pth."
-        logger.warning(words, self.stop_signals.told(), self.progress.iter, self.ckpt_dir)
+        """The last save before the run ends by a signal, or inside an epoch by `should_stop`: complete when this returns."""
+        has_signal = self.stop_signals.received is not None
+        with_state = has_signal or any(hook.saves_last_state for hook in self.hook_caller.hooks)
+        self._saver.save_last(self._contents(), with_state=with_state)
+        told = self.stop_signals.told() if has_signal else None
+        session.log_end_inside(told, self.progress.iter, self.ckpt_dir)
 
     def save_checkpoint(self, file_name: str, save_single_model: bool = True, print_info: bool = False) -> None:
         """Save there and then; the file is complete when this returns.
@@ -712,13 +753,13 @@ class Trainer:
             "hooks": self.hook_caller,
             "frozen": self._frozen,
             "attributes": self._kept_attributes,  # before the model: an object of the user's may refuse its state
-            "model": parts.ModelPart(self.model, self.strategy, self._frozen),
+            "model": parts.ModelPart(self.model, self.strategy, self._frozen, self._module_modes),
             "ema": parts.AveragePart(self.model_ema, self.model, self._frozen, self.progress),
             "requires_grad": RequiresGradPart(self.model_or_module, optimizers),
             "optimizers": OptimizersPart(optimizers, self.model, self.strategy),
             "classes": parts.classes_part(optimizers, schedules),
             "lr_schedulers": parts.schedules_part(schedules, self._settings),
-            "settings": SettingsPart(self._settings, self.max_epochs, self.lr_scheduler_interval),
+            "settings": SettingsPart(self._settings, self.length, self.lr_scheduler_interval),
             "grad_scaler": parts.ScalerPart(self.precision.scaler),
             "modes": self._module_modes,
             "precision": parts.SettingPart("precision", self.precision.name),
@@ -728,11 +769,12 @@ class Trainer:
             "environment": parts.EnvironmentPart(
                 self.device,
                 self.strategy.world_size,
-                batch_size=self._batch_size,
+                batch_size=self._feed.batch_size,
                 lr_scheduler_metric=self.lr_scheduler_metric,
+                limit_batches=self.length.limit_batches,
                 **self.optimization.settings_of_steps(),
             ),
-            **self._feed.parts(self.progress),
+            **self._feed.parts(),
             "rng": parts.RandomPart(self.strategy),
         }
 
@@ -786,7 +828,7 @@ class Trainer:
         self._start.stand_at(self.progress)
         self._work_dir.move_to(found.path)
         was = found.state["environment"] or {}
-        self._resumption.told += self._feed.count_again(self.progress, was, self._batch_size)
+        self._resumption.told += self._feed.count_again(self.progress, was, self._feed.batch_size)
 
     # ---------------------------------------------------------------- hooks and values
 
@@ -875,30 +917,9 @@ class Trainer:
         return self.start_epoch * (self.epoch_len or 0)
 
     @property
-    def epoch_len(self) -> int | None:
-        """Batches in an epoch, on this rank; None if the loader has no length."""
-        return length_of(self._loader_in_use) if self.strategy.world_size == 1 else self._feed.source.num_batches
-
-    @property
-    def max_iters(self) -> int | None:
-        """Batches in the whole run; None if the loader has no length."""
-        return None if self.epoch_len is None else self.epoch_len * self.max_epochs
-
-    @property
     def updates_per_epoch(self) -> int | None:
         """Optimizer steps in an epoch; None if the loader has no length."""
-        return None if self.epoch_len is None else -(-self.epoch_len // self.gradient_accumulation_steps)
-
-    @property
-    def _batch_size(self) -> int | None:
-        """Samples in one of the loader's batches, as it is now; None if the loader does not say."""
-        size: int | None = getattr(self._loader_in_use, "batch_size", None)
-        return getattr(getattr(self._loader_in_use, "batch_sampler", None), "batch_size", size)
-
-    @property
-    def _loader_in_use(self) -> Iterable[Any]:
-        """The loader of the epoch under way; one that is set meanwhile counts from the next one on."""
-        return self._feed.loader if self.progress.is_inside_epoch else self.data_loader
+        return self.length.updates_per_epoch(self.gradient_accumulation_steps)
 
     @property
     def model_or_module(self) -> nn.Module:

@@ -51,7 +51,11 @@ def stop_by_rank_1(folder: Path) -> dict[str, Any]:
     trainer = make_trainer(folder / "stop", Net(), None, None, loader(), 9, hooks=hooks, create_new_dir=None)
     trainer.train(5, 5)
     state = torch.load(folder / "stop" / "checkpoints" / "latest.pth", weights_only=True)
-    return {"epochs": trainer.progress.epoch, "saved": state["progress"]["epoch"]}
+    names = ("epoch", "inner_iter")
+    return {
+        "done": [getattr(trainer.progress, name) for name in names],
+        "saved": [state["progress"][name] for name in names],
+    }
 
 
 def stop_early(folder: Path) -> dict[str, Any]:
@@ -184,7 +188,7 @@ def agree_on_all(folder: Path) -> dict[str, Any]:
 
 def test_ranks_agree(tmp_path: Path) -> None:
     first, second = on_processes(agree_on_all, tmp_path, 2, tmp_path)
-    assert first["stop"] == second["stop"] == {"epochs": 2, "saved": 2}
+    assert first["stop"] == second["stop"] == {"done": [1, 4], "saved": [1, 4]}
     assert first["early"] == second["early"]
     assert first["early"]["epochs"] == 3, "rank 0's loss stands still"
     assert "Epoch 1/1" in first["show"]["output"]

@@ -25,13 +25,13 @@ class WatchedTrainer(Trainer):
 
 
 class AskForSaves(HookBase):
-    """Asks for a save after each batch and after each epoch."""
+    """Asks for a whole state after each batch and after each epoch."""
 
     def after_iter(self) -> None:
-        self.trainer.save_at_safe_point("iter")
+        self.trainer.save_at_safe_point("iter", save_single_model=False)
 
     def after_epoch(self) -> None:
-        self.trainer.save_at_safe_point("epoch")
+        self.trainer.save_at_safe_point("epoch", save_single_model=False)
 
 
 def documented_order(num_epochs: int, num_batches: int, window_len: int, interval: str) -> list[str]:

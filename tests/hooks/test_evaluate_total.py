@@ -187,7 +187,7 @@ def test_ema_weights_are_evaluated_where_ema_is_on(tmp_path: Path) -> None:
     ema, plain = torchmetrics.MeanMetric(), torchmetrics.MeanMetric()
     with torch.no_grad():
         for batch in labelled():
-            ema.update(trainer.model_evaluate(batch).mean())
+            ema.update(trainer.model_evaluate.eval()(batch).mean())
             plain.update(trainer.model.eval()(batch).mean())
     assert trainer.metric_storage["eval_m"].latest == ema.compute().item() != plain.compute().item()
 

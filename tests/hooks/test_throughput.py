@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tests.small_runs import Net, make_batches, make_trainer
 from torch_frame import CheckpointerHook, HookBase, LoggerHook, ThroughputHook
+from torch_frame.run.saving import Saver
 from torch_frame.tracking.step_times import Parts, StepTimes, TimeSplit
 
 
@@ -139,14 +140,14 @@ def test_an_epochs_end_does_not_count_as_waiting_for_data(tmp_path: Path) -> Non
 def test_a_slow_save_counts_as_save_not_as_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hook = ThroughputHook()
     trainer = make_trainer(tmp_path, hooks=[hook, CheckpointerHook()], max_epochs=3)
-    save = type(trainer)._save
+    carry_out = Saver.carry_out
 
-    def slow(self: Any, *args: Any, **kwargs: Any) -> None:
-        if args[0]:
+    def slow(self: Saver, contents: Any) -> None:
+        if self._states:
             time.sleep(0.1)
-        save(self, *args, **kwargs)
+        carry_out(self, contents)
 
-    monkeypatch.setattr(type(trainer), "_save", slow)
+    monkeypatch.setattr(Saver, "carry_out", slow)
     trainer.train()
     parts = hook.time_split.parts()
     assert parts.save >= 0.2  # the last save comes behind the last line; see the docstring of the hook

@@ -372,7 +372,7 @@ def test_a_hook_state_that_cannot_be_loaded_safely_is_refused_before_the_first_s
     with pytest.raises(CheckpointError, match="object"):
         trainer.train()
     assert trainer.progress.iter == 0
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
 def test_a_resumed_run_takes_the_work_dir_of_its_file(tmp_path: Path) -> None:

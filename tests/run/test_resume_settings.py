@@ -226,6 +226,27 @@ def _(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert warned(caplog) == ["max_epochs was 3, now it is 5, but the schedule is made for 3 steps."]
 
 
+@row("max_iters")
+def _(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    short, long = (Script(settings={"max_iters": count, "hooks": [CheckpointerHook()]}) for count in (STOP, STOP + 3))
+    short.whole(folder / "free")
+    resumed = long.resumed(folder / "free")
+    whole = Script(settings={"max_iters": STOP + 3}).whole(folder / "whole")
+    assert differences(resumed.weights, whole.weights) == []
+    assert warned(caplog) == []
+
+
+@row("limit_batches")
+def _(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for choice in CHOICES:
+        caplog.clear()
+        Script().stopped(folder / str(choice))
+        Script(settings={"limit_batches": 3}).resumed(folder / str(choice), resume_settings=choice)
+        told, dry_run = warned(caplog)
+        assert told == "Continued with the script's settings: limit_batches was None, now it is 3."
+        assert "a dry run" in dry_run
+
+
 @row("batch size")
 def _(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     seen: list[torch.Tensor] = []

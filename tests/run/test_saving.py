@@ -62,22 +62,38 @@ def test_weights_are_those_that_were_scored_whatever_a_later_hook_does(use_ema: 
     assert differences(weights_of(trainer.model_evaluate), dict(changed["model"] if use_ema else changed)) == []
 
 
-def test_weights_scored_inside_a_window_are_saved_as_they_were_scored(tmp_path: Path) -> None:
+class AskInside(HookBase):
+    """Asks for `asked.pth` after some batches of a window, and keeps the weights as they were after each batch."""
+
+    def __init__(self, *batches: int) -> None:
+        self._batches = batches
+        self.weights: list[Any] = []
+
+    def after_iter(self) -> None:
+        self.weights.append(weights_of(self.trainer.model_or_module))
+        if self.trainer.cur_iter in self._batches:
+            self.trainer.save_at_safe_point("asked.pth")
+
+
+def train_a_window(tmp_path: Path, hook: HookBase) -> Trainer:
+    settings = {"gradient_accumulation_steps": 4, "max_epochs": 1, "data": make_batches(4)}
+    trainer = make_trainer(tmp_path, Net(norm=True), hooks=[hook, CheckpointerHook(period=0)], **settings)
+    trainer.train()
+    return trainer
+
+
+def test_weights_asked_for_inside_a_window_are_saved_as_they_were_then(tmp_path: Path) -> None:
     """A batch norm's statistics change with each batch, and the window's end comes two batches later."""
-    scored = Scored([0.0, 0.9, 0.1, 0.1, 0.1], period=1, period_unit="iter")
-    settings = {"gradient_accumulation_steps": 4, "max_epochs": 1, "data": make_batches(4)}
-    trainer = make_trainer(tmp_path, Net(norm=True), hooks=[scored], **settings)
-    trainer.train()
-    assert differences(scored.weights[1], dict(load(trainer, "best.pth"))) == []
-    assert differences(scored.weights[2], dict(load(trainer, "best.pth"))) != []
+    asked = AskInside(1)
+    found = dict(load(train_a_window(tmp_path, asked), "asked.pth"))
+    assert differences(asked.weights[1], found) == []
+    assert differences(asked.weights[2], found) != []
 
 
-def test_a_better_score_before_the_safe_point_replaces_the_one_before(tmp_path: Path) -> None:
-    scored = Scored([0.0, 0.1, 0.9, 0.5, 0.5], period=1, period_unit="iter")
-    settings = {"gradient_accumulation_steps": 4, "max_epochs": 1, "data": make_batches(4)}
-    trainer = make_trainer(tmp_path, Net(norm=True), hooks=[scored], **settings)
-    trainer.train()
-    assert differences(scored.weights[2], dict(load(trainer, "best.pth"))) == []
+def test_weights_asked_for_again_before_the_safe_point_replace_those_before(tmp_path: Path) -> None:
+    asked = AskInside(0, 2)
+    trainer = train_a_window(tmp_path, asked)
+    assert differences(asked.weights[2], dict(load(trainer, "asked.pth"))) == []
     buffers = {form[0]: len(of_form) for form, of_form in trainer._saver._buffers._buffers.items()}
     assert buffers[torch.Size((8, 3))] == 2, "one for the weights, whoever asked for them last, and one for the state"
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import torch_frame
 from tests.small_runs import Net, make_batches, make_trainer
 from torch_frame import CheckpointerHook
-from torch_frame.run import session
+from torch_frame.run import length, session
 
 
 def test_the_first_lines_say_what_is_trained_on_what_and_how_long(
@@ -64,7 +64,7 @@ def test_the_model_row_counts_shared_parameters_once_and_buffers_in_the_size() -
 
 
 def test_a_loader_without_a_length_has_no_steps() -> None:
-    assert session.steps_row(3, None, None) == "3 epochs; the loader has no length"
+    assert length.steps_row(3, None, None) == "3 epochs; the loader has no length"
 
 
 def test_what_happened_before_the_log_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -92,9 +92,9 @@ def poisoned_step(model: Any, batch: Batch) -> Any:
         x = x * float("nan")
     losses = {"mse": model((x, y))}
     if kind == "nan_loss":
-        losses["extra"] = losses["mse"] * float("nan")
+        losses["extra"] = model.layers[0].weight.square().sum() * float("nan")
     elif kind == "inf_loss":
-        losses["extra"] = losses["mse"] * float("inf")
+        losses["extra"] = model.layers[0].weight.square().sum() * float("inf")
     elif kind == "nan_number":
         losses["extra"] = float("nan")
     elif kind == "nan_gradient":

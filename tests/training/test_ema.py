@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
 
-from tests.small_runs import Net, copied, differences, make_trainer, weights_of
+from tests.small_hooks import On, at_iter
+from tests.small_runs import Net, copied, differences, make_batches, make_trainer, weights_of
 from torch_frame import EMA, CheckpointerHook, EvalHook, SettingError, Trainer
 
 
@@ -61,10 +62,11 @@ def test_a_decay_outside_its_range_is_told(bad: float) -> None:
         EMA(Net(), bad)
 
 
-def test_the_average_is_a_model_of_its_own_in_eval_mode_without_gradients() -> None:
+def test_the_average_is_a_model_of_its_own_with_the_modes_of_the_model_and_without_gradients() -> None:
     model = Net(norm=True, dropout=True).train()
+    model.layers[1].eval()
     ema = EMA(model)
-    assert not any(module.training for module in ema.model.modules())
+    assert [module.training for module in ema.model.modules()] == [module.training for module in model.modules()]
     assert not any(parameter.requires_grad for parameter in ema.model.parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert model.training
@@ -313,3 +315,220 @@ def test_parameters_that_cannot_be_averaged_are_copied(dtype: torch.dtype) -> No
         model.codes.copy_(torch.ones(4).to(dtype))
     ema.update(model)
     assert torch.equal(ema.model.codes.float(), torch.ones(4))
+
+
+# ---------------------------------------------------------------- what is averaged, and what is copied
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_of_16_bits_are_averaged_in_float32(dtype: torch.dtype) -> None:
+    """A step of 1e-4 is less than the last bit of a bfloat16: the average would never move."""
+    model, reference = nn.Linear(1, 1, bias=False).to(dtype), nn.Linear(1, 1, bias=False)
+    for one in (model, reference):
+        nn.init.ones_(one.weight)
+    ema, exact = EMA(model, 0.9999, updates=20_000), EMA(reference, 0.9999, updates=20_000)
+    for one in (model, reference):
+        nn.init.constant_(one.weight, 1.5)
+    for _ in range(300):
+        ema.update(model)
+        exact.update(reference)
+    torch.testing.assert_close(ema.model.weight, exact.model.weight.to(dtype), rtol=0, atol=0)
+    assert ema.wide_state()["weight"].item() == exact.model.weight.item() > 1.01
+
+
+def test_the_average_of_16_bits_resumes_bitwise(tmp_path: Path) -> None:
+    def run(folder: str, epochs: int, **settings: Any) -> Trainer:
+        model = Net().bfloat16()
+        data = [(x.bfloat16(), y.bfloat16()) for x, y in make_batches(5)]
+        settings = {"use_ema": True, "ema_decay": 0.999, "hooks": [CheckpointerHook()], **settings}
+        trainer = make_trainer(tmp_path / folder, model, data=data, max_epochs=epochs, create_new_dir=None, **settings)
+        trainer.train()
+        return trainer
+
+    whole = run("whole", 6)
+    run("parts", 3)
+    parts = run("parts", 6, resume="auto")
+    assert differences(whole.model_ema.wide_state(), parts.model_ema.wide_state()) == []
+    assert differences(weights_of(whole.model_evaluate), weights_of(parts.model_evaluate)) == []
+    rounded = EMA(parts.model).model.load_state_dict(parts.model_evaluate.state_dict())
+    assert rounded.missing_keys == []
+    assert parts.model_ema.wide_state()["layers.0.weight"].dtype == torch.float32
+
+
+class Mixed(Net):
+    """Parameters and buffers of many kinds beside the trained ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        mask = torch.full((3, 3), float("-inf")).triu(1)
+        self.mask = nn.Parameter(mask.clone(), requires_grad=False)
+        self.table = nn.Parameter(torch.arange(4, dtype=torch.int8), requires_grad=False)
+        self.momentum = nn.Parameter(torch.ones(2), requires_grad=False)  # frozen, and changes
+        self.register_buffer("mask_too", mask)
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+        self.register_buffer("flag", torch.zeros(2, dtype=torch.bool))
+        self.register_buffer("expanded", torch.ones(1, 3).expand(4, 3))
+        self.register_buffer("sparse", torch.eye(3).to_sparse(), persistent=False)
+        self.register_buffer("made_late", None)
+
+    def forward(self, batch: Any) -> Any:
+        self.count += 1
+        self.flag[0] = True
+        self.expanded = torch.full((1, 3), float(self.count)).expand(4, 3)
+        self.sparse = (torch.eye(3) * self.count).to_sparse()
+        if self.count > 3:
+            self.made_late = torch.full((2,), float(self.count))
+        self.momentum.data += 1
+        return super().forward(batch)
+
+
+@pytest.mark.parametrize("settings", [{}, {"on_nonfinite": "skip"}, {"precision": "fp16"}], ids=str)
+def test_only_trained_parameters_are_averaged_and_all_else_is_copied(settings: dict[str, Any], tmp_path: Path) -> None:
+    model = Mixed()
+    optimizer = SGD(model.layers.parameters(), lr=0.05)
+    hooks = [CheckpointerHook()]
+    trainer = make_trainer(tmp_path, model, optimizer, use_ema=True, ema_decay=0.5, hooks=hooks, **settings)
+    trainer.train()
+    average = trainer.model_evaluate
+    for name in ("mask", "table", "momentum", "mask_too", "count", "flag", "expanded", "made_late"):
+        assert torch.equal(getattr(average, name), getattr(model, name)), name
+    assert torch.equal(average.sparse.to_dense(), model.sparse.to_dense())
+    assert average.count == trainer.progress.num_updates > 5
+    assert not torch.equal(average.layers[0].weight, model.layers[0].weight)
+    weights = torch.load(f"{trainer.ckpt_dir}/best.pth", weights_only=True)
+    assert torch.equal(weights["mask"], model.mask)
+    assert torch.equal(weights["expanded"], model.expanded)
+
+
+def test_infinities_in_what_is_averaged_stay(tmp_path: Path) -> None:
+    model = Mixed()  # the optimizer has the frozen mask, too
+    model.wide_mask = nn.Parameter(model.mask.detach().half(), requires_grad=False)
+    trainer = make_trainer(tmp_path, model, use_ema=True, ema_decay=0.5, ema_ramp=0, hooks=[CheckpointerHook()])
+    trainer.train()
+    average = trainer.model_evaluate
+    assert torch.equal(average.mask, model.mask)
+    assert torch.equal(average.wide_mask, model.wide_mask)
+    assert model.momentum[0] == 11
+    assert 9 < average.momentum[0] < 11  # an optimizer has it
+
+
+def test_what_an_optimizer_has_is_averaged_though_it_is_frozen_later(tmp_path: Path) -> None:
+    model = Net()
+    freezes = On(after_epoch=lambda t: t.model.layers[0].requires_grad_(False))
+    trainer = make_trainer(tmp_path, model, use_ema=True, ema_decay=0.9, ema_ramp=0, hooks=[freezes])
+    trainer.train()
+    assert not torch.equal(trainer.model_evaluate.layers[0].weight, model.layers[0].weight)
+
+
+def test_a_group_that_is_added_inside_an_epoch_is_averaged_from_there_on(tmp_path: Path) -> None:
+    model = Net()
+    optimizer = SGD(model.layers[0].parameters(), lr=0.1)
+    seen = []
+
+    def add(trainer: Trainer) -> None:
+        trainer.optimizer.add_param_group({"params": list(trainer.model.layers[2].parameters())})
+
+    def look(trainer: Trainer) -> None:
+        seen.append(torch.equal(trainer.model_evaluate.layers[2].weight, trainer.model.layers[2].weight))
+
+    hooks = [On(after_iter=at_iter(2, add)), On(after_iter=look)]
+    make_trainer(tmp_path, model, optimizer, use_ema=True, ema_ramp=0, hooks=hooks).train()
+    assert seen == [True] * 3 + [False] * 7
+
+
+@pytest.mark.parametrize("ramp", [0, 5, 2000])
+def test_the_ramp_is_a_setting(ramp: float, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, expected = Net(), Net()
+    by_hand = copied(dict(expected.named_parameters()))
+    optimizer = SGD(expected.parameters(), lr=0.05)
+    for n, batch in enumerate(make_batches() * 2, 1):
+        optimizer.zero_grad()
+        expected(batch).backward()
+        optimizer.step()
+        decay = 0.9 * (1 - math.exp(-n / ramp)) if ramp else 0.9
+        for name, weight in expected.named_parameters():
+            by_hand[name].lerp_(weight.detach(), 1 - decay)
+    with caplog.at_level("INFO", "torch_frame"):
+        trainer = make_trainer(tmp_path, model, use_ema=True, ema_decay=0.9, ema_ramp=ramp)
+        trainer.train()
+    assert differences(dict(trainer.model_evaluate.named_parameters()), by_hand) == []
+    assert ("no ramp (ema_ramp=0)" if ramp == 0 else f"ramped up in {ramp} updates (ema_ramp)") in caplog.text
+
+
+@pytest.mark.parametrize("bad", [-1, math.inf, math.nan, "long", None])
+def test_a_ramp_outside_its_range_is_told(bad: Any, tmp_path: Path) -> None:
+    with pytest.raises((SettingError, TypeError), match="ema_ramp"):
+        make_trainer(tmp_path, use_ema=True, ema_ramp=bad)
+
+
+def test_another_ramp_on_resume_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = {"use_ema": True, "create_new_dir": None}
+    make_trainer(tmp_path, ema_ramp=5, hooks=[CheckpointerHook()], **settings).train()
+    make_trainer(tmp_path, ema_ramp=0, max_epochs=3, resume="auto", hooks=[CheckpointerHook()], **settings).train()
+    assert "ema_ramp was 5, now it is 0" in caplog.text
+
+
+class Leaves(Net):
+    """Keeps tensors of its last forward pass, in containers too, which copy.deepcopy refuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: Any = [{"loss": torch.ones(2, requires_grad=True) * 2}]
+
+    def forward(self, batch: Any) -> Any:
+        loss = super().forward(batch)
+        self.last = [{"loss": loss}]
+        return loss
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_model_with_computed_tensors_is_copied(tmp_path: Path) -> None:
+    for model in (Leaves(), Net()):
+        if not isinstance(model, Leaves):
+            model.layers[0] = nn.utils.weight_norm(model.layers[0])
+        make_trainer(tmp_path, model, use_ema=True).train()
+
+
+class Uncopyable(Net):
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise RuntimeError("it holds a lock")
+
+
+def test_a_model_that_cannot_be_copied_is_told(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"use_ema=True needs a copy .* it holds a lock"):
+        make_trainer(tmp_path, Uncopyable(), use_ema=True)
+
+
+class Cached(Net):
+    """A grid that is made by the first forward pass."""
+
+    def __init__(self, *, persistent: bool) -> None:
+        super().__init__()
+        self.register_buffer("grid", None, persistent=persistent)
+
+    def forward(self, batch: Any) -> Any:
+        if self.grid is None:
+            self.grid = torch.ones(3)
+        return super().forward((batch[0] * self.grid, batch[1]))
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_a_buffer_that_the_first_batch_makes_trains_on_and_resumes(
+    persistent: bool, use_ema: bool, tmp_path: Path
+) -> None:
+    def build(folder: str, epochs: int, **settings: Any) -> Trainer:
+        hooks = [CheckpointerHook()]
+        model = Cached(persistent=persistent)
+        settings = {"use_ema": use_ema, "create_new_dir": None, **settings}
+        return make_trainer(tmp_path / folder, model, hooks=hooks, max_epochs=epochs, **settings)
+
+    whole = build("whole", 4)
+    whole.train()
+    trainer = build("parts", 1)
+    trainer.train()
+    trainer.max_epochs = 2
+    trainer.train()
+    parts = build("parts", 4, resume="auto")
+    parts.train()
+    assert differences(weights_of(whole.model_evaluate), weights_of(parts.model_evaluate)) == []

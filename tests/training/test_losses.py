@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.small_runs import Net, differences, make_trainer, weights_of
 from torch_frame import StepOutputError
-from torch_frame.training.losses import read_losses
+from torch_frame.training.losses import check_counted_once, read_losses
 
 
 def loss(value: float = 2.0, shape: tuple[int, ...] = ()) -> Tensor:
@@ -113,3 +115,109 @@ def test_all_else_is_an_error_that_names_it_and_what_is_expected(output: Any, na
 def test_a_names_type_does_not_break_the_message() -> None:
     with pytest.raises(StepOutputError, match="3"):
         read_losses({3: torch.ones(2, requires_grad=True)})
+
+
+# ---------------------------------------------------------------- counted once
+
+
+def parts() -> tuple[Any, Any]:
+    weight = torch.ones(2, requires_grad=True)
+    return (weight * 2).sum(), weight.square().sum()
+
+
+ce, reg = parts()
+both = torch.stack([ce * 2, reg * 2])
+TWICE: dict[str, Any] = {
+    "total and parts": ({"loss": ce + 0.1 * reg, "ce": ce, "reg": reg}, "'loss' is computed from .*'reg'"),
+    "the same twice": ({"loss": ce, "ce": ce}, "'loss' is computed from 'ce'"),
+    "a part behind the total": ({"ce": ce, "loss": ce + reg}, "'loss' is computed from 'ce'"),
+    "in a pair": (({"loss": ce * 2, "ce": ce}, {"acc": 0.5}), "'loss' is computed from 'ce'"),
+    "far below": ({"loss": (ce.exp().log() + reg).clamp(0, 9).sqrt(), "ce": ce}, "'loss' is computed from 'ce'"),
+}
+
+
+@pytest.mark.parametrize(("output", "match"), TWICE.values(), ids=TWICE)
+def test_a_loss_beside_its_parts_is_refused(output: Any, match: str) -> None:
+    with pytest.raises(StepOutputError, match=match):
+        check_counted_once(output)
+
+
+ONCE: dict[str, Any] = {
+    "parts": {"ce": ce, "reg": reg},
+    "a total called loss beside another one": {"loss": ce, "reg": reg},
+    "one": {"loss": ce},
+    "outputs of one function": dict(zip("ab", both.unbind(), strict=True)),
+    "a detached part": {"loss": ce + reg, "ce": ce.detach()},
+    "numbers": {"loss": ce, "n": 3},
+    "metrics with graphs": (ce + reg, {"ce": ce, "reg": reg, "sum": ce + reg}),
+    "a tensor": ce,
+}
+
+
+@pytest.mark.parametrize("output", ONCE.values(), ids=ONCE)
+def test_losses_that_count_once_are_fine(output: Any) -> None:
+    check_counted_once(output)
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_a_loss_beside_its_parts_ends_the_run_before_the_weights_are_touched(window: int, tmp_path: Path) -> None:
+    def step(model: Any, batch: Any) -> Any:
+        error = (model.predict(batch[0]) - batch[1]).square().mean()
+        return {"loss": error * 2, "error": error}
+
+    model = Net()
+    before = weights_of(model)
+    trainer = make_trainer(tmp_path, model, step_fn=step, gradient_accumulation_steps=window)
+    with pytest.raises(StepOutputError, match="'error' would count twice"):
+        trainer.train()
+    assert differences(before, weights_of(model)) == []
+
+
+# ---------------------------------------------------------------- outputs of transformers' kind
+
+
+class ModelOutput(OrderedDict[str, Any]):
+    """transformers' by its class's name: a mapping whose entries are attributes as well."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__({name: value for name, value in values.items() if value is not None})
+        for name, value in values.items():
+            setattr(self, name, value)
+
+
+class Seq2SeqOutput(ModelOutput):
+    pass
+
+
+class Attributes(dict[str, Any]):
+    """A dict whose entries are attributes, as addict's and others are."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("kind", [ModelOutput, Seq2SeqOutput, Attributes])
+def test_the_loss_of_a_model_output_is_trained(kind: Any, rows: int) -> None:
+    logits = torch.ones(rows, 1, requires_grad=True) * 2
+    output = kind(loss=(logits - 1).square().mean(), logits=logits)
+    for given in (output, (output, {"n": 1})):
+        total, values = read_losses(given)
+        assert total is output.loss
+        assert next(iter(values)) == "total_loss"
+        assert set(values) <= {"total_loss", "n"}
+        check_counted_once(given)
+
+
+def test_a_dict_of_losses_with_attributes_is_summed() -> None:
+    total, values = read_losses(Attributes(loss=ce, reg=reg, off=0.0))
+    assert total.item() == (ce + reg).item()
+    assert list(values) == ["total_loss", "loss", "reg", "off"]
+
+
+def test_a_model_output_without_a_loss_is_told() -> None:
+    with pytest.raises(StepOutputError, match=r"without a loss: .* 'labels'"):
+        read_losses(ModelOutput(loss=None, logits=ce))

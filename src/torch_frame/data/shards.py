@@ -25,6 +25,23 @@ Report = tuple[int, int, int]
 """Batches that a rank has evaluated, batches that it knows there are, and a digest of the first one (0: not compared)."""
 
 
+class First:
+    """The first batches of a loader."""
+
+    def __init__(self, loader: Iterable[Any], limit: int) -> None:
+        self._loader = loader
+        self._limit = limit
+
+    def __len__(self) -> int:
+        length = length_of(self._loader)
+        if length is None:
+            raise TypeError("these batches have no length")
+        return min(length, self._limit)
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(self._loader, self._limit)
+
+
 class Dealt:
     """The batches of one rank, to be iterated once.
 
@@ -71,22 +88,23 @@ class Dealt:
         return num_own, self._num_seen if self._num_all is None else self._num_all, self._digest
 
 
-def deal(loader: Any, strategy: Strategy, *, own_shards: bool = False) -> Dealt:
+def deal(loader: Any, strategy: Strategy, *, own_shards: bool = False, limit: int | None = None) -> Dealt:
     """This rank's part of an evaluation's batches.
 
     Args:
         loader: that yields the batches of all ranks.
         strategy: of the ranks that evaluate.
         own_shards: the loader yields a part of its own on each rank already.
+        limit: only the first so many batches, of each rank's if it has a part of its own already.
     """
     rank, world_size = strategy.rank, strategy.world_size
     if world_size == 1 or own_shards:
-        return Dealt(loader)
+        return Dealt(loader if limit is None else First(loader, limit))
     if _is_of_a_map(loader):
-        batches = _index_batches(loader, strategy)
+        batches = _index_batches(loader, strategy)[:limit]
         own = list(islice(batches, rank, None, world_size))
         return Dealt(_of(loader, own) if own else (), len(batches))
-    return Dealt(loader, take=(rank, world_size), compare=True)
+    return Dealt(loader if limit is None else First(loader, limit), take=(rank, world_size), compare=True)
 
 
 def check_reports(reports: Sequence[Report], desc: str) -> None:

@@ -21,6 +21,26 @@ Summable = TypeVar("Summable", bound=Tensor | float)
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """torch's `clip_grad_norm_`, for sparse gradients too."""
+    parameters = list(parameters)
+    try:
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
+    except NotImplementedError:
+        sparse = [p for p in parameters if p.grad is not None and p.grad.is_sparse]
+        if not sparse:
+            raise
+    for parameter in sparse:
+        assert parameter.grad is not None
+        parameter.grad = parameter.grad.coalesce()  # an entry may be there several times
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([gradient.values() if gradient.is_sparse else gradient for gradient in gradients])
+    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as torch computes it
+    for gradient in gradients:
+        gradient.mul_(factor.to(gradient.device))
+    return norm
+
+
 @runtime_checkable
 class Strategy(Protocol):
     """How one training is spread over processes and devices.
@@ -188,7 +208,7 @@ class SingleProcess:
         """There is one gradient."""
 
     def clip_grad_norm(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-        return nn.utils.clip_grad_norm_(parameters, max_norm)
+        return clip_grad_norm(parameters, max_norm)
 
     def warm_up(self, step: Callable[[], None]) -> None:
         """One process adds up in one order."""

@@ -15,6 +15,7 @@ from torch_frame.tracking.history import MetricStorage
 from torch_frame.tracking.media import Media
 from torch_frame.tracking.step_times import TimeSplit
 from torch_frame.training.ema import EMA
+from torch_frame.training.precision import Precision
 
 STAGES = (
     "before_train",
@@ -30,6 +31,29 @@ STAGES = (
 )
 
 
+class Length(Protocol):
+    """Where a run ends: `torch_frame.run.length.RunLength`.
+
+    Attributes:
+        limit_batches: an epoch and an evaluation have at most so many batches: a dry run; None: all.
+    """
+
+    limit_batches: int | None
+
+    @property
+    def batches_in_epoch(self) -> int | None:
+        """Of the epoch under way, as it will be trained; None if that is not known."""
+        ...
+
+    def is_last_epoch(self) -> bool:
+        """The epoch under way is the last, as far as that is known."""
+        ...
+
+    def iters_left(self) -> int | None:
+        """Batches that are still to be trained; None if that is not known."""
+        ...
+
+
 class HookTrainer(Protocol):
     """What a hook may use of its trainer, whichever trainer that is. Trainers are checked against it by mypy.
 
@@ -40,16 +64,16 @@ class HookTrainer(Protocol):
         optimizer: one, or as it was given: a tuple, or a mapping of names.
         lr_scheduler: the scheduler inside its warm-up (`LRWarmupScheduler`), in the same form.
         data_loader: of the training.
-        max_epochs: epochs of the run.
+        max_epochs: epochs of the run; None if `max_iters` alone ends it.
         start_epoch: index of the epoch that this `train()` began with.
-        should_stop: set it to True to end the run after the epoch under way.
+        should_stop: set it to True to end the run at the next safe point: after this batch, or with the epoch.
     """
 
     model: nn.Module
     optimizer: Any
     lr_scheduler: Any
     data_loader: Iterable[Any]
-    max_epochs: int
+    max_epochs: int | None
     start_epoch: int
     should_stop: bool
 
@@ -77,7 +101,17 @@ class HookTrainer(Protocol):
 
     @property
     def max_iters(self) -> int | None:
-        """Batches in the whole run; None if the loader has no length."""
+        """Batches in the whole run, by whichever of `max_epochs` and `max_iters` comes first; None if that is not known."""
+        ...
+
+    @property
+    def length(self) -> Length:
+        """Where the run ends."""
+        ...
+
+    @property
+    def window_open(self) -> bool:
+        """The gradients of some batches wait for the rest of their window."""
         ...
 
     @property
@@ -108,6 +142,11 @@ class HookTrainer(Protocol):
     @property
     def device(self) -> torch.device:
         """Where the model and the batches are."""
+        ...
+
+    @property
+    def precision(self) -> Precision:
+        """That the steps are computed in."""
         ...
 
     @property
@@ -353,16 +392,19 @@ class HookBase:
         return n > 0 and (self.trainer.inner_iter + 1) % n == 0
 
     def is_last_epoch(self) -> bool:
-        """This epoch is the run's last: `max_epochs` is reached, or `trainer.should_stop` is set."""
-        return self.trainer.epoch >= self.trainer.max_epochs - 1 or self.trainer.should_stop
+        """This epoch is the run's last: `max_epochs` or `max_iters` is reached in it, or `trainer.should_stop` is set.
+
+        Of a loader without a length it is not known before its end that `max_iters` is reached.
+        """
+        return self.trainer.length.is_last_epoch() or self.trainer.should_stop
 
     def is_last_iter(self) -> bool:
-        """This batch is the run's last; never if the loader has no length."""
+        """This batch is the run's last, as far as `max_iters` or the loader's length tells."""
         return self.is_last_epoch() and self.is_last_inner_iter()
 
     def is_last_inner_iter(self) -> bool:
-        """This batch is its epoch's last; never if the loader has no length."""
-        return self.trainer.inner_iter + 1 == self.trainer.epoch_len
+        """This batch is its epoch's last, as far as `max_iters` or the loader's length tells."""
+        return self.trainer.inner_iter + 1 == self.trainer.length.batches_in_epoch
 
 
 def is_ours(kind: type) -> bool:

@@ -24,7 +24,9 @@ _logger = logging.getLogger("torch_frame")
 _LOWER_IS_BETTER = re.compile(r"(^|_)(loss|error|err|mae|mse|rmse|perplexity|ppl|wer|cer|nll)(_|$)", re.IGNORECASE)
 
 
-_OWN_KEYS = frozenset({"cur_best", "save_metric", "max_first", "recent_checkpoints", "best_file", "attributes"})
+_OWN_KEYS = frozenset(
+    {"cur_best", "save_metric", "max_first", "recent_checkpoints", "recent_steps", "best_file", "attributes"}
+)
 
 
 class CheckpointerHook(HookBase):
@@ -39,6 +41,7 @@ class CheckpointerHook(HookBase):
     * `best.pth`: the weights (EMA's if EMA is on) of the best epoch by `save_metric`; without `save_metric` of the last one,
       unless another hook with a `save_metric` writes it. If several hooks follow a metric, it is the file of the first that
       evaluates, else of the first; each other one writes `best_<metric>.pth`. One line says which;
+    * `step_N.pth`: with `every_n_iters` and `keep_steps`, the weights (EMA's if EMA is on) after N updates;
     * `epoch_N.pth`: the weights of the last `max_to_keep` saved epochs (with `save_metric`: of the last that were best).
 
     Args:
@@ -49,6 +52,7 @@ class CheckpointerHook(HookBase):
         save_last: write `latest.pth`.
         every_n_iters: write `latest.pth` every so many batches of the run as well.
         every_n_minutes: write `latest.pth` as well when so much time has passed since the last time.
+        keep_steps: write `step_N.pth` as well every `every_n_iters` batches, and keep the last so many; None writes none.
 
     When to save and what to keep are independent: several CheckpointerHooks with different settings work side by side, and a
     file that two of them ask for at once is written once. A file that two of them keep is removed when neither keeps it.
@@ -63,6 +67,8 @@ class CheckpointerHook(HookBase):
             "cur_best",
             "best_file",
             "_recent_checkpoints",
+            "_recent_steps",
+            "_step_is_due",
             "_next_save_s",
             "idle_stages",
             "_as_registered",
@@ -91,10 +97,11 @@ class CheckpointerHook(HookBase):
         *,
         every_n_iters: int | None = None,
         every_n_minutes: float | None = None,
+        keep_steps: int | None = None,
     ) -> None:
         if not is_whole(period):
             raise SettingError(f"period is {period!r}; it has to be a whole number of epochs, 0 for the last one only.")
-        _check_interval("every_n_iters", every_n_iters, Integral, "batches", save_last)
+        _check_interval("every_n_iters", every_n_iters, Integral, "batches", save_last or keep_steps is not None)
         _check_interval("every_n_minutes", every_n_minutes, Real, "minutes", save_last)
         if max_to_keep is not None and (not is_whole(max_to_keep) or max_to_keep < 1):
             raise SettingError(f"max_to_keep is {max_to_keep!r}; it has to be a positive number of files, or None.")
@@ -106,6 +113,9 @@ class CheckpointerHook(HookBase):
         self.cur_best = float("-inf") if max_first else float("inf")
         self._recent_checkpoints: list[str] = []
         self._every_n_iters = int(every_n_iters or 0)
+        self._keep_steps = _checked_keep_steps(keep_steps, every_n_iters)
+        self._recent_steps: list[str] = []
+        self._step_is_due = False
         self._every_n_seconds = math.inf if every_n_minutes is None else 60.0 * every_n_minutes
         self._next_save_s = math.inf
         if every_n_iters is None and every_n_minutes is None and type(self).after_iter is CheckpointerHook.after_iter:
@@ -140,14 +150,28 @@ class CheckpointerHook(HookBase):
         self._next_save_s = time.monotonic() + self._every_n_seconds
 
     def after_iter(self) -> None:
-        if time.monotonic() >= self._next_save_s or self.every_n_iters(self._every_n_iters):
+        is_due = self.every_n_iters(self._every_n_iters)
+        self._step_is_due = self._step_is_due or (is_due and self._keep_steps > 0)
+        if self._step_is_due and not self.trainer.window_open:
+            self._step_is_due = False
+            self._save_step()
+        if self.save_last and (is_due or time.monotonic() >= self._next_save_s):
             self._save_latest()
+
+    def _save_step(self) -> None:
+        """The weights as `step_N.pth`, N updates done, when no window of gradients is open; the last ones are kept."""
+        self._recent_steps = self._ask_for(
+            f"step_{self.trainer.progress.num_updates}.pth", self._recent_steps, self._keep_steps
+        )
 
     def _save_latest(self) -> None:
         self._next_save_s = time.monotonic() + self._every_n_seconds
         self.trainer.save_at_safe_point("latest.pth", save_single_model=False)
 
     def after_epoch(self) -> None:
+        if self._step_is_due:  # the epoch has ended a window
+            self._step_is_due = False
+            self._save_step()
         if self.every_n_epochs(self._period) or self.is_last_epoch():
             self.save_model()
 
@@ -209,14 +233,20 @@ class CheckpointerHook(HookBase):
 
     def _save_epoch(self, max_to_keep: int) -> None:
         name = f"epoch_{self.trainer.epoch}.pth"
-        kept = [other for other in self._recent_checkpoints if other != name] + [name]
-        self._recent_checkpoints = kept[-max_to_keep:]
+        self._recent_checkpoints = self._ask_for(name, self._recent_checkpoints, max_to_keep)
+
+    def _ask_for(self, name: str, recent: list[str], most: int) -> list[str]:
+        """Ask for weights under a name; of the recent files of this kind `most` are kept, whose names are returned."""
+        recent = [kept for kept in recent if kept != name] + [name]
         others = [hook for hook in checkpointers(self.trainer.hooks) if hook is not self]
-        kept_by_others = {Path(file).name for hook in others for file in hook._recent_checkpoints}
-        outdated = [file for file in kept[:-max_to_keep] if Path(file).name not in kept_by_others]
-        self.trainer.save_at_safe_point(
-            name, then_remove=[os.path.join(self.trainer.ckpt_dir, file) for file in outdated]
-        )
+        kept_by_others = {
+            Path(file).name for hook in others for file in (*hook._recent_checkpoints, *hook._recent_steps)
+        }
+        outdated = [
+            os.path.join(self.trainer.ckpt_dir, old) for old in recent[:-most] if Path(old).name not in kept_by_others
+        ]
+        self.trainer.save_at_safe_point(name, then_remove=outdated)
+        return recent[-most:]
 
     def state_dict(self) -> dict[str, Any]:
         state = {
@@ -225,6 +255,7 @@ class CheckpointerHook(HookBase):
             "max_first": self.max_first,
             "recent_checkpoints": list(self._recent_checkpoints),
             "best_file": self.best_file,
+            **({"recent_steps": list(self._recent_steps)} if self._recent_steps else {}),
         }
         changed = {} if self._as_registered is None else self._as_registered.changed(self)
         return {**state, "attributes": changed} if changed else state
@@ -235,6 +266,7 @@ class CheckpointerHook(HookBase):
         for name, value in attributes.items():  # a state of 1.7 has them beside the rest
             setattr(self, name, like(value, getattr(self, name, None)))
         self._recent_checkpoints = [Path(name).name for name in state_dict["recent_checkpoints"]]
+        self._recent_steps = list(state_dict.get("recent_steps", ()))
         now = self.save_metric, self.max_first
         was = state_dict.get("save_metric", now[0]), state_dict.get("max_first", now[1])  # older states do not say
         best = float(state_dict["cur_best"])
@@ -295,6 +327,18 @@ def tell_best_files(hooks: Iterable[HookBase]) -> None:
 
 def _in_words(metric: str | None, max_first: bool) -> str:
     return "no metric" if metric is None else f"{metric!r} ({'higher' if max_first else 'lower'} is better)"
+
+
+def _checked_keep_steps(keep_steps: Any, every_n_iters: Any) -> int:
+    if keep_steps is None:
+        return 0
+    if not is_whole(keep_steps) or keep_steps < 1:
+        raise SettingError(f"keep_steps is {keep_steps!r}; it has to be a positive number of files, or None.")
+    if every_n_iters is None:
+        raise SettingError(
+            f"keep_steps is {keep_steps}, but every_n_iters is None, so no step_N.pth would be written. Pass every_n_iters."
+        )
+    return int(keep_steps)
 
 
 def _check_interval(name: str, value: Any, kind: Any, unit: str, save_last: bool) -> None:

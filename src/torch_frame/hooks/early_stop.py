@@ -39,7 +39,7 @@ class EarlyStoppingHook(HookBase):
         if not min_delta >= 0:
             raise SettingError(f"min_delta is {min_delta!r}; it has to be 0 or more.")
         self.metric = metric
-        self.patience = patience
+        self.patience = int(patience)
         self.max_first = max_first
         self.min_delta = min_delta
         self.best = -math.inf if max_first else math.inf

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +22,9 @@ from torch_frame.hooks.base import HookBase
 from torch_frame.hooks.checkpoint import CheckpointerHook
 from torch_frame.tracking.bar import ProgressBar
 from torch_frame.training.buffers import BufferSnapshot
+from torch_frame.training.modes import modes_of, set_modes
 
+_NOTHING: AbstractContextManager[None] = contextlib.nullcontext()
 Scores = Mapping[str, Any]
 """name -> the scores of a batch's samples: a list of numbers, an array or a tensor; of more dimensions all numbers count."""
 
@@ -30,9 +33,10 @@ class EvaluationHook(CheckpointerHook):
     """Base of hooks that evaluate: when they do, under which conditions, and what follows from the scores.
 
     Runs after each `period`-th epoch and after the last one, or, with `period_unit="iter"`, after each `period`-th batch of the
-    run and after the last one. The model is EMA's if EMA is on, in eval mode, without gradients, in the precision of its
-    weights (use `torch.autocast` in your function for another); training mode and random numbers of the training are as if there
-    had been no evaluation.
+    run (if gradients are accumulated: when their window is complete) and after the last one. The model is EMA's if EMA is on, in
+    eval mode, without gradients, in the precision of its weights or under the training's autocast (`precision`); training mode
+    and random numbers of the training are as if there had been no evaluation. With `Trainer(limit_batches=)` the first batches
+    are evaluated.
 
     Subclasses write `evaluate` and `trial`.
 
@@ -47,6 +51,7 @@ class EvaluationHook(CheckpointerHook):
         inference_mode: evaluate in `torch.inference_mode`, which is a little faster than `no_grad`; a tensor that the model
             caches meanwhile (a grid of YOLOX) cannot be used in training afterwards.
         progress_bar: show one.
+        precision: None: that of the weights; "train": under the training's autocast, as the steps are computed.
         own_shards: the dataloader gives each rank a part of its own already; else it yields the whole data on all ranks.
         to_device: give the batches on the model's device; False: as the loader yields them.
 
@@ -54,7 +59,13 @@ class EvaluationHook(CheckpointerHook):
     """
 
     evaluates = True
-    _kept_otherwise = CheckpointerHook._kept_otherwise | {"_score_names", "results", "pictures"}
+    _kept_otherwise = CheckpointerHook._kept_otherwise | {
+        "_score_names",
+        "results",
+        "pictures",
+        "_is_due",
+        "_evaluated_at",
+    }
 
     def __init__(
         self,
@@ -69,11 +80,19 @@ class EvaluationHook(CheckpointerHook):
         progress_bar: bool = True,
         own_shards: bool = False,
         to_device: bool = True,
+        precision: Literal["train"] | None = None,
     ) -> None:
         super().__init__(period, max_to_keep, save_metric, max_first, save_last)
         if period_unit not in ("epoch", "iter"):
             raise SettingError(f"period_unit is {period_unit!r}; it has to be 'epoch' or 'iter'.")
+        if precision not in (None, "train"):
+            raise SettingError(
+                f"precision is {precision!r}; it has to be None (that of the weights) or 'train' (the training's autocast)."
+            )
         self.period_unit = period_unit
+        self.precision = precision
+        self._is_due = False
+        self._evaluated_at: int | None = None
         self.inference_mode = inference_mode
         self.progress_bar = progress_bar
         self.own_shards = own_shards
@@ -143,14 +162,29 @@ class EvaluationHook(CheckpointerHook):
         return self._score_names
 
     def after_iter(self) -> None:
-        if self.period_unit == "iter" and (self.every_n_iters(self._period) or self.is_last_iter()):
+        if self.period_unit == "iter":
+            self._is_due = self._is_due or self.every_n_iters(self._period) or self.is_last_iter()
+            if (
+                not self.trainer.window_open and self._begins()
+            ):  # inside one, other weights would be saved than those scored
+                self._do_eval()
+                self.save_model()
+
+    def after_epoch(self) -> None:
+        if self.period_unit == "epoch":
+            self._is_due = self.every_n_epochs(self._period) or self.is_last_epoch()
+        elif self.is_last_epoch() and self._evaluated_at != self.trainer.progress.iter:
+            self._is_due = True  # behind the last batch of a loader without a length, which is known only now
+        if self._begins():
             self._do_eval()
             self.save_model()
 
-    def after_epoch(self) -> None:
-        if self.period_unit == "epoch" and (self.every_n_epochs(self._period) or self.is_last_epoch()):
-            self._do_eval()
-            self.save_model()
+    def _begins(self) -> bool:
+        """An evaluation is due; it is noted as done."""
+        is_due, self._is_due = self._is_due, False
+        if is_due:
+            self._evaluated_at = self.trainer.progress.iter
+        return is_due
 
     def _do_eval(self) -> None:
         """Run the evaluation and log what it yields."""
@@ -165,6 +199,12 @@ class EvaluationHook(CheckpointerHook):
         """The batch where it is wanted: on the model's device, or as it is."""
         return move_to_device(batch, self.trainer.device) if self.to_device else batch
 
+    def evaluating(self) -> AbstractContextManager[None]:
+        """The conditions of the evaluation: eval mode, no gradients, its precision; everything as before afterwards."""
+        trainer = self.trainer
+        autocast = trainer.strategy.autocast(trainer.precision.autocast()) if self.precision == "train" else None
+        return evaluating(trainer.model_evaluate, self.inference_mode, autocast)
+
     def batches(self, dataloader: Iterable[Any], desc: str) -> Iterator[Any]:
         """A loader's batches, of several ranks this rank's part, on the model's device, with a bar.
 
@@ -174,7 +214,7 @@ class EvaluationHook(CheckpointerHook):
             SettingError: at the end, if the ranks together have not seen each batch once.
         """
         strategy = self.trainer.hook_strategy
-        dealt = deal(dataloader, strategy, own_shards=self.own_shards)
+        dealt = deal(dataloader, strategy, own_shards=self.own_shards, limit=self.trainer.length.limit_batches)
         is_shown = self.progress_bar and self.trainer.check_main()
         with ProgressBar(total=length_of(dealt), desc=desc, leave=False, disable=not is_shown) as bar:
             try:
@@ -202,7 +242,7 @@ class EvalHook(EvaluationHook):
         max_to_keep, max_first, save_last: as for CheckpointerHook.
         save_metric: the name, as `eval_func` returns it, that `best.pth` follows; None: no metric decides.
         prefix: scores are logged as `<prefix>_<name>`.
-        settings: `period_unit`, `inference_mode`, `progress_bar` of EvaluationHook.
+        settings: `period_unit`, `inference_mode`, `progress_bar`, `precision`, `own_shards` of EvaluationHook.
 
     Stores: what CheckpointerHook stores.
     """
@@ -234,7 +274,7 @@ class EvalHook(EvaluationHook):
         return {self.prefix.removesuffix("_"): self.dataloader}
 
     def trial(self) -> set[str] | None:
-        with evaluating(self.trainer.model_evaluate, self.inference_mode):
+        with self.evaluating():
             batch = first_batch(self.dataloader)
             scores = _checked(self._eval_func(self.trainer.model_evaluate, self.placed(batch)))
         return {self.prefix + name for name in scores} or None  # nothing for the first batch: the others will tell
@@ -242,7 +282,7 @@ class EvalHook(EvaluationHook):
     def evaluate(self) -> dict[str, float]:
         model, strategy = self.trainer.model_evaluate, self.trainer.hook_strategy
         scores: dict[str, list[Any]] = {}
-        with evaluating(model, self.inference_mode), same_buffers(model, strategy):
+        with self.evaluating(), same_buffers(model, strategy):
             for batch in self.batches(self.dataloader, self.prefix.rstrip("_")):
                 for name, of_samples in _checked(self._eval_func(model, batch)).items():
                     scores.setdefault(name, []).append(of_samples)
@@ -326,16 +366,17 @@ def first_batch(dataloader: Iterable[Any]) -> Any:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module, inference_mode: bool = False) -> Iterator[None]:
+def evaluating(
+    model: nn.Module, inference_mode: bool = False, autocast: AbstractContextManager[Any] | None = None
+) -> Iterator[None]:
     """Eval mode and no gradients inside; each module's mode and all random-number states as before afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    with preserved_rng(), torch.inference_mode() if inference_mode else torch.no_grad():
+    modes = modes_of(model)
+    with preserved_rng(), torch.inference_mode() if inference_mode else torch.no_grad(), autocast or _NOTHING:
         model.eval()
         try:
             yield
         finally:
-            for module, mode in modes:
-                module.training = mode
+            set_modes(modes)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import SettingError
-from torch_frame.hooks.evaluate import EvaluationHook, check_dataloader, evaluating, first_batch, same_buffers
+from torch_frame.hooks.evaluate import EvaluationHook, check_dataloader, first_batch, same_buffers
 from torch_frame.hooks.figures import check_can_draw, check_figures, checked_figure
 from torch_frame.metrics.metric import Metric, is_torchmetrics, results_of
 
@@ -43,7 +43,7 @@ class EvalTotalHook(EvaluationHook):
         figures: {name: function}: after each evaluation the function is called on the main process with `eval_metric`, which has
             seen all data, and returns a matplotlib figure (or None), which the LoggerHook's writers get as `<prefix>_<name>`.
             `torch_frame.report.precision_recall.plot_precision_recall` is one for `MeanAveragePrecision`.
-        settings: `period_unit`, `inference_mode`, `progress_bar` of EvaluationHook.
+        settings: `period_unit`, `inference_mode`, `progress_bar`, `precision`, `own_shards` of EvaluationHook.
 
     Attributes:
         results: of the last evaluation, as the metrics returned them: {prefix: {name: value}}, matrices and lists included; on
@@ -141,7 +141,7 @@ class EvalTotalHook(EvaluationHook):
 
     def trial(self) -> set[str] | None:
         names: set[str] = set()
-        with evaluating(self.trainer.model_evaluate, self.inference_mode), warnings.catch_warnings():
+        with self.evaluating(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metrics that one batch is not enough for
             for prefix, loader in self.dataloaders.items():
                 self._reset()
@@ -160,7 +160,7 @@ class EvalTotalHook(EvaluationHook):
         self.pictures = {}
         model, strategy = self.trainer.model_evaluate, self.trainer.hook_strategy
         check_can_merge([metric for _, metric in self._metrics], strategy)
-        with evaluating(model, self.inference_mode), same_buffers(model, strategy):
+        with self.evaluating(), same_buffers(model, strategy):
             for prefix, loader in self.dataloaders.items():
                 self._reset()
                 try:

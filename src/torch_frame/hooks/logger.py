@@ -228,9 +228,9 @@ class LoggerHook(HookBase):
 
     def _write_console(self) -> None:
         storage = self.metric_storage
-        parts = [f"Epoch {self.trainer.epoch + 1}/{self.trainer.max_epochs}"]
+        parts = [f"Epoch {self._epoch_of_all()}"]
         if "iter_time" in storage:
-            if self.trainer.max_iters is not None:
+            if self.trainer.length.iters_left() is not None:
                 parts.append(f"ETA {_duration(self._seconds_left())}")
             parts.append(f"iter_time {storage.value('iter_time'):.4f}")
         if "data_time" in storage:
@@ -247,8 +247,13 @@ class LoggerHook(HookBase):
     def _seconds_left(self) -> float:
         """By what an iteration has taken since this process began, evaluation and saves included."""
         elapsed = time.perf_counter() - self._train_started
-        iters_left = (self.trainer.max_epochs - self.trainer.epoch - 1) * (self.trainer.epoch_len or 0)
+        iters_left = self.trainer.length.iters_left() or 0
         return elapsed / max(self.trainer.progress.iter - self._iters_before, 1) * iters_left
+
+    def _epoch_of_all(self) -> str:
+        """Which epoch it is, from 1 on, and of how many, if that is known."""
+        of = self.trainer.max_epochs
+        return f"{self.trainer.epoch + 1}" if of is None else f"{self.trainer.epoch + 1}/{of}"
 
     def _by_group(self) -> dict[str, list[str]]:
         """group -> its names, `total_loss` first; the training's group before the others."""
@@ -265,8 +270,8 @@ class LoggerHook(HookBase):
 
     def _open_bar(self) -> ProgressBar:
         return ProgressBar(
-            total=self.trainer.epoch_len,
-            desc=f"epoch {self.trainer.epoch + 1}/{self.trainer.max_epochs}",
+            total=self.trainer.length.batches_in_epoch,
+            desc=f"epoch {self._epoch_of_all()}",
             initial=self.trainer.inner_iter,
             values=self._bar_values,
             disable=not self._progress_bar,

@@ -103,6 +103,21 @@ class Attributes:
         """Those that are modules, by name."""
         return {name: thing for name, thing in self._found().items() if isinstance(thing, nn.Module)}
 
+    def optimizers(self) -> list[Optimizer]:
+        """All optimizers: the trainer's own, and those that are attributes or registered."""
+        trainer = self._trainer()
+        assert trainer is not None
+        return [
+            *trainer.optimization.optimizers.values(),
+            *(thing for thing in self._found().values() if isinstance(thing, Optimizer)),
+        ]
+
+    def parameters(self) -> Iterator[Tensor]:
+        """What the optimizers have."""
+        for optimizer in self.optimizers():
+            for group in optimizer.param_groups:
+                yield from group["params"]
+
     def things(self) -> list[Any]:
         """All objects whose state is kept."""
         return list(self._found().values())

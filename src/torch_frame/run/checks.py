@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 import operator
@@ -10,9 +11,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -24,10 +25,13 @@ from torch_frame.distributed.ddp import DDP
 from torch_frame.distributed.launch import num_processes
 from torch_frame.distributed.strategy import SingleProcess, Strategy
 from torch_frame.errors import SettingError
+from torch_frame.run.length import RunLength, check_lengths, check_schedules_have_epochs
+from torch_frame.run.optimizers import some
 from torch_frame.run.state import Part
 from torch_frame.scalars import is_whole
 from torch_frame.training.optimization import Optimization
 from torch_frame.training.several import labelled, labelled_schedulers
+from torch_frame.types import is_flag
 
 
 def check_given(given: Mapping[str, Any]) -> None:
@@ -37,15 +41,14 @@ def check_given(given: Mapping[str, Any]) -> None:
         TypeError, SettingError: naming the first one that is not.
     """
     check_arguments(given["model"], given["optimizer"], given["lr_scheduler"], given["data_loader"])
-    check_numbers(given["max_epochs"], given["gradient_accumulation_steps"], given["clip_grad_norm"])
+    check_lengths(given["max_epochs"], given["max_iters"], given["limit_batches"])
+    check_numbers(given["gradient_accumulation_steps"], given["clip_grad_norm"])
     check_functions(**{name: given[name] for name in ("step_fn", "loss_weight")})
     check_flags(**{name: given[name] for name in ("enable_amp", "use_ema", "take_over", "prefetch", "save_frozen")})
-    check_warmup_and_ema(given["warmup_iters"], given["warmup_factor"], given["ema_decay"])
-    check_schedulers(
-        labelled_schedulers(given["lr_scheduler"], given["optimizer"]).values(),
-        given["lr_scheduler_interval"],
-        given["lr_scheduler_metric"],
-    )
+    check_real(**{name: given[name] for name in ("warmup_iters", "warmup_factor", "ema_decay", "ema_ramp")})
+    schedulers = labelled_schedulers(given["lr_scheduler"], given["optimizer"]).values()
+    check_schedulers(schedulers, given["lr_scheduler_interval"], given["lr_scheduler_metric"])
+    check_schedules_have_epochs(schedulers, given["lr_scheduler_interval"], given["max_epochs"])
     check_choice("on_nonfinite", given["on_nonfinite"], ("raise", "skip"))
     check_choice("resume_settings", given["resume_settings"], (None, "checkpoint", "script"))
 
@@ -77,12 +80,8 @@ def _yields_batches(dataset: Any) -> bool:
     return isinstance(dataset, IterableDataset) and any(cls.__name__ == "WebLoader" for cls in type(dataset).__mro__)
 
 
-def check_numbers(max_epochs: Any, accumulation_steps: Any, clip_grad_norm: Any) -> None:
-    """The counts are counts, and the norm is a number."""
-    if not is_whole(max_epochs):
-        raise TypeError(f"max_epochs is {max_epochs!r}; it has to be a whole number.")
-    if max_epochs < 0:
-        raise SettingError(f"max_epochs is {max_epochs}; it cannot be negative.")
+def check_numbers(accumulation_steps: Any, clip_grad_norm: Any) -> None:
+    """The count is a count, and the norm is a number."""
     if not is_whole(accumulation_steps) or accumulation_steps < 1:
         raise SettingError(
             f"gradient_accumulation_steps is {accumulation_steps!r}; it has to be a positive whole number."
@@ -101,13 +100,13 @@ def check_functions(**functions: Any) -> None:
 def check_flags(**flags: Any) -> None:
     """What is switched on or off is True or False; None, as 1.7 took it, is False."""
     for name, flag in flags.items():
-        if flag is not None and (not isinstance(flag, bool | int | np.bool_) or flag not in (0, 1)):
+        if flag is not None and not is_flag(flag):
             raise TypeError(f"{name} is {flag!r}; it has to be True or False.")
 
 
-def check_warmup_and_ema(warmup_iters: Any, warmup_factor: Any, ema_decay: Any) -> None:
+def check_real(**settings: Any) -> None:
     """They are numbers; their ranges are checked where they are used."""
-    for name, value in (("warmup_iters", warmup_iters), ("warmup_factor", warmup_factor), ("ema_decay", ema_decay)):
+    for name, value in settings.items():
         if not isinstance(value, numbers.Real):
             raise TypeError(f"{name} is {value!r}; it has to be a number.")
 
@@ -135,7 +134,30 @@ def checked_resume(resume: Any) -> str | os.PathLike[str] | None:
     raise TypeError(f"resume is {resume!r}; it has to be None, 'auto', or the path of a checkpoint such as latest.pth.")
 
 
+def _check_need_no_closure(optimizers: Iterable[Optimizer]) -> None:
+    """The optimizers make their step without a function that computes the loss again.
+
+    Raises:
+        SettingError: for LBFGS, and others whose step needs one.
+    """
+    for optimizer in optimizers:
+        needed = inspect.signature(type(optimizer).step).parameters.get("closure")
+        if needed is not None and needed.default is inspect.Parameter.empty:
+            raise SettingError(
+                f"{type(optimizer).__name__} computes the loss several times in a step, by a closure, which the loop does not "
+                "have. Override train_one_iter: def train_one_iter(self, batch): loss = self.optimizer.step(closure), where "
+                "closure clears the gradients, computes the loss, calls backward() and returns it; return {'total_loss': loss}. "
+                "Or take another optimizer."
+            )
+
+
 def _check_parameters(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+    lazy = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if is_lazy(value)]
+    if lazy:
+        raise SettingError(
+            f"The model has lazy layers, whose shapes are not known yet: {some(lazy)}. Pass one batch "
+            "through the model before the Trainer is made: with torch.no_grad(): model(batch)."
+        )
     trainable = {id(p) for p in model.parameters() if p.requires_grad}
     if not trainable:
         raise SettingError("The model has no parameter that requires a gradient, so there is nothing to train.")
@@ -172,7 +194,10 @@ def check_names_of_17(kind: type) -> None:
 def check_step(optimization: Optimization, step: Any, standard: Any) -> None:
     """A dict of optimizers needs a step of the user's, which says which loss is whose; its gradients are not mixed."""
     optimization.check()
-    if optimization.by_name and getattr(step, "__func__", step) is standard:
+    if getattr(step, "__func__", step) is not standard:
+        return
+    _check_need_no_closure(optimization.optimizers.values())
+    if optimization.by_name:
         raise SettingError(
             "optimizer is a dict, so train_one_iter has to say which loss is whose: override it and call "
             "self.update(loss, name) for each (docs/optimizers.md). Optimizers that step together by one loss are a list."
@@ -195,45 +220,42 @@ def check_schedulers(schedulers: Iterable[Any], interval: str, metric: str | Non
         )
 
 
-def check_schedules(
-    optimization: Optimization,
-    metric: str | None,
-    updates_per_epoch: int | None,
-    max_epochs: int | None,
-    *,
-    is_saved: bool,
-) -> None:
+def check_schedules(optimization: Optimization, metric: str | None, length: RunLength, *, is_saved: bool) -> None:
     """The schedules that there are by now, others than were given perhaps, go together with the run.
 
     Args:
         metric: that ReduceLROnPlateau follows.
-        updates_per_epoch: None: not known.
-        max_epochs: None: nothing is left to train.
+        length: of the run.
         is_saved: a checkpoint's settings are in force, not the script's.
     """
     interval = optimization.interval
     schedulers = [schedule.scheduler for schedule in optimization.schedules.values()]
     check_schedulers(schedulers, interval, metric)
+    check_schedules_have_epochs(schedulers, interval, length.max_epochs)
     if optimization.by_name and interval == "iter":  # how often each steps is the user's
         return
-    for scheduler in schedulers if max_epochs is not None else ():
-        _check_one_cycle(scheduler, interval, updates_per_epoch, max_epochs or 0, is_saved=is_saved)
+    for scheduler in () if length.is_over() else schedulers:
+        _check_one_cycle(scheduler, interval, length, optimization.window_len, is_saved=is_saved)
 
 
 def _check_one_cycle(
-    lr_scheduler: Any, interval: str, updates_per_epoch: int | None, max_epochs: int, *, is_saved: bool = False
+    lr_scheduler: Any, interval: str, length: RunLength, window: int, *, is_saved: bool = False
 ) -> None:
     """OneCycleLR was made for as many steps as this run takes: with fewer it fails in mid-run, with more it never anneals.
 
     A few steps too many, less than an epoch's worth, are let pass.
+    A dry run (`limit_batches`) is judged by the whole run's length.
 
     Args:
+        length, window: of the run, and the batches in an update.
         is_saved: its length is a checkpoint's, not the script's.
     """
-    if not isinstance(lr_scheduler, OneCycleLR) or updates_per_epoch is None:
+    per_epoch = length.updates_per_epoch(window, limited=False)
+    updates, epochs = length.num_updates(window, limited=False), length.max_epochs
+    if not isinstance(lr_scheduler, OneCycleLR) or updates is None or (interval == "epoch" and per_epoch is None):
         return
-    steps = {"iter": updates_per_epoch * max_epochs, "epoch": max_epochs}
-    slack = {"iter": max(updates_per_epoch, 1), "epoch": 1}
+    steps = {"iter": updates, "epoch": updates if epochs is None else epochs}
+    slack = {"iter": max(per_epoch or 1, 1), "epoch": 1}
     total = lr_scheduler.total_steps
     if 0 <= total - steps[interval] < slack[interval]:
         return
@@ -243,7 +265,7 @@ def _check_one_cycle(
     cure += " and resume with resume_settings='script'" if is_saved else ""
     raise SettingError(
         f"OneCycleLR was made for {total} steps, but with lr_scheduler_interval={interval!r} this run makes {steps[interval]} "
-        f"({max_epochs} epochs, {updates_per_epoch} updates each). {cure}."
+        f"({length.row(window)}). {cure}."
     )
 
 
@@ -325,8 +347,19 @@ def check_loader(loader: Iterable[Any], epochs_left: int, epoch_len: int | None,
         )
 
 
-def empty_loader_message(loader: Iterable[Any], epoch: int) -> str:
+def empty_loader_message(loader: Iterable[Any], epoch: int, num_trained: int = 0) -> str:
+    """A loader without a batch.
+
+    Args:
+        epoch: index of the epoch.
+        num_trained: batches of the epochs before.
+    """
     message = f"data_loader yielded no batch in epoch {epoch + 1}."
+    if num_trained:
+        message += (
+            f" It was used up after {num_trained} batches: its __iter__ has to begin anew for each epoch, or the run to end there"
+            " (max_epochs, max_iters)."
+        )
     if isinstance(loader, DataLoader):
         size = length_of(loader.dataset)
         message += f" Its dataset has {'an unknown number of' if size is None else size} samples"

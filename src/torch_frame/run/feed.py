@@ -32,11 +32,13 @@ class Feed:
         seed: of the data's order.
         strategy: which rank this is.
         device: where the batches go.
+        progress: where the run stands.
         take_over, prefetch: as the trainer has them.
 
     Attributes:
         source: yields a loader's batches, with their positions.
-        loader: the one that `source` iterates. A script or a hook may set another, which counts from the next epoch on.
+        loader: the one that `source` iterates.
+        next_loader: of the epoch that begins next; a script or a hook may set another.
         times: of the step under way; a hook may bring others that split all of the run's time.
     """
 
@@ -46,11 +48,13 @@ class Feed:
         seed: int,
         strategy: Strategy,
         device: torch.device,
+        progress: Progress,
         *,
         take_over: bool,
         prefetch: bool,
     ) -> None:
-        self._first_loader = loader
+        self._first_loader = self.next_loader = loader
+        self._progress = progress
         self._strategy = strategy
         self._device = device
         self._take_over = take_over
@@ -59,8 +63,8 @@ class Feed:
         self.times = StepTimes()
         self.set(loader, seed, 0)
 
-    def set(self, loader: Iterable[Any], seed: int, last_epoch: int) -> None:
-        """Iterate this loader from now on; `last_epoch` is the index of the run's last one."""
+    def set(self, loader: Iterable[Any], seed: int, last_epoch: int | None) -> None:
+        """Iterate this loader from now on; `last_epoch` is the index of the run's last one, if that is known."""
         self.loader = loader
         self._seed = seed
         if self._samplers is None or not self._samplers.is_of(loader):
@@ -68,25 +72,39 @@ class Feed:
         self.source: Source = source_of(loader, seed, self._strategy, take_over=self._take_over, last_epoch=last_epoch)
         self.source.before_order = self._samplers.epoch_begins
 
-    def use(self, loader: Iterable[Any], last_epoch: int) -> None:
-        """At an epoch's begin: iterate this loader, which may be another one than before."""
+    def use_next(self, last_epoch: int | None) -> None:
+        """At an epoch's begin: iterate `next_loader`, which may be another one than before."""
+        loader = self.next_loader
         if loader is not self.loader:
             checks.check_loader_kind(loader)
             checks.check_loader(loader, 1, length_of(loader), prefetch=self._prefetch)
             self.source.close()
             self.set(loader, self._seed, last_epoch)
 
-    def batches(
-        self, progress: Progress, signals: StopSignals, optimization: Optimization
-    ) -> Iterator[tuple[Any, int]]:
+    @property
+    def in_use(self) -> Iterable[Any]:
+        """The loader of the epoch under way; one that is set meanwhile counts from the next one on."""
+        return self.loader if self._progress.is_inside_epoch else self.next_loader
+
+    def epoch_len(self) -> int | None:
+        """Batches in an epoch, on this rank; None if the loader has no length."""
+        return length_of(self.in_use) if self._strategy.world_size == 1 else self.source.num_batches
+
+    @property
+    def batch_size(self) -> int | None:
+        """Samples in one of the loader's batches, as it is now; None if the loader does not say."""
+        loader = self.in_use
+        size: int | None = getattr(loader, "batch_size", None)
+        return getattr(getattr(loader, "batch_sampler", None), "batch_size", size)
+
+    def batches(self, signals: StopSignals, optimization: Optimization) -> Iterator[tuple[Any, int]]:
         """The epoch's batches, on the device, and the position behind each; of a resumed epoch those that are left.
 
         Args:
-            progress: which epoch, and from where.
             signals: one that comes while a batch is waited for ends the wait, unless
             optimization: has a window of gradients open.
         """
-        placed = self.source.epoch(progress.epoch, progress.position)
+        placed = self.source.epoch(self._progress.epoch, self._progress.position)
         device, times = self._device, self.times
         ahead = self._prefetch and has_streams(device) and self.source.may_fetch_ahead
         if ahead:
@@ -151,10 +169,10 @@ class Feed:
         """Of an epoch's data, as (number, of what); None if it is not known, or the loader was set during the run."""
         return self.source.length if self.loader is self._first_loader else None
 
-    def parts(self, progress: Progress) -> dict[str, Part]:
+    def parts(self) -> dict[str, Part]:
         """What is restored before the first batch, where the data stands."""
         assert self._samplers is not None
         return {
-            "data": parts.DataPart(self.source, self._samplers, self.loader, self._first_loader, progress),
+            "data": parts.DataPart(self.source, self._samplers, self.loader, self._first_loader, self._progress),
             "loader_generators": parts.LoaderGeneratorsPart(self.loader),
         }

@@ -26,11 +26,13 @@ from torch_frame.data.source import Source
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import CheckpointError
 from torch_frame.progress import Progress
+from torch_frame.run.modes import Modes
 from torch_frame.run.optimizers import some
 from torch_frame.run.samplers import Samplers
 from torch_frame.run.script_settings import AllSettings, Settings
 from torch_frame.run.state import CheckedPart, Line, Part, UndoablePart
 from torch_frame.run.trained import FrozenParameters
+from torch_frame.training.buffers import prepare_to_load, without_empty
 from torch_frame.training.ema import EMA
 from torch_frame.training.finite import trained_tensors
 from torch_frame.training.schedules import LRWarmupScheduler
@@ -40,21 +42,27 @@ from torch_frame.training.several import schedule_label
 class ModelPart:
     """The weights and buffers, under the names of the bare model, without those that are never trained if they are left out."""
 
-    def __init__(self, model: nn.Module, strategy: Strategy, frozen: FrozenParameters) -> None:
+    def __init__(self, model: nn.Module, strategy: Strategy, frozen: FrozenParameters, modes: Modes) -> None:
         self._model = model
         self._strategy = strategy
         self._frozen = frozen
+        self._modes = modes
 
     def state_dict(self) -> dict[str, Any]:
         return self._frozen.without(bare_names(self._strategy.model_state(self._model)))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._frozen.before_load(state)
-        self._strategy.load_model_state(self._model, own_names(self._strategy.unwrap(self._model), state))
+        self._modes.before_load()
+        model = self._strategy.unwrap(self._model)
+        state = own_names(model, state)
+        prepare_to_load(model, state)
+        self._strategy.load_model_state(self._model, state)
 
     def differences(self, saved: Mapping[str, Any], unknown: Collection[str]) -> list[str]:
         expected = self._frozen.expected(self._whole())
-        differing = misfits(self._strategy.unwrap(self._model), expected, saved)
+        model = self._strategy.unwrap(self._model)
+        differing = misfits(model, expected, without_empty(model, saved))
         return _first_few(differing, "more tensors differ")
 
     def lines(self, saved: Mapping[str, Any]) -> list[Line]:
@@ -80,11 +88,14 @@ class AveragePart:
     def state_dict(self) -> dict[str, Any] | None:
         if self._ema is None:
             return None
-        return {"updates": self._ema.updates, "model": self._frozen.without(bare_names(self._ema.weights(self._model)))}
+        weights = self._frozen.without(bare_names(self._ema.weights(self._model)))
+        wide = bare_names(self._ema.wide_state())
+        return {"updates": self._ema.updates, "model": weights, **({"wide": wide} if wide else {})}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         if self._ema is None:
             return
+        self._ema.follow_modes(self._model)
         if (
             state is None
         ):  # 1.7 kept none: begin anew from the model, restored before, as far into the ramp as the run is
@@ -92,7 +103,10 @@ class AveragePart:
             self._ema.updates = self._progress.num_updates
         else:
             self._ema.updates = int(state["updates"])
-            self._ema.model.load_state_dict(own_names(self._ema.model, state["model"]), strict=False)
+            weights = own_names(self._ema.model, state["model"])
+            prepare_to_load(self._ema.model, weights)
+            self._ema.model.load_state_dict(weights, strict=False)
+            self._ema.load_wide_state(own_names(self._ema.model, state.get("wide", {})))
 
     def differences(self, saved: dict[str, Any] | None, unknown: Collection[str]) -> list[str]:
         if (saved is None) != (self._ema is None):
@@ -100,7 +114,7 @@ class AveragePart:
         if saved is None or self._ema is None:
             return []
         expected = self._frozen.expected(bare_names(self._ema.weights(self._model)))
-        differing = misfits(self._ema.model, expected, saved["model"])
+        differing = misfits(self._ema.model, expected, without_empty(self._ema.model, saved["model"]))
         return _first_few([f"in EMA {line}" for line in differing], "more tensors of EMA differ")
 
 

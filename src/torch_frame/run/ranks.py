@@ -27,6 +27,7 @@ class Ranks:
     Attributes:
         hooks_on_all: all ranks have the same hooks.
         wants_stop: this rank wants the run to end.
+        on_stop: called when it does: there is something to look at, at the next safe point.
     """
 
     def __init__(self, strategy: Strategy) -> None:
@@ -35,6 +36,7 @@ class Ranks:
         self.hooks_on_all = True
         self.wants_stop = False
         self._stops = False
+        self.on_stop: Callable[[], None] = lambda: None
 
     # ---------------------------------------------------------------- hooks
 
@@ -88,6 +90,8 @@ class Ranks:
         """This rank wants the run to end, or not any more."""
         self.wants_stop = bool(wanted)
         self._stops = self._stops and self.wants_stop
+        if self.wants_stop:
+            self.on_stop()
 
     def agree_on_stop(self) -> bool:
         """Whether any rank wants the run to end; all know it then."""
@@ -151,7 +155,9 @@ class Ranks:
         self._strategy.agree(True)
 
     def share_values(self, state_dict: Callable[[], Any], load_state_dict: Callable[[Any], None]) -> None:
-        """Give the hooks of all ranks the recorded values of rank 0, so that they come to the same decisions."""
+        """Before hooks decide: those of all ranks see rank 0's values, and whether the run ends."""
+        if self._several:
+            self.agree_on_stop()
         if self._several and self.hooks_on_all:
             values = self._strategy.broadcast(state_dict() if self._strategy.rank == 0 else None)
             if self._strategy.rank != 0:

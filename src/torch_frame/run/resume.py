@@ -24,6 +24,7 @@ from torch_frame.run.parts import ENVIRONMENT
 from torch_frame.run.settings import SettingsPart
 from torch_frame.run.state import Part, Restored, State, restore, restore_last
 from torch_frame.run.trained import FrozenParameters
+from torch_frame.training.buffers import prepare_to_load
 from torch_frame.training.ema import EMA
 
 _logger = logging.getLogger("torch_frame")
@@ -199,7 +200,9 @@ class Resumption:
         self, checkpoint: Mapping[str, Any], model: nn.Module, ema: EMA | None, frozen: FrozenParameters
     ) -> WeightsReport:
         """Begin with given weights, or with those of a whole state: what fits is loaded, and EMA begins anew from it."""
-        report = load_weights(model, checkpoint["model"] if is_full_state(checkpoint) else checkpoint)
+        weights = checkpoint["model"] if is_full_state(checkpoint) else checkpoint
+        prepare_to_load(model, weights)
+        report = load_weights(model, weights)
         if ema is not None:
             ema.reset(model)
         unexpected = report.unexpected_keys or report.mismatched_shapes

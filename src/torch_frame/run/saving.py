@@ -116,11 +116,14 @@ class Saver:
     Attributes:
         pending: there is something to do at the next safe point: a request, a stop signal, a save that has failed.
         rollback: parts of the state that are saved as they were before `after_epoch`; None outside it.
+        holds_last_state: the run has come to its end inside an epoch, and `latest.pth` holds where it goes on from there: it is
+            not asked for again.
     """
 
     def __init__(self, strategy: Strategy) -> None:
         self.pending = False
         self.rollback: State | None = None
+        self.holds_last_state = False
         self._watch: Watch | None = None
         self._strategy = strategy
         self._saved_here: list[str] = []
@@ -145,6 +148,8 @@ class Saver:
         Raises:
             NonFiniteError: if a loss or a gradient that has not been read yet is not finite.
         """
+        if self.holds_last_state and file_name == "latest.pth" and not save_single_model:
+            return
         self._outdated += then_remove
         self._forget(os.path.join(contents.folder, file_name), file_name)
         self.wake()
@@ -235,11 +240,16 @@ class Saver:
         self._begin(contents, [file_name], capture(contents.parts(), self.rollback))
         self.wait()
 
-    def save_last(self, contents: Contents) -> None:
-        """The last save before the run ends by a signal, on all ranks: complete when this returns."""
+    def save_last(self, contents: Contents, *, with_state: bool) -> None:
+        """The last save before the run ends, on all ranks: complete when this returns.
+
+        Args:
+            with_state: save the whole state, and not only what was asked for.
+        """
         if self.rollback is not None:  # asked for in an after_epoch that the resumed run goes through again
             self._weights, self._states, self._outdated = {}, [], []
-        self.request("latest.pth", False, (), contents)
+        if with_state:
+            self.request("latest.pth", False, (), contents)
         self.carry_out(contents)
         self.wait()
 
@@ -326,6 +336,11 @@ class Saver:
     def drop_rollback(self) -> None:
         """`after_epoch` is over."""
         self.rollback = self._watch = None
+
+    def forget(self) -> None:
+        """The run is over."""
+        self.drop_rollback()
+        self.holds_last_state = False
 
     # ---------------------------------------------------------------- the job under way
 

@@ -154,15 +154,20 @@ def _finish(saver: Saver, give_up: bool) -> Exception | None:
 # ---------------------------------------------------------------- the first lines
 
 
-def log_first_lines(rows: Mapping[str, str], told: list[tuple[int, str]], parameters: Sequence[str]) -> None:
+def log_first_lines(rows: Mapping[str, str | None], told: list[tuple[int, str]], parameters: Sequence[str]) -> None:
     """Log the run at a glance, and what has happened before there was a log.
 
     Args:
-        rows: name -> text, such as "Model" -> "Net, 41 parameters".
+        rows: name -> text, such as "Model" -> "Net, 41 parameters"; None: left out.
         told: (level, line); emptied, for each is told once.
         parameters: lines that the script wants in the log.
     """
-    block = [_RULE, f"torch-frame {__version__}", *(f"{name}: {row}" for name, row in rows.items()), _RULE]
+    block = [
+        _RULE,
+        f"torch-frame {__version__}",
+        *(f"{name}: {row}" for name, row in rows.items() if row is not None),
+        _RULE,
+    ]
     _logger.info("\n%s", "\n".join(block))
     for level, line in told:
         _logger.log(level, line)
@@ -171,12 +176,18 @@ def log_first_lines(rows: Mapping[str, str], told: list[tuple[int, str]], parame
         _logger.info("\n%s", "\n".join(parameters))
 
 
-def log_beginning(epochs_done: int, max_epochs: int) -> None:
-    """Log where training begins."""
-    if epochs_done >= max_epochs:
-        _logger.info("Nothing to train: max_epochs is %d, and %d epochs are done.", max_epochs, epochs_done)
+def log_end_inside(signal: str | None, iterations: int, folder: str) -> None:
+    """Log that a run has ended inside an epoch.
+
+    Args:
+        signal: that ended it, in words; None: `should_stop`.
+        iterations: batches that are trained.
+        folder: of the checkpoints.
+    """
+    if signal is None:
+        _logger.info("should_stop is set: the run ends after iteration %d.", iterations)
     else:
-        _logger.info("Training begins at epoch %d of %d.", epochs_done + 1, max_epochs)
+        _logger.warning("%s: saved after iteration %d as %s/latest.pth.", signal, iterations, folder)
 
 
 def model_row(model: nn.Module) -> str:
@@ -205,14 +216,3 @@ def batch_row(batch_size: int | None, accumulation: int, num_processes: int) -> 
     if num_processes > 1:
         parts.append(f"{num_processes} processes")
     return f"{batch_size * accumulation * num_processes} samples an update ({' x '.join(parts)})"
-
-
-def steps_row(max_epochs: int, epoch_len: int | None, updates_per_epoch: int | None) -> str:
-    """How long the run is; lengths are None if the loader has none.
-
-    >>> steps_row(3, 10, 5)
-    '3 epochs x 10 batches, 15 updates'
-    """
-    if updates_per_epoch is None:
-        return f"{max_epochs} epochs; the loader has no length"
-    return f"{max_epochs} epochs x {epoch_len} batches, {max_epochs * updates_per_epoch:,} updates"

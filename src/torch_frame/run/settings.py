@@ -13,6 +13,7 @@ from typing import Any
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from torch_frame.checkpoint.values import decode
+from torch_frame.run.length import RunLength
 from torch_frame.run.script_settings import (
     AllSettings,
     Plan,
@@ -46,11 +47,11 @@ class SettingsPart:
 
     Args:
         settings: of the script, for each optimizer.
-        max_epochs, interval: of the run, which a schedule's length belongs to.
+        length, interval: of the run, which a schedule's length belongs to.
     """
 
-    def __init__(self, settings: AllSettings, max_epochs: int, interval: str) -> None:
-        run = {"max_epochs": max_epochs, "interval": interval}
+    def __init__(self, settings: AllSettings, length: RunLength, interval: str) -> None:
+        run = {"max_epochs": length.max_epochs, "max_iters": length.own_max_iters, "interval": interval}
         self._parts = {label: _SettingsOfOne(one, label, run) for label, one in settings.each.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -97,7 +98,7 @@ class _SettingsOfOne:
     Args:
         settings: of the script.
         label: of the optimizer.
-        run: `max_epochs` and `interval`.
+        run: `max_epochs`, `max_iters` and `interval`.
     """
 
     def __init__(self, settings: Settings, label: str, run: dict[str, Any]) -> None:
@@ -124,7 +125,7 @@ class _SettingsOfOne:
         else:
             _refuse_another_class(plan)
             if settings.choice is None:
-                _refuse_another_length(plan, self._run["max_epochs"])
+                _refuse_another_length(plan, self._run)
         _judge_functions(plan, settings, rates)
         self._note_end_of_schedule(plan, state)
 
@@ -207,15 +208,18 @@ class _SettingsOfOne:
     def _note_end_of_schedule(self, plan: Plan, state: State) -> None:
         """A run that became longer than its schedule, whose learning rate would go anywhere from there on."""
         record = (self._settings.script if self._settings.choice == "script" else plan.saved)["schedule"]
-        was, now = plan.saved.get("max_epochs"), self._run["max_epochs"]
-        if record is None or was is None or was == now or plan.refused:
+        if record is None or plan.refused:
             return
-        progress, per_epoch = state["progress"], 1
-        if self._run["interval"] == "iter":
-            per_epoch = progress["num_updates"] // max(progress["epoch"], 1)
-        length = length_of(record)
-        if length == was * per_epoch:
-            plan.notes.append(f"max_epochs was {was}, now it is {now}, but the schedule is made for {length} steps.")
+        updates, epochs, iters = (state["progress"][name] for name in ("num_updates", "epoch", "iter"))
+        by_iter = self._run["interval"] == "iter"
+        steps_each = {"max_epochs": updates // max(epochs, 1) if by_iter else 1}
+        steps_each |= {"max_iters": updates / max(iters, 1)} if by_iter else {}
+        for name, steps in steps_each.items():
+            was, now = plan.saved.get(name), self._run[name]
+            if was is not None and was != now and length_of(record) == round(was * steps):
+                plan.notes.append(
+                    f"{name} was {was}, now it is {now}, but the schedule is made for {round(was * steps)} steps."
+                )
 
 
 # ---------------------------------------------------------------- what is refused
@@ -230,9 +234,10 @@ def _refuse_another_class(plan: Plan) -> None:
             )
 
 
-def _refuse_another_length(plan: Plan, max_epochs: int) -> None:
+def _refuse_another_length(plan: Plan, run: Mapping[str, Any]) -> None:
     """A schedule made for another length: T_max and the like; milestones and periods if the run's length differs too."""
-    of_length = LENGTHS if plan.saved.get("max_epochs") in (None, max_epochs) else LENGTHS | PLACES
+    same = all(plan.saved.get(name) in (None, run[name]) for name in ("max_epochs", "max_iters"))
+    of_length = LENGTHS if same else LENGTHS | PLACES
     lengths = [one for one in plan.differing if one.kind == "schedule" and one.name.split(".")[-1] in of_length]
     if lengths:
         texts = ", ".join(f"{one.name} was {shown(one.saved)}, now it is {shown(one.script)}" for one in lengths)

@@ -4,109 +4,199 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from torch_frame.errors import SettingError
-from torch_frame.training.buffers import buffer_slots
+from torch_frame.training.buffers import Follower, all_slots, buffer_slots, empty_slots, prepare_to_load
+from torch_frame.training.modes import follow_modes
 
 
 class EMA:
     """A copy of a model whose parameters follow the trained ones smoothly.
 
-    After the n-th update, ema = d * ema + (1 - d) * weights with d = decay * (1 - exp(-n / 2000)): the ramp lets early epochs
+    After the n-th update, ema = d * ema + (1 - d) * weights with d = decay * (1 - exp(-n / ramp)): the ramp lets early epochs
     count. As in torch-frame 1.7 and YOLOv5's `ModelEMA`, but buffers (batch-norm statistics, counters) are copied, not averaged:
-    they are averages already.
+    they are averages already. Parameters of 16 bits are averaged in float32.
 
     Args:
         model: the trained model, bare or wrapped in DDP.
         decay: the limit of d.
         updates: n to begin with.
         shared: parameters of `model` that the average has too, and not a copy of: frozen ones.
+        ramp: updates in which d rises to 63 % of its limit; 0: d is `decay` from the first update on.
+        optimizers: gives the optimizers; parameters that one of them has are averaged, whether frozen later or not, and all
+            others are copied. None: those are averaged that are trained when the average is made.
 
     Attributes:
-        model: the averaged model, in eval mode, without gradients.
+        model: the averaged model, without gradients. Its modules have the modes of the trained ones; put it into eval mode to
+            use it, as evaluation hooks do.
         updates: n.
+
+    Raises:
+        SettingError: if a setting is out of its range, or the model cannot be copied.
     """
 
     def __init__(
-        self, model: nn.Module, decay: float = 0.9999, updates: int = 0, *, shared: Iterable[nn.Parameter] = ()
+        self,
+        model: nn.Module,
+        decay: float = 0.9999,
+        updates: int = 0,
+        *,
+        shared: Iterable[nn.Parameter] = (),
+        ramp: float = 2000,
+        optimizers: Callable[[], Iterable[Optimizer]] | None = None,
     ) -> None:
         if not 0.0 <= decay < 1.0:
             raise SettingError(f"ema_decay is {decay}; it has to be in [0, 1).")
-        self.model: nn.Module = (
-            copy.deepcopy(_bare(model), {id(one): one for one in shared}).eval().requires_grad_(False)
-        )
+        if not 0.0 <= ramp < math.inf:
+            raise SettingError(f"ema_ramp is {ramp}; it has to be a number of updates, 0 for none.")
+        bare = _bare(model)
+        self._with_infinities = _with_infinities(bare)  # here, because later nothing is read from the device
+        self._trained_at_first = {name for name, parameter in bare.named_parameters() if parameter.requires_grad}
+        self.model: nn.Module = _copied(bare, shared).requires_grad_(False)
         self.updates = updates
-        self._limit = decay
+        self._limit = float(decay)
+        self._ramp = int(ramp) if float(ramp).is_integer() else float(ramp)
+        self._optimizers = optimizers
         self._source: nn.Module | None = None
+        self._wide: dict[str, Tensor] = {}  # averages in float32 of parameters of 16 bits
 
     @property
     def limit(self) -> float:
         """The decay that it was made with."""
         return self._limit
 
+    @property
+    def ramp(self) -> float:
+        """Updates in which the decay is ramped up; 0: none."""
+        return self._ramp
+
     def decay(self, updates: int) -> float:
         """d at the n-th update."""
-        return self._limit * (1 - math.exp(-updates / 2000))
+        return self._limit * (1 - math.exp(-updates / self._ramp)) if self._ramp else self._limit
+
+    @property
+    def row(self) -> str:
+        """The settings, in words."""
+        ramp = f"ramped up in {self._ramp:g} updates (ema_ramp)" if self._ramp else "no ramp (ema_ramp=0)"
+        return f"decay {self._limit:g}, {ramp}"
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Follow the weights of `model`, which has just been updated."""
-        if model is not self._source:
+        if model is not self._source or self._has_changed():
             self.bind(model)
         self.updates += 1
+        weight = 1.0 - self.decay(self.updates)
         if self._averages:
-            torch._foreach_lerp_(self._averages, self._weights, 1.0 - self.decay(self.updates))
-        for own, weight in self._not_averaged:
-            own.copy_(weight)
-        if self._copies:
-            self._copy_buffers([owner[name] for owner, name in self._buffers])
+            torch._foreach_lerp_(self._averages, self._weights, weight)
+        if self._wide_averages:
+            torch._foreach_lerp_(self._wide_averages, [one.to(torch.float32) for one in self._wide_weights], weight)
+            torch._foreach_copy_(self._narrow, self._wide_averages)
+        for own, trained in self._infinite:
+            own.copy_(torch.where(own == trained, own, torch.lerp(own, trained, weight)))  # inf - inf is NaN
+        for own, trained in self._not_averaged:
+            own.copy_(trained)
+        if self._buffers is not None:
+            self._buffers.copy()
 
-    def _copy_buffers(self, buffers: list[Tensor]) -> None:
-        copies = [owner[name] for owner, name in self._copies]
-        if all(copy.shape == buffer.shape for copy, buffer in zip(copies, buffers, strict=True)):
-            torch._foreach_copy_(copies, buffers)
-            return
-        for (owner, name), buffer in zip(
-            self._copies, buffers, strict=True
-        ):  # one has been replaced by a larger one, say
-            owner[name] = buffer.detach().clone()
+    def _has_changed(self) -> bool:
+        """An optimizer has got a group of parameters, or a forward pass has made a buffer that was registered as None."""
+        if self._empty and any(owner[name] is not None for owner, name in self._empty):
+            return True
+        return self._bound_to is not None and _groups(self._bound_to) != self._groups
 
     def bind(self, model: nn.Module) -> None:
-        """Look up the tensors to follow; needed again only where a model's tensors have been replaced by others.
+        """Look up the tensors to follow, and the modes; needed again if a model's tensors have been replaced by others.
 
         Raises:
             SettingError: where `model` is built differently, or is on another device than the average.
         """
         bare = _bare(model)
         averages, weights = dict(self.model.named_parameters()), dict(bare.named_parameters())
-        copies, buffers = buffer_slots(self.model), buffer_slots(bare)
-        differing = sorted((averages.keys() ^ weights.keys()) | (copies.keys() ^ buffers.keys()))
+        differing = sorted(averages.keys() ^ weights.keys())
         if differing:
             raise SettingError(
-                f"EMA was made of a model with other tensors than the one it is to follow: {', '.join(differing[:5])} "
-                f"{'and more ' if len(differing) > 5 else ''}are in one of them alone. "
+                f"EMA was made of a model with other parameters than the one it is to follow: {', '.join(differing[:5])} "
+                f"{'and more ' if len(differing) > 5 else ''}are only in one of them. "
                 "Change the model before the Trainer is made."
             )
+        follow_modes(self.model, bare)
         own = {name: average for name, average in averages.items() if average is not weights[name]}  # not shared
-        averaged = [name for name, average in own.items() if _can_be_averaged(average)]
-        self._averages: list[Tensor] = [own[name] for name in averaged]
-        self._weights: list[Tensor] = [weights[name] for name in averaged]
-        self._not_averaged = [(own[name], weights[name]) for name in own if not _can_be_averaged(own[name])]
-        self._copies, self._buffers = list(copies.values()), [buffers[name] for name in copies]
+        averaged = self._averaged(weights) & own.keys()
+        infinite = {name for name in averaged if name in self._with_infinities or not weights[name].requires_grad}
+        wide = [name for name in own if name in averaged - infinite and own[name].element_size() == 2]
+        plain = [name for name in own if name in averaged - infinite and name not in wide]
+        self._infinite = [(own[name], weights[name]) for name in own if name in infinite]
+        self._averages: list[Tensor] = [own[name] for name in plain]
+        self._weights: list[Tensor] = [weights[name] for name in plain]
+        for name in wide:
+            if name not in self._wide:
+                self._wide[name] = own[name].detach().float()
+        self._wide = {name: self._wide[name] for name in wide}
+        self._wide_averages = list(self._wide.values())
+        self._narrow: list[Tensor] = [own[name] for name in wide]
+        self._wide_weights = [weights[name] for name in wide]
+        self._not_averaged = [(own[name], weights[name]) for name in own if name not in averaged]
+        self._bind_buffers(bare)
+        self._bound_to = None if self._optimizers is None else list(self._optimizers())
+        self._groups = _groups(self._bound_to or ())
         self._source = model
+
+    def _averaged(self, weights: Mapping[str, Tensor]) -> set[str]:
+        """Names of the parameters that are averaged."""
+        if self._optimizers is None:
+            wanted = self._trained_at_first | {name for name, weight in weights.items() if weight.requires_grad}
+        else:
+            held = {id(p) for one in self._optimizers() for group in one.param_groups for p in group["params"]}
+            wanted = {name for name, weight in weights.items() if id(weight) in held}
+        return {name for name in wanted if name in weights and _can_be_averaged(weights[name])}
+
+    def _bind_buffers(self, bare: nn.Module) -> None:
+        """The average has the buffers that the model has now; a forward pass may have made some."""
+        buffers, slots = buffer_slots(bare), all_slots(self.model)
+        places = dict(self.model.named_modules())
+        for name in buffers.keys() - slots.keys():
+            prefix, _, own_name = name.rpartition(".")
+            places[prefix].register_buffer(own_name, None)
+        slots = all_slots(self.model)
+        for name in slots.keys() - all_slots(bare).keys():
+            slots[name][0][slots[name][1]] = None
+        self._empty = list(empty_slots(bare).values())
+        self._buffers = Follower(buffers.values(), [slots[name] for name in buffers]) if buffers else None
 
     def reset(self, model: nn.Module) -> None:
         """Begin anew from the weights of `model`; n stays."""
         bare = _bare(model)
-        self.model.load_state_dict(bare.state_dict(), strict=False)
+        state = bare.state_dict()
+        prepare_to_load(self.model, state)
+        self.model.load_state_dict(state, strict=False)
         with torch.no_grad():  # a state_dict may leave parts out
             for average, weight in zip(self.model.parameters(), bare.parameters(), strict=True):
                 average.copy_(weight)
+        self._forget_wide()
+
+    def follow_modes(self, model: nn.Module) -> None:
+        """Give the average's modules the modes of those of `model`."""
+        follow_modes(self.model, _bare(model))
+
+    def wide_state(self) -> dict[str, Tensor]:
+        """Name -> average in float32, of the parameters of 16 bits."""
+        return dict(self._wide)
+
+    def load_wide_state(self, state: Mapping[str, Tensor]) -> None:
+        """Behind the model's own state: take on what `wide_state` returned; what it lacks begins with the model's values."""
+        device = {name: parameter.device for name, parameter in self.model.named_parameters()}
+        self._wide = {name: value.to(device[name], copy=True) for name, value in state.items() if name in device}
+        self._source = None
+
+    def _forget_wide(self) -> None:
+        self._wide, self._source = {}, None
 
     def unshare(self, parameters: Collection[Tensor]) -> None:
         """Give the average copies of parameters that it has shared until now."""
@@ -122,6 +212,7 @@ class EMA:
     def to(self, device: torch.device) -> EMA:
         """Move the average to `device`."""
         self.model.to(device)
+        self._wide = {name: value.to(device) for name, value in self._wide.items()}
         self._source = None
         return self
 
@@ -137,11 +228,50 @@ class EMA:
                 average.requires_grad_(flag)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates, "model": self.model.state_dict()}
+        state = {"updates": self.updates, "model": self.model.state_dict()}
+        return {**state, "wide": self.wide_state()} if self._wide else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.updates = int(state_dict["updates"])
+        prepare_to_load(self.model, state_dict["model"])
         self.model.load_state_dict(state_dict["model"])
+        self.load_wide_state(state_dict.get("wide", {}))
+
+
+def _with_infinities(model: nn.Module) -> set[str]:
+    """Names of the parameters that hold infinities: masks, for instance."""
+    named = {name: p.detach() for name, p in model.named_parameters() if _can_be_averaged(p) and not p.is_meta}
+    finite = {name: p.isfinite().all() for name, p in named.items()}
+    return {name for name, flag in finite.items() if not flag}
+
+
+def _groups(optimizers: Iterable[Optimizer]) -> tuple[tuple[int, int], ...]:
+    return tuple((id(one), len(one.param_groups)) for one in optimizers)
+
+
+def _copied(model: nn.Module, shared: Iterable[nn.Parameter]) -> nn.Module:
+    """A deep copy; tensors that the last forward pass left behind (weight_norm's weight, say) are copied without their graph."""
+    memo: dict[int, Any] = {id(one): one for one in shared}
+    for module in model.modules():
+        for value in _values(vars(module)):
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                memo.setdefault(id(value), value.detach().clone())
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise SettingError(
+            f"use_ema=True needs a copy of the model, but copy.deepcopy(model) fails: {type(error).__name__}: {error} Keep what "
+            "cannot be copied (open files, locks, generators) outside of the model, or give its class a __deepcopy__."
+        ) from error
+
+
+def _values(value: Any, depth: int = 0) -> Iterator[Any]:
+    """What containers hold, one inside another."""
+    if isinstance(value, Mapping | list | tuple) and depth < 4:
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _values(item, depth + 1)
+    else:
+        yield value
 
 
 def _can_be_averaged(tensor: Tensor) -> bool:

@@ -5,7 +5,8 @@ A step returns one of
 * a one-element tensor: the total loss;
 * a dict of losses: one-element tensors that are summed into `total_loss`; plain numbers may stand beside them
   (YOLOX returns `l1_loss = 0.0`) and count in the sum without a gradient;
-* a pair `(loss or losses, metrics)`: metrics is a dict of one-element tensors or numbers that are only recorded.
+* a pair `(loss or losses, metrics)`: metrics is a dict of one-element tensors or numbers that are only recorded;
+* transformers' `ModelOutput`: its `.loss` is the total.
 """
 
 from __future__ import annotations
@@ -52,11 +53,93 @@ def read_losses(output: Any, names: MetricNames | None = None) -> Losses:
     if isinstance(output, Tensor):
         total = _checked_total(output, "the loss")
         return total, {"total_loss": total}
+    if type(output) is not dict and isinstance(output, Mapping) and is_model_output(output):
+        return read_losses(_loss_of(output))
     if isinstance(output, Mapping):
         return _from_dict(output)
     if isinstance(output, tuple):
         return _from_pair(output, MetricNames() if names is None else names)
     raise StepOutputError(f"The step returned {_what(output)}. {_FORMS}{_hint(output)}")
+
+
+def check_counted_once(output: Any) -> None:
+    """No loss of a dict is computed from another one of it: that one would count twice in the sum.
+
+    A walk over the graphs, for the first step.
+
+    Args:
+        output: what the step returned.
+
+    Raises:
+        StepOutputError: naming the losses.
+    """
+    losses = output[0] if isinstance(output, tuple) else output
+    if not isinstance(losses, Mapping) or (type(losses) is not dict and is_model_output(losses)):
+        return
+    nodes = {
+        name: _node_of(loss) for name, loss in losses.items() if isinstance(loss, Tensor) and loss.grad_fn is not None
+    }
+    names: dict[Any, list[str]] = {}
+    for name, node in nodes.items():
+        names.setdefault(node, []).append(name)
+    for name, node in nodes.items():
+        inside = [other for other in names[node] if other != name] + _found_below(node, names)
+        if inside:
+            parts = ", ".join(map(repr, inside))
+            are = "is a loss" if len(inside) == 1 else "are losses"
+            raise StepOutputError(
+                f"Loss {name!r} is computed from {parts}, which {are} of the same dict, so {parts} would count twice in the sum. "
+                "Return the total as a tensor and its parts as metrics: "
+                f"(total, {{{inside[0]!r}: ...}}); or return the parts only."
+            )
+
+
+def _node_of(tensor: Tensor) -> Any:
+    return tensor.grad_fn, tensor.output_nr
+
+
+def _found_below(node: Any, names: Mapping[Any, list[str]]) -> list[str]:
+    """The names of the nodes of a graph that can be reached from one of them."""
+    if len(names) < 2:
+        return []
+    seen, left, found = {node}, [node], []
+    while left:
+        for below in left.pop()[0].next_functions:
+            if below not in seen and below[0] is not None:
+                seen.add(below)
+                left.append(below)
+                found += names.get(below, [])
+    return found
+
+
+def is_model_output(output: Mapping[str, Any]) -> bool:
+    """A mapping whose entries are attributes as well, of a loss and what it was computed from: transformers' ModelOutput.
+
+    A dict of losses of such a kind (addict's Dict, say) is none.
+    """
+    if any(kind.__name__ == "ModelOutput" for kind in type(output).__mro__):
+        return True
+    loss: Any = output.get("loss")
+    is_attribute = isinstance(loss, Tensor) and getattr(output, "loss", None) is loss
+    if not is_attribute or loss.numel() != 1 or loss.grad_fn is None:
+        return False
+    others = [value for name, value in output.items() if name != "loss"]
+    tensors = [value for value in others if isinstance(value, Tensor)]
+    if any(tensor.numel() != 1 for tensor in tensors):
+        return True
+    if any(not isinstance(value, Tensor | numbers.Real) for value in others):
+        return True
+    names = {_node_of(tensor): [""] for tensor in tensors if tensor.grad_fn is not None}
+    return bool(_found_below(_node_of(loss), {_node_of(loss): ["loss"], **names}))
+
+
+def _loss_of(output: Mapping[str, Any]) -> Tensor:
+    loss = getattr(output, "loss", None)
+    if not isinstance(loss, Tensor):
+        raise StepOutputError(
+            f"The step returned {_what(output)} without a loss: a model of transformers computes one if the batch has 'labels'."
+        )
+    return loss
 
 
 def _from_dict(named: Mapping[str, Any]) -> Losses:

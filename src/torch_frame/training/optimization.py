@@ -456,6 +456,7 @@ class Optimization:
             "loss_weight": settings.weighted,
             "on_nonfinite": settings.on_nonfinite,
             "ema_decay": None if self.ema is None else self.ema.limit,
+            "ema_ramp": None if self.ema is None else self.ema.ramp,
             "lr_scheduler_interval": self.interval,
         }
 
