@@ -20,6 +20,7 @@ BENCHMARKS := $(sort $(filter-out benchmarks/_% benchmarks/gpu.py,$(wildcard ben
 PEERS := .venv-peers
 TRACKERS := .venv-trackers
 RECIPES := .venv-recipes
+PAGES := .venv-pages
 
 # A machine with a GPU has a Python with a CUDA build of torch already, as a rule: one that is named is used as it is.
 GPU_PYTHON := $(if $(filter file undefined,$(origin PYTHON)),$(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON)),$(PYTHON))
@@ -29,7 +30,7 @@ GPU_PYTHON := $(if $(filter file undefined,$(origin PYTHON)),$(if $(wildcard $(S
 PIP_INSTALL := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
 	$(BIN)/python -m pip install
 
-.PHONY: help demo test test-ranks test-trackers faults lint format bench bench-peers gpu docs recipes clean
+.PHONY: help demo test test-ranks test-trackers faults lint format bench bench-peers gpu docs recipes notebook pictures clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile
@@ -76,6 +77,12 @@ docs: $(STAMP) ## write the API pages to site/
 recipes: $(RECIPES)/.installed ## run the snippets of docs/recipes.md, in an environment of its own (one: make recipes ARGS=peft)
 	$(RECIPES)/bin/python docs/run_recipes.py $(ARGS)
 
+notebook: $(PAGES)/.installed ## run a training in a real notebook, and check how much its page shows (.venv-pages)
+	$(PAGES)/bin/python docs/images/page.py site/notebook.html
+
+pictures: $(PAGES)/.installed ## draw the terminal's pictures of README anew (.venv-pages)
+	$(PAGES)/bin/python docs/images/screens.py docs/images
+
 clean: ## remove caches and build outputs (not .venv, and no run's work_dir)
 	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find benchmarks src tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
@@ -119,4 +126,12 @@ $(RECIPES)/.installed: docs/requirements-recipes.txt constraints.txt
 	PIP_CONSTRAINT=constraints.txt $(RECIPES)/bin/python -m pip install torch
 	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(RECIPES)/bin/python -m pip install -e '.[tensorboard]' \
 		-r docs/requirements-recipes.txt
+	@touch $@
+
+$(PAGES)/.installed: docs/images/requirements.txt pyproject.toml constraints.txt
+	rm -rf $(PAGES)
+	$(PYTHON) -m venv $(PAGES)
+	PIP_CONSTRAINT=constraints.txt $(PAGES)/bin/python -m pip install torch
+	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(PAGES)/bin/python -m pip install -e '.[demo]' \
+		-r docs/images/requirements.txt
 	@touch $@

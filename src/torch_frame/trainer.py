@@ -27,7 +27,7 @@ from torch_frame.hooks.caller import HookCaller, checked_hooks
 from torch_frame.hooks.defaults import default_hooks
 from torch_frame.hooks.evaluate import evaluate_all
 from torch_frame.progress import Progress
-from torch_frame.run import checks, doubts, parts, saving, session
+from torch_frame.run import checks, doubts, first_block, parts, saving, session
 from torch_frame.run.attributes import Attributes
 from torch_frame.run.delegated import delegated
 from torch_frame.run.feed import Feed
@@ -599,7 +599,7 @@ class Trainer:
         self.metric_storage.allow_repeats()
         if self.model_ema is not None:
             self.model_ema.bind(self.model)
-        self._feed.log_seed()
+        self._feed.tell()
         self.hook_caller.begin()
         rows = {
             "Work directory": self.work_dir,
@@ -612,7 +612,24 @@ class Trainer:
             "EMA": None if self.model_ema is None else self.model_ema.row,
             "Frozen, in eval mode": self._module_modes.row(),
         }
-        session.log_first_lines(rows, self._resumption.told, self.info_params)
+        source, optimization = self._feed.source, self.optimization
+        rows |= first_block.rows(
+            {
+                "Data": lambda: first_block.data_row(self.data_loader, self._feed.length),
+                "Optimizer": lambda: first_block.optimizer_row(
+                    optimization.optimizers, optimization.schedules, optimization.settings_of_steps()["clip_grad_norm"]
+                ),
+                "Schedule": lambda: first_block.schedule_row(
+                    optimization.schedules, self.lr_scheduler_interval, self.lr_scheduler_metric
+                ),
+                "Frozen": lambda: first_block.frozen_row(self.model_or_module),
+                "Hooks": lambda: first_block.hooks_row(self.hooks),
+                "Seed": lambda: first_block.seed_row(
+                    getattr(source, "seed", self.seed), is_given=self.seed_is_explicit, orders_data=source.is_ours
+                ),
+            }
+        )
+        session.log_first_lines(first_block.ordered(rows), self._resumption.told, self.info_params)
         self.length.log_beginning(self.gradient_accumulation_steps)
 
     def _on_error(self, error: BaseException) -> str:

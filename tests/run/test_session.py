@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -27,16 +28,24 @@ def test_the_first_lines_say_what_is_trained_on_what_and_how_long(
     trainer.log_param("a note", learning_rate=0.05)
     with caplog.at_level(logging.INFO, "torch_frame"):
         trainer.train()
+    rows = dict(re.fullmatch(r"  (\S.*?)  +(\S.*)", line).groups() for line in caplog.messages[1:9])
+    assert rows == {
+        "Model": "Net, 41 parameters (33 trainable), 0.0 MiB",
+        "Frozen": "layers.0.bias",
+        "Data": "TensorDataset, 20 samples an epoch",
+        "Batch": "8 samples an update (4 a batch x 2 accumulated)",
+        "Steps": "3 epochs x 5 batches, 9 updates",
+        "Optimizer": "SGD, lr 0.05",
+        "Schedule": "constant",
+        "Device": "cpu, precision bf16",
+    }
     text = caplog.text
     for line in (
         f"torch-frame {torch_frame.__version__}",
-        f"Work directory: {tmp_path / 'run'}",
-        "Model: Net, 41 parameters (33 trainable), 0.0 MiB",
-        "Device: cpu, precision bf16",
-        "Batch: 8 samples an update (4 a batch x 2 accumulated)",
-        "Steps: 3 epochs x 5 batches, 9 updates",
+        f"{tmp_path / 'run'}",
         "functions of seed 7 and the position",
-        "a note\nlearning_rate: 0.05",
+        "  a note\n",
+        "  learning_rate: 0.05\n",
         "Training begins at epoch 1 of 3.",
     ):
         assert line in text

@@ -373,21 +373,54 @@ def test_two_bars_at_once_have_their_own_lines() -> None:
     assert "outer: 100%" in stream.getvalue()
 
 
-def test_a_notebook_shows_a_widget() -> None:
-    pytest.importorskip("ipykernel")
-    pytest.importorskip("ipywidgets")
-    client = pytest.importorskip("jupyter_client.manager")
-    manager, kernel = client.start_new_kernel(env=script_environment(PYTHONWARNINGS="default"))
-    shown: list[str] = []
-    try:
-        reply = kernel.execute_interactive(
-            "from torch_frame.tracking.bar import ProgressBar\n"
-            "with ProgressBar(total=2, desc='epoch 1') as bar:\n    bar.update(2)",
-            timeout=120,
-            output_hook=lambda message: shown.extend(message["content"].get("data", {})),
-        )
-    finally:
-        kernel.stop_channels()
-        manager.shutdown_kernel(now=True)
-    assert reply["content"]["status"] == "ok"
-    assert "application/vnd.jupyter.widget-view+json" in shown
+def test_only_values_that_fit_whole_are_shown() -> None:
+    script = """
+        from torch_frame.tracking.bar import ProgressBar
+        values = {"total_loss": 0.5, "cross_entropy": 0.25, "grad_norm": 123.0}
+        with ProgressBar(total=5, desc="epoch 1/1", values=lambda: values) as bar:
+            bar.update(5)
+        """
+    last = {width: run_on_terminal(script, size=(24, width)).split("\r")[-2] for width in (60, 80, 120)}
+    assert [(width, len(line) <= width) for width, line in last.items()] == [(60, True), (80, True), (120, True)]
+    assert "total_loss" not in last[60]
+    assert last[80].endswith("total_loss=0.5]")
+    assert last[120].endswith("total_loss=0.5, cross_entropy=0.25, grad_norm=123]")
+
+
+@pytest.mark.parametrize("term", ["dumb", "unknown", "DUMB"])
+def test_a_terminal_that_knows_no_escape_codes_gets_lines(term: str) -> None:
+    sent = run_on_terminal(
+        """
+        from torch_frame.tracking.bar import ProgressBar
+        from torch_frame.tracking.console import setup_logger
+        setup_logger("torch_frame")
+        with ProgressBar(total=2, desc="outer", plain_interval_s=0) as outer:
+            with ProgressBar(total=2, desc="inner", plain_interval_s=0, leave=False) as inner:
+                inner.update(2)
+            outer.update(2)
+        """,
+        TERM=term,
+    )
+    lines = sent.split("\r\n")
+    assert [line.split()[:2] for line in lines if line] == [["inner", "2/2"], ["outer", "2/2"]]
+    assert "\x1b" not in sent
+    assert "\r" not in "".join(lines)
+
+
+@pytest.mark.parametrize("columns", ["", "0", "x", "-3"])
+def test_an_odd_columns_variable_breaks_no_bar(columns: str) -> None:
+    done = run_script(
+        """
+        import io
+        from torch_frame.tracking.bar import ProgressBar
+        class Screen(io.StringIO):
+            def isatty(self):
+                return True
+        stream = Screen()
+        with ProgressBar(total=0, desc="none", values=lambda: {"a": float("nan")}, file=stream) as bar:
+            bar.set_postfix_str("a note", refresh=True)
+        assert "none" in stream.getvalue(), stream.getvalue()
+        """,
+        COLUMNS=columns,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")

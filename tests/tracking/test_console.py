@@ -6,15 +6,25 @@ import logging
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.tracking.pseudo_terminal import run_on_terminal, run_script, script_environment
-from torch_frame.tracking.console import ConsoleHandler, logger, open_run_log, setup_logger, supports_color
+from torch_frame.tracking.console import (
+    WIDTH_OF_A_PIPE,
+    ConsoleHandler,
+    console_width,
+    logger,
+    open_run_log,
+    setup_logger,
+    supports_color,
+)
+from torch_frame.tracking.line import Line
 
-LINE = r"\[\d\d/\d\d \d\d:\d\d:\d\d torch_frame INFO\]: hello\n"
+LINE = r"\[\d\d/\d\d \d\d:\d\d:\d\d a_project INFO\]: hello\n"
 
 
 @pytest.fixture(autouse=True)
@@ -56,9 +66,75 @@ def test_importing_it_changes_nothing() -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_a_line_looks_as_in_1_7(capsys: pytest.CaptureFixture[str]) -> None:
-    setup_logger("torch_frame").info("hello")
+def test_a_line_of_a_users_logger_looks_as_in_1_7(capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logger("a_project").info("hello")
     assert re.fullmatch(LINE, capsys.readouterr().out)
+
+
+def test_a_runs_lines_carry_no_date_on_the_console_and_one_in_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open_run_log(tmp_path / "log.txt", 2, 2):
+        logger.info("hello")
+        logging.getLogger("torch_frame.tracking.bar").info("30/60")
+        logger.warning("take care")
+        logger.error("it %s", "failed")
+    assert capsys.readouterr().out == "hello\n30/60\nwarning: take care\nerror: it failed\n"
+    for line in (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines():
+        assert re.match(r"\[\d\d/\d\d \d\d:\d\d:\d\d torch_frame[\w.]* (INFO|WARNING|ERROR)\]: ", line)
+
+
+def test_a_line_of_the_table_is_whole_in_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open_run_log(tmp_path / "log.txt", 2, 2):
+        Line("a  b", "a  b  c", begins_block=True).log(logger)
+    assert capsys.readouterr().out == "\na  b\n"
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8").endswith("INFO]: a  b  c\n")
+
+
+@pytest.mark.parametrize(("columns", "width"), [("93", 93), ("", 120), ("0", 120), ("wide", 120)])
+def test_without_a_terminal_columns_says_the_width(columns: str, width: int) -> None:
+    script = "from torch_frame.tracking.console import console_width; print(console_width())"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=script_environment(COLUMNS=columns),
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        timeout=120,
+    )
+    assert done.stdout == f"{width}\n".encode()
+
+
+def test_the_width_is_that_of_the_terminal() -> None:
+    script = "from torch_frame.tracking.console import console_width; print('width', console_width())"
+    assert "width 91" in run_on_terminal(script, size=(30, 91))
+
+
+class Odd:
+    """A stream without anything that streams have."""
+
+
+@pytest.mark.parametrize("stream", [None, Odd(), io.StringIO()])
+def test_odd_streams_have_a_width(stream: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    for name in ("stdout", "stderr", "stdin"):
+        monkeypatch.setattr(sys, name, stream)
+    assert console_width() == WIDTH_OF_A_PIPE
+
+
+def test_lines_for_a_pipe_that_nobody_reads_leave_no_trace() -> None:
+    script = """
+    from torch_frame.tracking.console import show_lines
+    from torch_frame.tracking.line import Line
+    show_lines(Line("a line of a table " * 10) for _ in range(100_000))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    pipe = subprocess.Popen(command, env=script_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert pipe.stdout is not None
+    assert pipe.stderr is not None
+    pipe.stdout.readline()
+    pipe.stdout.close()
+    assert (pipe.stderr.read(), pipe.wait(timeout=60)) == (b"", 0)
+    pipe.stderr.close()
 
 
 def test_setting_up_twice_gives_one_console(capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,7 +231,7 @@ def test_a_line_stands_above_the_bar_and_not_inside_it() -> None:
     )
     line = next(line for line in sent.split("\r\n") if "hello" in line)
     on_screen = line.split("\r")[-1]
-    assert re.fullmatch(r"\[.* torch_frame INFO\]: hello", on_screen)
+    assert on_screen == "hello"
     assert re.fullmatch(r"\s*", line.split("\r")[-2])  # the bar was wiped before
 
 
@@ -181,7 +257,38 @@ COLORED = """
 
 
 def test_colours_are_shown_on_a_terminal_that_was_asked_for_them() -> None:
-    assert "\x1b[32m" in run_on_terminal(COLORED)
+    assert "\x1b[33mwarning:\x1b[0m hello" in run_on_terminal(COLORED)
+    assert "\x1b[32m" in run_on_terminal(COLORED.replace('torch_frame"', 'a_project"'))
+
+
+RUN_LINE = """
+    from torch_frame.tracking.console import logger, open_run_log
+    from torch_frame.tracking.line import Line
+    with open_run_log(None, 2, 2):
+        Line("acc 0.9*", marks=((4, 8, "best"),)).log(logger)
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "is_colored"),
+    [
+        ({}, True),
+        ({"NO_COLOR": "1"}, False),
+        ({"NO_COLOR": ""}, True),
+        ({"TERM": "dumb"}, False),
+        ({"TERM": "dumb", "FORCE_COLOR": "1"}, True),
+        ({"NO_COLOR": "1", "FORCE_COLOR": "1"}, False),
+    ],
+)
+def test_a_run_is_coloured_on_terminals_that_want_it(variables: dict[str, str], is_colored: bool) -> None:
+    assert ("\x1b" in run_on_terminal(RUN_LINE, **variables)) is is_colored
+
+
+@pytest.mark.parametrize(
+    ("variables", "is_colored"), [({}, False), ({"FORCE_COLOR": "1"}, True), ({"FORCE_COLOR": "0"}, False)]
+)
+def test_a_pipe_is_coloured_if_that_is_forced(variables: dict[str, str], is_colored: bool) -> None:
+    assert (b"\x1b" in run_script(RUN_LINE, **variables).stdout) is is_colored
 
 
 @pytest.mark.parametrize("variables", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
@@ -226,7 +333,7 @@ def test_a_run_that_goes_on_appends_to_its_file(tmp_path: Path) -> None:
     for _ in range(2):
         with open_run_log(tmp_path / "log.txt", 5, 2):
             logger.info("hello")
-    assert re.fullmatch(LINE * 2, (tmp_path / "log.txt").read_text())
+    assert re.fullmatch(LINE.replace("a_project", "torch_frame") * 2, (tmp_path / "log.txt").read_text())
 
 
 @pytest.mark.parametrize(("console", "file"), [(0, 0), (1, 3), (3, 1), (2, 2), (5, 0)])

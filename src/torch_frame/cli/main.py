@@ -61,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     inspect.add_argument("--weights", action="store_true", help="list each tensor of the model as well")
     inspect.set_defaults(run=_run_inspect)
+    show = commands.add_parser("show", help="the table and the result of a run; of several, what differs, side by side")
+    show.add_argument("runs", metavar="RUN", nargs="+", help="the work dir of a run, finished or under way")
+    show.set_defaults(run=_run_show)
     return parser
 
 
@@ -86,6 +89,12 @@ def _run_inspect(options: argparse.Namespace) -> int:
     from torch_frame.cli.inspect import inspect
 
     return inspect(options.file, as_json=options.json, weights=options.weights)
+
+
+def _run_show(options: argparse.Namespace) -> int:
+    from torch_frame.cli.show import show
+
+    return show(options.runs)
 
 
 def _positive(text: str) -> int:

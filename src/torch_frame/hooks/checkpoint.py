@@ -193,7 +193,7 @@ class CheckpointerHook(HookBase):
         if value is None or not self.is_better(value):
             return False
         self.cur_best = value
-        _logger.info("%s is the best so far: %.6g", self.save_metric, value)
+        _logger.debug("%s is the best so far: %.6g", self.save_metric, value)
         return True
 
     def _metric_value(self, name: str) -> float | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import logging
 import os
 import time
@@ -11,13 +10,13 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from torch_frame.errors import SettingError
+from torch_frame.errors import SettingError, TorchFrameError
 from torch_frame.hooks.base import HookBase
+from torch_frame.hooks.run_lines import RunLines
 from torch_frame.scalars import is_whole
 from torch_frame.tracking.bar import ProgressBar
 from torch_frame.tracking.console import keep_shown
 from torch_frame.tracking.guard import GuardedWriter
-from torch_frame.tracking.memory import peak_memory_bytes
 from torch_frame.tracking.writers import JsonlWriter, Row, RunInfo, TensorBoardWriter, Writer
 
 _logger = logging.getLogger("torch_frame")
@@ -76,6 +75,9 @@ class LoggerHook(HookBase):
         self._parameters_given = False
         self._run_id = uuid.uuid4().hex[:12]
         self._until_write = self._period
+        self._lines: RunLines | None = None
+        self._saved_lines: dict[str, Any] = {}
+        self._error: BaseException | None = None
         self._bar: ProgressBar | None = None
         self._next_look = 0.0
         self._shown: dict[str, float] = {}
@@ -100,9 +102,10 @@ class LoggerHook(HookBase):
             {*self.modes, *prefixes}, key=lambda group: (-len(group), group)
         )  # "val_ood" before "val"
         if self._writes:
-            self._train_started = time.perf_counter()
-            self._iter_time_before = self._iter_time_sum()
-            self._iters_before = self.trainer.progress.iter
+            self._error = None
+            with self._without_lines_after_an_error():
+                saved = self._saved_lines if self.trainer.resumed_iter is not None else {}
+                self._lines = RunLines(self.trainer, saved)
             self._until_write = self._batches_until_write(
                 self.trainer.progress.inner_iter
             )  # inside a resumed epoch, too
@@ -110,6 +113,9 @@ class LoggerHook(HookBase):
 
     def before_epoch(self) -> None:
         self._until_write = self._period
+        if self._lines is not None:
+            with self._without_lines_after_an_error():
+                self._lines.begin_epoch()
 
     def after_iter(self) -> None:
         if not self._writes:
@@ -132,14 +138,11 @@ class LoggerHook(HookBase):
         self._write_console()
 
     def after_train(self) -> None:
-        if not self._writes:
-            return
-        self._write()
-        total = time.perf_counter() - self._train_started
-        on_hooks = max(total - (self._iter_time_sum() - self._iter_time_before), 0.0)
-        _logger.info("Total train time: %s (%s of it beside the training steps)", _duration(total), _duration(on_hooks))
+        if self._writes:
+            self._write()
 
     def on_exception(self, error: BaseException) -> None:
+        self._error = error
         self._tell_writers("failed", error)
 
     def close(self) -> None:
@@ -152,6 +155,10 @@ class LoggerHook(HookBase):
             self._tell_writers("close")
         self._writers = {}
         self.trainer.run_media.close()
+        if self._lines is not None:
+            with self._without_lines_after_an_error():
+                self._lines.end(self._error)
+            self._lines = None
 
     def logged_metrics(self) -> set[str] | None:
         return set() if type(self) is LoggerHook else None
@@ -227,28 +234,21 @@ class LoggerHook(HookBase):
                 writer.call("write", *self._row)
 
     def _write_console(self) -> None:
-        storage = self.metric_storage
-        parts = [f"Epoch {self._epoch_of_all()}"]
-        if "iter_time" in storage:
-            if self.trainer.length.iters_left() is not None:
-                parts.append(f"ETA {_duration(self._seconds_left())}")
-            parts.append(f"iter_time {storage.value('iter_time'):.4f}")
-        if "data_time" in storage:
-            parts.append(f"data_time {storage.value('data_time'):.4f}")
-        if "lr" in storage:
-            parts.append(f"lr {storage.value('lr'):.5g}")
-        peak = peak_memory_bytes(self.trainer.device)
-        if peak is not None:
-            parts.append(f"max_mem {peak / 2**20:.0f}M")
-        for names in self._by_group().values():
-            parts += [f"{name} {storage.value(name):.4g}" for name in names if storage.is_of_this_epoch(name)]
-        _logger.info("%s", "  ".join(parts))
+        if self._lines is not None:
+            with self._without_lines_after_an_error():
+                names = [name for group in self._by_group().values() for name in group]
+                self._lines.end_epoch(names, is_last=self.is_last_epoch())
 
-    def _seconds_left(self) -> float:
-        """By what an iteration has taken since this process began, evaluation and saves included."""
-        elapsed = time.perf_counter() - self._train_started
-        iters_left = self.trainer.length.iters_left() or 0
-        return elapsed / max(self.trainer.progress.iter - self._iters_before, 1) * iters_left
+    @contextlib.contextmanager
+    def _without_lines_after_an_error(self) -> Iterator[None]:
+        """What is shown ends no run: an odd optimizer, console or folder costs the lines, and is told."""
+        try:
+            yield
+        except TorchFrameError:  # values that are read here and are not finite end the run
+            raise
+        except Exception as error:
+            self._lines = None
+            _logger.warning("The run's lines are not shown any more: %s: %s", type(error).__name__, error)
 
     def _epoch_of_all(self) -> str:
         """Which epoch it is, from 1 on, and of how many, if that is known."""
@@ -293,9 +293,6 @@ class LoggerHook(HookBase):
 
     # ------------------------------------------------------------ state
 
-    def _iter_time_sum(self) -> float:
-        return self.metric_storage["iter_time"].global_sum if "iter_time" in self.metric_storage else 0.0
-
     def state_dict(self) -> dict[str, Any]:
         self._note_states()
         return {
@@ -303,12 +300,14 @@ class LoggerHook(HookBase):
             "run_id": self._run_id,
             "writers": self._saved,
             "parameters_given": self._parameters_given,
+            "lines": self._saved_lines if self._lines is None else self._lines.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._last_write = dict(state_dict["last_write"])
         self._run_id = state_dict.get("run_id", self._run_id)
         self._parameters_given = state_dict.get("parameters_given", False)
+        self._saved_lines = dict(state_dict.get("lines", {}))
         files = state_dict.get("files") or {}  # of an older state
         older = {"JsonlWriter": files.get("metrics.jsonl"), "TensorBoardWriter": files.get("tensorboard")}
         self._saved = dict(state_dict.get("writers", older))
@@ -360,7 +359,3 @@ def _keyed(writers: Iterable[Writer]) -> dict[str, Writer]:
         count = sum(key.partition("#")[0] == name for key in keyed)
         keyed[f"{name}#{count}" if count else name] = writer
     return keyed
-
-
-def _duration(seconds: float) -> str:
-    return str(datetime.timedelta(seconds=int(seconds)))

@@ -128,11 +128,8 @@ class Feed:
         """Of the generators that the user gave the loader."""
         return loader_generator_states(self.loader)
 
-    def log_seed(self) -> None:
-        """Say that the loader's order is ours, if it is."""
-        if self.source.is_ours:
-            text = "The DataLoader's order and augmentation are functions of seed %d and the position."
-            _logger.info(text, self.source.seed)
+    def tell(self) -> None:
+        """Say what a person should know of the loader."""
         if self.source.told:
             _logger.warning(self.source.told)
 

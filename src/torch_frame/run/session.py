@@ -17,9 +17,11 @@ from torch_frame.progress import Progress
 from torch_frame.run.saving import Saver
 from torch_frame.signals.interruption import INTERRUPTION, StopRequested
 from torch_frame.signals.stop import StopSignals
+from torch_frame.tracking.console import console_width
+from torch_frame.tracking.format import aligned
+from torch_frame.tracking.line import Line
 
 _logger = logging.getLogger("torch_frame")
-_RULE = "-" * 50
 
 Stages = Mapping[str, Sequence[Callable[..., None]]]
 
@@ -162,18 +164,15 @@ def log_first_lines(rows: Mapping[str, str | None], told: list[tuple[int, str]],
         told: (level, line); emptied, for each is told once.
         parameters: lines that the script wants in the log.
     """
-    block = [
-        _RULE,
-        f"torch-frame {__version__}",
-        *(f"{name}: {row}" for name, row in rows.items() if row is not None),
-        _RULE,
-    ]
-    _logger.info("\n%s", "\n".join(block))
+    Line.title(f"torch-frame {__version__}").log(_logger)
+    for line in aligned({name: row for name, row in rows.items() if row}, console_width()):
+        _logger.info("%s", line)
     for level, line in told:
         _logger.log(level, line)
     told.clear()
-    if parameters:
-        _logger.info("\n%s", "\n".join(parameters))
+    for text in parameters:
+        for line in text.splitlines():
+            _logger.info("  %s", line)
 
 
 def log_end_inside(signal: str | None, iterations: int, folder: str) -> None:

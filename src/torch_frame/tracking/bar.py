@@ -1,7 +1,7 @@
 """A progress bar that costs a training step next to nothing."""
 
+import contextlib
 import datetime
-import importlib.util
 import inspect
 import logging
 import math
@@ -16,7 +16,13 @@ from typing import Any, Protocol, Self
 
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
+from torch_frame.tracking.format import cells
+from torch_frame.tracking.notebook import current_area, kernel_shell, updates_outputs
+
 _logger = logging.getLogger(__name__)
+
+WIDTH_IN_A_NOTEBOOK = 100
+"""Cells of a line of text in a notebook's page."""
 
 
 def is_terminal(stream: Any) -> bool:
@@ -30,6 +36,16 @@ def is_terminal(stream: Any) -> bool:
         return not getattr(stream, "closed", False) and bool(stream.isatty())
     except (AttributeError, ValueError, OSError):
         return False
+
+
+def can_redraw(stream: Any, environ: Mapping[str, str] = os.environ) -> bool:
+    """Says whether `stream` is a terminal that knows escape codes; `TERM=dumb` is Emacs's shell, a serial line, some CI."""
+    return is_terminal(stream) and environ.get("TERM", "").lower() not in ("dumb", "unknown")
+
+
+def in_notebook() -> bool:
+    """Says whether this process is a notebook's kernel; imports nothing."""
+    return kernel_shell() is not None
 
 
 class TerminalBar(tqdm):  # type: ignore[misc,unused-ignore]
@@ -74,27 +90,6 @@ if hasattr(os, "register_at_fork"):  # a thread of the parent may hold the lock 
     os.register_at_fork(after_in_child=_renew_lock)
 
 
-def _kernel_shell() -> Any:
-    """The IPython shell that talks to a notebook, or None; imports nothing."""
-    if "ipykernel" not in sys.modules or "IPython" not in sys.modules:
-        return None
-    shell = sys.modules["IPython"].get_ipython()
-    return shell if hasattr(shell, "kernel") else None
-
-
-def _notebook_bar_class() -> type[TerminalBar]:
-    """The widget where it can be shown; else the text bar, which a notebook's output cell shows well enough."""
-    shows_widgets = not type(_kernel_shell()).__name__.startswith("Spyder")
-    if not shows_widgets or importlib.util.find_spec("ipywidgets") is None:
-        return TerminalBar
-    from tqdm.notebook import tqdm as notebook_tqdm  # type: ignore[import-untyped,unused-ignore]
-
-    class NotebookBar(TerminalBar, notebook_tqdm):  # type: ignore[misc,unused-ignore]
-        pass
-
-    return NotebookBar
-
-
 def _size_keywords(stream: Any) -> dict[str, Any]:
     """Follows the terminal's width; one that reports 0 x 0 (expect, docker exec) would make tqdm draw nothing."""
     try:
@@ -123,6 +118,26 @@ def _format(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, Real) else str(value)
 
 
+def _parts(bar: "ProgressBar") -> list[str]:
+    """What stands behind a drawn bar."""
+    return [*(f"{key}={value}" for key, value in bar.shown().items()), *bar.notes()]
+
+
+def _those_that_fit(parts: list[str], room: float) -> list[str]:
+    """The first of the parts, as many as fit whole, each with a comma before it.
+
+    >>> _those_that_fit(["total_loss=0.5", "acc=0.9"], room=20)
+    ['total_loss=0.5']
+    """
+    fitting = []
+    for part in parts:
+        room -= cells(part) + 2
+        if room < 0:
+            break
+        fitting.append(part)
+    return fitting
+
+
 class _Display(Protocol):
     """Where a `ProgressBar` shows itself: a drawn bar or lines in the log."""
 
@@ -147,8 +162,15 @@ class _DrawnBar:
             raise ValueError("the stream it draws on is closed")
         self._tqdm.total = bar.total
         self._tqdm.desc = bar.desc
-        shown = bar.shown()
-        self._tqdm.postfix = ", ".join([*(f"{key}={value}" for key, value in shown.items()), *bar.notes()])
+        self._tqdm.postfix = ", ".join(_those_that_fit(_parts(bar), self._room(bar)))
+
+    def _room(self, bar: "ProgressBar") -> float:
+        """Cells behind the counts and times, beside a bar of ten cells; infinite if the line has no width."""
+        given = self._tqdm.format_dict
+        if not given.get("ncols"):
+            return math.inf
+        line = self._tqdm.format_meter(**{**given, "n": bar.n, "ncols": None, "postfix": None})
+        return float(given["ncols"] - cells(line))
 
     def draw(self, bar: "ProgressBar") -> None:
         self._take(bar)
@@ -163,6 +185,43 @@ class _DrawnBar:
 
     def abandon(self) -> None:
         self._tqdm.abandon()
+
+
+class _NotebookLine:
+    """A line of text in a notebook's output, replaced in place."""
+
+    def __init__(self, total: float | None, initial: float, unit: str, tqdm_kwargs: Mapping[str, Any]) -> None:
+        self.interval_s = max(float(tqdm_kwargs.get("mininterval", 0.5)), 0.5)
+        self._width = tqdm_kwargs.get("ncols") or WIDTH_IN_A_NOTEBOOK
+        self._leave = tqdm_kwargs.get("leave", True)
+        self._initial, self._unit = initial, unit
+        self._started_s = perf_counter()
+        self._area = current_area()
+
+    def draw(self, bar: "ProgressBar") -> None:
+        self._area.show(self, self._line(bar))
+
+    def _line(self, bar: "ProgressBar") -> str:
+        meter: dict[str, Any] = {
+            "n": bar.n,
+            "total": bar.total,
+            "elapsed": perf_counter() - self._started_s,
+            "prefix": bar.desc.removesuffix(": "),
+            "unit": self._unit,
+            "initial": self._initial,
+        }
+        fitting = _those_that_fit(_parts(bar), self._width - cells(tqdm.format_meter(**meter)))
+        return str(tqdm.format_meter(**meter, ncols=self._width, postfix=", ".join(fitting)))
+
+    def close(self, bar: "ProgressBar") -> None:
+        if self._leave:
+            self.draw(bar)
+        else:
+            self.abandon()
+
+    def abandon(self) -> None:
+        with contextlib.suppress(Exception):
+            self._area.remove(self)
 
 
 class _LogLines:
@@ -204,14 +263,14 @@ def _open_display(
     total: float | None, desc: str, initial: float, unit: str, plain_interval_s: float, tqdm_kwargs: dict[str, Any]
 ) -> _Display:
     stream = tqdm_kwargs.get("file") or sys.stderr
-    in_notebook = _kernel_shell() is not None
-    if not in_notebook and not is_terminal(stream):
+    if updates_outputs(kernel_shell()):
+        return _NotebookLine(total, initial, unit, tqdm_kwargs)
+    if not can_redraw(stream):
         return _LogLines(initial, unit, plain_interval_s)
-    bar_class = _notebook_bar_class() if in_notebook else TerminalBar
-    defaults = {"miniters": 0, **_size_keywords(stream)} if bar_class is TerminalBar else {"miniters": 0}
+    defaults = {"miniters": 0, **_size_keywords(stream)}
     # disable=False: whatever TQDM_DISABLE held when tqdm was imported, it is we who read it.
     counts = {"total": total, "desc": desc, "initial": initial, "unit": unit, "disable": False}
-    return _DrawnBar(bar_class, **{**defaults, **tqdm_kwargs, **counts})
+    return _DrawnBar(TerminalBar, **{**defaults, **tqdm_kwargs, **counts})
 
 
 class ProgressBar:

@@ -4,13 +4,14 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
 from torch_frame.distributed.comm import is_main
-from torch_frame.tracking.bar import TerminalBar, is_terminal
+from torch_frame.tracking.bar import WIDTH_IN_A_NOTEBOOK, TerminalBar, can_redraw, in_notebook
 from torch_frame.tracking.consoles import is_console
+from torch_frame.tracking.line import Line, line_of
 from torch_frame.tracking.log_txt import LogTxt
 
 logger = logging.getLogger("torch_frame")
@@ -21,14 +22,22 @@ _DATE_FORMAT = "%m/%d %H:%M:%S"
 _RESET, _GREEN = "\x1b[0m", "\x1b[32m"
 _LEVEL_COLORS = {logging.DEBUG: "\x1b[35m", logging.WARNING: "\x1b[33m"}
 _ERROR_COLOR = "\x1b[1;31m"
+_STYLES = {"head": "\x1b[1m", "best": "\x1b[1;32m"}
+
+WIDTH_OF_A_PIPE = 120
+"""Cells of a line that goes to no screen."""
 
 
 def supports_color(stream: Any, environ: Mapping[str, str] = os.environ, os_name: str = os.name) -> bool:
-    """Says whether ANSI colours are wanted and understood: a terminal, no `NO_COLOR`, not `TERM=dumb`.
+    """Says whether ANSI colours are wanted and understood: a terminal, no `NO_COLOR`, not `TERM=dumb`; or `FORCE_COLOR` is set.
 
     On Windows only the terminals known to understand them count: Windows Terminal, VS Code, ConEmu, ansicon.
     """
-    if not is_terminal(stream) or environ.get("NO_COLOR") or environ.get("TERM") == "dumb":
+    if environ.get("NO_COLOR"):
+        return False
+    if environ.get("FORCE_COLOR", "0") not in ("", "0"):
+        return True
+    if not can_redraw(stream, environ):
         return False
     if os_name != "nt":
         return True
@@ -37,6 +46,60 @@ def supports_color(stream: Any, environ: Mapping[str, str] = os.environ, os_name
         or environ.get("ConEmuANSI") == "ON"
         or environ.get("TERM_PROGRAM") == "vscode"
     )
+
+
+def console_width() -> int:
+    """Cells of a line on the console: `COLUMNS` if it is set, else of the terminal that one of stdout, stderr, stdin is.
+
+    In a notebook 100, and 120 if there is no terminal.
+    """
+    given = os.environ.get("COLUMNS", "")
+    if given.isdecimal() and int(given) > 0:
+        return int(given)
+    if in_notebook():
+        return WIDTH_IN_A_NOTEBOOK
+    for stream in (sys.stdout, sys.stderr, sys.stdin):
+        with contextlib.suppress(AttributeError, ValueError, OSError, TypeError):
+            columns = os.get_terminal_size(stream.fileno()).columns
+            if columns > 0:
+                return columns
+    return WIDTH_OF_A_PIPE
+
+
+class _ShortFormatter(logging.Formatter):
+    """For people: torch-frame's lines without time and name, and with their level if it is not INFO; others as in the file."""
+
+    def __init__(self, *, color: bool) -> None:
+        super().__init__(_FORMAT, _DATE_FORMAT)
+        self._color = color
+        self._long = _ColorFormatter(_FORMAT, _DATE_FORMAT) if color else logging.Formatter(_FORMAT, _DATE_FORMAT)
+
+    def format(self, record: logging.LogRecord) -> str:
+        is_ours = record.name.partition(".")[0] == logger.name
+        return super().format(record) if is_ours else self._long.format(record)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        line = line_of(record)
+        if record.levelno == logging.INFO:
+            return record.message if line is None else line.on_screen(_STYLES if self._color else None, _RESET)
+        level = f"{record.levelname.lower()}:"
+        if self._color:
+            color = _ERROR_COLOR if record.levelno >= logging.ERROR else _LEVEL_COLORS.get(record.levelno, "")
+            level = f"{color}{level}{_RESET}"
+        return f"{level} {record.message}"
+
+
+class _FileFormatter(logging.Formatter):
+    """A dated line, whatever the width of the screen."""
+
+    def __init__(self) -> None:
+        super().__init__(_FORMAT, _DATE_FORMAT)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        line = line_of(record)
+        if line is not None and line.whole is not None:
+            record.message = line.whole
+        return super().formatMessage(record)
 
 
 class _ColorFormatter(logging.Formatter):
@@ -60,8 +123,8 @@ class ConsoleHandler(logging.Handler):
     def __init__(self, level: int = logging.NOTSET, *, color: bool = False) -> None:
         super().__init__(level)
         self._color = color
-        self._plain_formatter = logging.Formatter(_FORMAT, _DATE_FORMAT)
-        self._color_formatter = _ColorFormatter(_FORMAT, _DATE_FORMAT)
+        self._plain_formatter = _ShortFormatter(color=False)
+        self._color_formatter = _ShortFormatter(color=True)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Writes one record."""
@@ -97,6 +160,19 @@ def _write(stream: Any, line: str) -> None:
         stream.flush()
 
 
+def show_lines(lines: Iterable[Line]) -> None:
+    """Print lines to stdout, with colours if it wants them; a pipe that is not read any more (`| head`) ends it quietly."""
+    stream = sys.stdout
+    if stream is None:
+        return
+    is_colored = supports_color(stream)
+    try:
+        for line in lines:
+            _write(stream, line.on_screen(_STYLES if is_colored else None, _RESET) + "\n")
+    except BrokenPipeError:
+        _detach(stream)
+
+
 def _detach(stream: Any) -> None:
     """Points a pipe that is not read any more at the null device.
 
@@ -113,7 +189,7 @@ def _open_file(path: str, level: int) -> logging.FileHandler:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     handler = LogTxt(path)
     handler.setLevel(level)
-    handler.setFormatter(logging.Formatter(_FORMAT, _DATE_FORMAT))
+    handler.setFormatter(_FileFormatter())
     return handler
 
 
@@ -261,7 +337,7 @@ def _attach(console_level: int) -> None:
     if not root_consoles and not any(
         isinstance(handler, ConsoleHandler) or is_console(handler) for handler in logger.handlers
     ):
-        console = ConsoleHandler(console_level)
+        console = ConsoleHandler(console_level, color=True)
         logger.addHandler(console)
         _undo.callback(logger.removeHandler, console)
     logger.propagate = bool(root_handlers)

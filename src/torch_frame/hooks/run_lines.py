@@ -1,0 +1,227 @@
+"""What LoggerHook shows of a run: the table's lines, the last block, and the files that `torch-frame show` reads."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch_frame._version import __version__
+from torch_frame.hooks.base import HookTrainer
+from torch_frame.hooks.checkpoint import CheckpointerHook
+from torch_frame.tracking.console import console_width
+from torch_frame.tracking.format import wrapped
+from torch_frame.tracking.line import Line
+from torch_frame.tracking.memory import peak_memory_bytes
+from torch_frame.tracking.record import RunRecord
+from torch_frame.tracking.summary import FAILED, FINISHED, RUNNING, STOPPED, command_line, last_block
+from torch_frame.tracking.table import Entry, Table
+
+_logger = logging.getLogger("torch_frame")
+
+
+class RunLines:
+    """The lines of one `train()`.
+
+    Args:
+        trainer: whose run it is.
+        saved: what `state_dict` returned when the state was saved that the run continues; empty for a new one.
+    """
+
+    def __init__(self, trainer: HookTrainer, saved: Mapping[str, Any]) -> None:
+        self._trainer = trainer
+        self._followers = [hook for hook in trainer.hooks if isinstance(hook, CheckpointerHook) and hook.save_metric]
+        self._cur_best = {id(hook): hook.cur_best for hook in self._followers}
+        self._best: dict[str, dict[str, Any]] = dict(saved.get("best", {}))
+        self._shown_at: dict[str, int] = dict(saved.get("shown_at", {}))
+        self._samples_a_batch = _samples_a_batch(trainer)
+        unit = "batches" if self._samples_a_batch is None else "samples"
+        followed = list(dict.fromkeys(str(hook.save_metric) for hook in self._followers))
+        self._table = Table(followed, unit, len(_label("Epoch", trainer.max_epochs, trainer.max_epochs)))
+        self._record = RunRecord(trainer.work_dir, trainer.resumed_iter)
+        self._begun_s = self._line_s = time.perf_counter()
+        self._iters_before = self._iters_at_line = trainer.progress.iter
+        self._times_before = self._times()
+        self._steps_s_at_line = self._times_before[0]
+        self._last: Entry | None = None
+        self._rates_at_begin = _rates_of(trainer.optimizer)
+        self._ended_epoch = False
+        self._record.begin(self._facts(), saved.get("lines"))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best values, how many lines the table has, and of when the values are that have been shown."""
+        best = {name: dict(found) for name, found in self._best.items()}
+        return {"best": best, "lines": self._record.num_lines, "shown_at": dict(self._shown_at)}
+
+    # ------------------------------------------------------------ lines
+
+    def begin_epoch(self) -> None:
+        """The time between two epochs belongs to neither."""
+        self._line_s = time.perf_counter()
+        self._rates_at_begin = _rates_of(self._trainer.optimizer)
+
+    def end_epoch(self, names: Sequence[str], *, is_last: bool) -> None:
+        """Print an epoch's line: the values that are new since the line before.
+
+        Args:
+            names: all that have been logged, in the order of their columns.
+            is_last: the run ends with this epoch.
+        """
+        self._ended_epoch = is_last
+        trainer, storage = self._trainer, self._trainer.metric_storage
+        latest = storage.latest_iters()
+        values = {name: storage.value(name) for name in names if latest[name] != self._shown_at.get(name)}
+        self._shown_at = latest
+        self._print(_label("Epoch", trainer.epoch + 1, trainer.max_epochs), values, self._with_expected(names))
+
+    def _with_expected(self, names: Sequence[str]) -> list[str]:
+        """With the scores that evaluations have said they will log: their columns stand there from the first line on."""
+        expected = [name for hook in self._trainer.hooks for name in sorted(hook.logged_metrics() or ())]
+        return list(dict.fromkeys([*names, *expected]))
+
+    def _print(self, label: str, values: Mapping[str, float], names: Sequence[str]) -> None:
+        now = time.perf_counter()
+        entry = Entry(
+            label,
+            iter=self._trainer.cur_iter,
+            epoch=self._trainer.epoch,
+            values=values,
+            best=self._new_best(label, values),
+            lr=self._rates(),
+            per_s=self._speed(),
+            time_s=now - self._line_s,
+            eta_s=self._seconds_left(now),
+            memory_mib=self._memory_mib(),
+        )
+        self._line_s, self._iters_at_line = now, self._trainer.progress.iter
+        self._last = entry
+        width = console_width()
+        lines = self._table.lines(entry, names, width)
+        left_out = self._table.left_out()
+        if left_out:
+            text = f"The screen is too narrow for {', '.join(left_out)}: see log.txt and metrics.jsonl."
+            for part in wrapped(text, width - 1):
+                _logger.info("%s", part)
+        for line in lines:
+            line.log(_logger)
+        self._record.add(entry)
+
+    def _new_best(self, label: str, values: Mapping[str, float]) -> list[str]:
+        """The names whose values are the best so far, by the hooks that follow them."""
+        found = []
+        for hook in self._followers:
+            metric = str(hook.save_metric)
+            if hook.cur_best != self._cur_best[id(hook)] and metric in values:
+                self._cur_best[id(hook)] = hook.cur_best
+                self._best[metric] = {"value": hook.cur_best, "label": label, "file": _file_of(hook)}
+                found.append(metric)
+        return found
+
+    # ------------------------------------------------------------ figures
+
+    def _times(self) -> tuple[float, float]:
+        """Seconds of all steps of the run, and of the waits for data among them."""
+        storage = self._trainer.metric_storage
+        return tuple(  # type: ignore[return-value]
+            storage[name].global_sum if name in storage else 0.0 for name in ("iter_time", "data_time")
+        )
+
+    def _rates(self) -> list[float]:
+        """Of each group, what the last steps were made with; a schedule may have moved on meanwhile."""
+        now, storage = _rates_of(self._trainer.optimizer), self._trainer.metric_storage
+        if "lr" not in storage or not now or now[0] == storage["lr"].latest:
+            return now
+        used = storage["lr"].latest  # of the first group
+        base = now if now[0] else self._rates_at_begin
+        if len(set(base)) == 1 or len(base) != len(now) or not base[0]:
+            return [used]
+        return [used * rate / base[0] for rate in base]
+
+    def _speed(self) -> float | None:
+        """Samples or batches a second of the steps since the line before, evaluation left out."""
+        steps_s, _ = self._times()
+        iters = self._trainer.progress.iter - self._iters_at_line
+        seconds, self._steps_s_at_line = steps_s - self._steps_s_at_line, steps_s
+        per_batch = (self._samples_a_batch or 1) * self._trainer.strategy.world_size
+        return iters * per_batch / seconds if iters > 0 and seconds > 0 else None
+
+    def _seconds_left(self, now: float) -> float | None:
+        """By what an iteration has taken since this process began, evaluation and saves included."""
+        trainer = self._trainer
+        done = trainer.progress.iter - self._iters_before
+        if trainer.max_iters is None or done <= 0:
+            return None
+        iters_left = max(trainer.max_iters - trainer.progress.iter, 0)
+        return (now - self._begun_s) / done * iters_left
+
+    def _memory_mib(self) -> float | None:
+        peak = peak_memory_bytes(self._trainer.device)
+        return None if peak is None else peak / 2**20
+
+    # ------------------------------------------------------------ the end
+
+    def end(self, error: BaseException | None) -> None:
+        """Print the last block; files are complete by now.
+
+        Args:
+            error: that ended the run; None: none has.
+        """
+        facts = self._facts()
+        facts |= {"how": self._how(error), "iter": self._trainer.progress.iter, **self._time_facts()}
+        if error is not None:
+            facts["error"] = type(error).__name__
+        block = last_block(self._trainer.work_dir, facts, self._last, console_width())
+        for number, text in enumerate(block):
+            (Line.title(text) if number == 0 else Line(text)).log(_logger)
+        self._record.end(**facts)
+
+    def _how(self, error: BaseException | None) -> str:
+        if error is not None:
+            return FAILED
+        is_finished = self._ended_epoch or self._trainer.progress.iter == self._iters_before
+        return FINISHED if is_finished else STOPPED
+
+    def _time_facts(self) -> dict[str, Any]:
+        total = time.perf_counter() - self._begun_s
+        steps, data = (now - before for now, before in zip(self._times(), self._times_before, strict=True))
+        beside = max(total - steps, 0.0)
+        split = {"steps": max(steps - data, 0.0), "data": data, "evaluation, hooks, saves": beside}
+        return {"seconds": self._record.seconds_before + total, "split": split}
+
+    def _facts(self) -> dict[str, Any]:
+        trainer = self._trainer
+        followed = {
+            str(hook.save_metric): {"max_first": hook.max_first, "file": _file_of(hook)} for hook in self._followers
+        }
+        return {
+            "torch_frame": __version__,
+            "how": RUNNING,
+            "max_epochs": trainer.max_epochs,
+            "unit": self._table.unit,
+            "followed": followed,
+            "best": self._best,
+            "command": command_line(),
+            "settings": trainer.run_parameters,
+        }
+
+
+def _label(word: str, number: int, of: int | None) -> str:
+    return f"{word} {number}" if of is None else f"{word} {number}/{of}"
+
+
+def _rates_of(optimizer: Any) -> list[float]:
+    """Of all groups of all optimizers there are."""
+    several = list(optimizer.values()) if isinstance(optimizer, Mapping) else optimizer
+    each = several if isinstance(several, list | tuple) else [several]
+    return [float(group["lr"]) for one in each for group in one.param_groups if "lr" in group]
+
+
+def _samples_a_batch(trainer: HookTrainer) -> int | None:
+    loader = trainer.data_loader
+    size = getattr(getattr(loader, "batch_sampler", None), "batch_size", getattr(loader, "batch_size", None))
+    return size if isinstance(size, int) and size > 0 else None
+
+
+def _file_of(hook: CheckpointerHook) -> str:
+    return getattr(hook, "best_file", None) or "best.pth"

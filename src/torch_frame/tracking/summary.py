@@ -1,0 +1,154 @@
+"""The last block of a run: what came out, where it lies, and what to do next."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch_frame.tracking.format import ago, aligned, duration, shares, value_text
+from torch_frame.tracking.table import Entry
+
+RUNNING, FINISHED, STOPPED, FAILED, KILLED = "running", "finished", "stopped", "failed", "killed"
+
+
+def last_block(folder: str | os.PathLike[str], facts: Mapping[str, Any], last: Entry | None, width: int) -> list[str]:
+    """The lines of the block.
+
+    Args:
+        folder: of the run.
+        facts: of `run.json` when the run has ended: `how`, `error`, `iter`, `seconds`, `split`, `best`, `command`.
+        last: the table's last line.
+        width: cells of the screen.
+    """
+    path = Path(folder)
+    rows = {
+        "best": _best_row(path, facts.get("best")),
+        "last": _last_row(last, facts.get("best")),
+        "time": _time_row(facts),
+        "state": _saved_row(path),
+        "files": _files_row(path),
+        "next": "\n".join(_next_steps(path, facts)),
+    }
+    return [
+        _title(facts, last),
+        *aligned({name: text for name, text in rows.items() if text}, width, unbroken=["next"]),
+    ]
+
+
+def _title(facts: Mapping[str, Any], last: Entry | None) -> str:
+    how = facts.get("how")
+    place = f"{last.label}, batch {facts.get('iter', last.iter + 1)}" if last is not None else "the first epoch"
+    if how == FINISHED:
+        return f"Finished: {_counted(last)}." if last is not None else "Finished: nothing was left to train."
+    if how == STOPPED:
+        return f"Stopped after batch {facts.get('iter', 0):,} of the run."
+    if how == FAILED:
+        return f"Failed after batch {facts.get('iter', 0):,} of the run: {facts.get('error', 'an error')}."
+    if how == KILLED:
+        return f"Killed, or ended without a word, behind {place}; {_since(facts)}."
+    return f"Running: {place}; {_since(facts)}." if how == RUNNING else f"As far as {place}."
+
+
+def _counted(last: Entry) -> str:
+    epochs = last.epoch + 1
+    return f"{epochs:,} epoch{'s' if epochs > 1 else ''}, {last.iter + 1:,} batches"
+
+
+def _lower(label: str) -> str:
+    return label[:1].lower() + label[1:]
+
+
+def _since(facts: Mapping[str, Any]) -> str:
+    where = f"process {facts.get('pid')} on {facts.get('host')}"
+    started = facts.get("started")
+    return f"{where}, begun {ago(time.time() - started)}" if isinstance(started, int | float) else where
+
+
+def _best_row(folder: Path, best: Any) -> str:
+    if not isinstance(best, Mapping):
+        return ""
+    lines = []
+    for metric, found in best.items():
+        file = found.get("file")
+        where = f": {_path(folder, 'checkpoints', file)}" if file and (folder / "checkpoints" / file).exists() else ""
+        lines.append(f"{metric} {value_text(float(found['value']))} in {_lower(found['label'])}{where}")
+    return "\n".join(lines)
+
+
+def _last_row(last: Entry | None, best: Any) -> str:
+    if last is None:
+        return ""
+    wanted = ["total_loss", *(best if isinstance(best, Mapping) else ())]
+    shown = {name: last.values[name] for name in wanted if name in last.values} or dict(list(last.values.items())[:3])
+    return ", ".join(f"{name} {value_text(value)}" for name, value in shown.items())
+
+
+def _time_row(facts: Mapping[str, Any]) -> str:
+    seconds, split = facts.get("seconds"), facts.get("split")
+    if not isinstance(seconds, int | float):
+        return ""
+    parts = shares({name: float(part) for name, part in split.items()}) if isinstance(split, Mapping) else ""
+    return f"{duration(seconds)}{': ' if parts else ''}{parts}"
+
+
+def _saved_row(folder: Path) -> str:
+    """What a run can be continued from."""
+    for name in ("latest.pth", "previous.pth"):
+        try:
+            status = (folder / "checkpoints" / name).stat()
+        except OSError:
+            continue
+        age = ago(time.time() - status.st_mtime)
+        return f"{_path(folder, 'checkpoints', name)}, {status.st_size / 2**20:.1f} MiB, {age}"
+    return ""
+
+
+def _files_row(folder: Path) -> str:
+    there = [name for name in ("log.txt", "metrics.jsonl", "tb_logs") if (folder / name).exists()]
+    return f"{folder}: {', '.join(there)}" if there else str(folder)
+
+
+def _next_steps(folder: Path, facts: Mapping[str, Any]) -> list[str]:
+    how = facts.get("how")
+    if how in (STOPPED, FAILED, KILLED):
+        return _to_continue(folder, facts)
+    steps = [f"torch-frame show {shlex.quote(str(folder))}"]
+    if (folder / "tb_logs").exists():
+        steps.append(f"tensorboard --logdir {shlex.quote(str(folder / 'tb_logs'))}")
+    weights = [found.get("file") for found in (facts.get("best") or {}).values()] or ["best.pth"]
+    if how == FINISHED and weights[0] and (folder / "checkpoints" / weights[0]).exists():
+        steps.append(f"model.load_state_dict(torch.load({_path(folder, 'checkpoints', weights[0])!r}))")
+    return steps
+
+
+def _to_continue(folder: Path, facts: Mapping[str, Any]) -> list[str]:
+    latest = folder / "checkpoints" / "latest.pth"
+    if not latest.exists():
+        return ["nothing was saved yet: the run begins anew"]
+    return [
+        f"to continue: {facts.get('command') or 'the same command'}",
+        'with Trainer(..., resume="auto"), or after',
+        f"trainer.load_checkpoint({str(latest)!r})",
+    ]
+
+
+def _path(folder: Path, *names: str) -> str:
+    return os.path.join(str(folder), *names)
+
+
+def command_line(words: Sequence[str] | None = None) -> str | None:
+    """How this process was started, to be typed again; None if that is no command (a notebook, a long text behind `-c`).
+
+    >>> command_line(["/usr/bin/python3", "-u", "train.py", "--name", "a b"])
+    "python3 -u train.py --name 'a b'"
+    """
+    words = list(sys.orig_argv if words is None else words)
+    if not words or any("ipykernel" in word for word in words) or "-c" in words:
+        return None
+    line = shlex.join([os.path.basename(words[0]), *words[1:]])
+    return line if len(line) <= 300 and "\n" not in line else None

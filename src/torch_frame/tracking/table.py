@@ -1,0 +1,225 @@
+"""The table of a run: one line an epoch, in columns that stay where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from torch_frame.tracking.format import (
+    VALUE_WIDTH,
+    cells,
+    duration,
+    left,
+    rate_text,
+    right,
+    shortened,
+    speed_text,
+    value_text,
+)
+from torch_frame.tracking.line import Line
+
+LINES_BELOW_A_HEADER = 40
+_NAME_WIDTH = 18
+_GAP = "  "
+BEST_MARK = "*"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one line says.
+
+    Attributes:
+        label: such as "Epoch 3/20".
+        iter, epoch: index of the last batch, and of the epoch.
+        values: name -> value: of the step's values the means, and the scores that are new.
+        best: names of the values that are the best so far.
+        lr: of each group of the optimizer.
+        per_s: samples, or batches, a second.
+        time_s: since the line before.
+        eta_s: of the whole run; None: not known.
+        memory_mib: the most that the run has held on its accelerator; None: not known.
+    """
+
+    label: str
+    iter: int
+    epoch: int
+    values: Mapping[str, float]
+    best: Sequence[str] = ()
+    lr: Sequence[float] = ()
+    per_s: float | None = None
+    time_s: float | None = None
+    eta_s: float | None = None
+    memory_mib: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "best", tuple(self.best))
+        object.__setattr__(self, "lr", tuple(float("nan") if rate is None else float(rate) for rate in self.lr))
+
+    def as_row(self) -> dict[str, Any]:
+        """For a file of JSON lines."""
+        return {**asdict(self), "best": list(self.best), "lr": list(self.lr)}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Entry:
+        """The entry that was written as a row: null was a value that is not finite; what is not known is left out.
+
+        Raises:
+            KeyError, TypeError: if it is no such row.
+        """
+        values = {str(name): float("nan") if value is None else float(value) for name, value in row["values"].items()}
+        known = {item.name: row[item.name] for item in fields(cls) if item.name in row}
+        return cls(**{**known, "values": values})
+
+
+@dataclass(frozen=True)
+class _Column:
+    head: str
+    width: int
+    kind: str  # "label", "value", "followed", or the name of an attribute of Entry
+
+    def text(self, entry: Entry) -> str:
+        """The cell of an entry, in `width` cells; empty if the entry has nothing to say."""
+        if self.kind == "label":
+            return left(entry.label, self.width)
+        return right(self._plain(entry), self.width)
+
+    def title(self) -> str:
+        if self.kind == "label":
+            return left(self.head, self.width)
+        return right(shortened(self.head, _NAME_WIDTH) + (" " if self.kind == "followed" else ""), self.width)
+
+    def _plain(self, entry: Entry) -> str:
+        if self.kind in ("value", "followed"):
+            mark = (BEST_MARK if self.head in entry.best else " ") if self.kind == "followed" else ""
+            return value_text(entry.values[self.head]) + mark if self.head in entry.values else ""
+        if self.kind == "lr":
+            return rate_text(entry.lr)
+        value = getattr(entry, self.kind)
+        if value is None:
+            return ""
+        if self.kind == "per_s":
+            return speed_text(value)
+        return f"{value:.0f}M" if self.kind == "memory_mib" else duration(value)
+
+
+@dataclass
+class Table:
+    """The lines of a run, with a header before the first, for a new name or another width, and before each 40 lines.
+
+    Args:
+        followed: names that decide which weights are best, the most important first.
+        unit: what `Entry.per_s` counts.
+        label_width: cells of the longest label, if it is known.
+
+    >>> table = Table(followed=["eval_acc"])
+    >>> values = {"total_loss": 0.5, "eval_acc": 0.75}
+    >>> entry = Entry("Epoch 1/2", 9, 0, values, best=["eval_acc"], lr=[0.1], time_s=2.5)
+    >>> for line in table.lines(entry, list(values), width=80):
+    ...     print(line.text)
+    Epoch      total_loss  eval_acc         lr    time
+    Epoch 1/2      0.5000    0.7500*       0.1   2.5 s
+    """
+
+    followed: Sequence[str] = ()
+    unit: str = "samples"
+    label_width: int = 0
+    _columns: list[_Column] = field(default_factory=list)
+    _all_columns: list[_Column] = field(default_factory=list)
+    _shown: list[str] = field(default_factory=list)  # attributes of Entry that have had a value
+    _widths: dict[str, int] = field(default_factory=dict)
+    _copies: set[str] = field(default_factory=set)  # the only part of a loss: its value is the total
+    _below_header: int = 0
+    _told_left_out: frozenset[str] = frozenset()
+
+    def lines(self, entry: Entry, names: Sequence[str], width: int) -> list[Line]:
+        """The lines to print for an entry: its own, behind a header if one is due.
+
+        Args:
+            names: of all values of the run that are known, in the order of their columns, those without a value now too.
+            width: cells of the screen.
+        """
+        is_new = self._lay_out(entry, names, width)
+        lines = []
+        if is_new or self._below_header >= LINES_BELOW_A_HEADER:
+            lines += self._header()
+            self._below_header = 0
+        self._below_header += 1
+        return [*lines, self._line(entry)]
+
+    def left_out(self) -> list[str]:
+        """Names for which the screen was too narrow, and that have not been told yet."""
+        left_out = {c.head for c in self._all_columns if c not in self._columns and c.kind in ("value", "followed")}
+        new = [c.head for c in self._all_columns if c.head in left_out - self._told_left_out]
+        self._told_left_out |= left_out
+        return new
+
+    # ------------------------------------------------------------ columns
+
+    def _lay_out(self, entry: Entry, names: Sequence[str], width: int) -> bool:
+        """Decide the columns; returns whether they have changed."""
+        for kind in ("per_s", "time_s", "eta_s", "memory_mib"):
+            if getattr(entry, kind) is not None and kind not in self._shown:
+                self._shown.append(kind)
+        self._grow("lr", cells(rate_text(entry.lr)), least=VALUE_WIDTH)
+        self._grow("label", cells(entry.label), least=self.label_width)
+        before = self._columns, self._all_columns
+        self._all_columns = self._every_column(entry, names)
+        total = entry.values.get("total_loss")
+        self._copies = {name for name, value in entry.values.items() if value == total and name != "total_loss"}
+        self._columns = self._those_that_fit(width)
+        return before != (self._columns, self._all_columns)
+
+    def _grow(self, kind: str, width: int, *, least: int) -> None:
+        self._widths[kind] = max(self._widths.get(kind, least), width)
+
+    def _every_column(self, entry: Entry, names: Sequence[str]) -> list[_Column]:
+        columns = [_Column(entry.label.split(" ")[0], self._widths["label"], "label")]
+        for name in names:
+            is_followed = name in self.followed
+            width = max(VALUE_WIDTH, cells(shortened(name, _NAME_WIDTH))) + is_followed
+            columns.append(_Column(name, width, "followed" if is_followed else "value"))
+        if entry.lr or self._widths["lr"] > VALUE_WIDTH:
+            columns.append(_Column("lr", self._widths["lr"], "lr"))
+        heads = {"per_s": (f"{self.unit}/s", 9), "time_s": ("time", 7), "eta_s": ("ETA", 7), "memory_mib": ("mem", 7)}
+        return columns + [_Column(*heads[kind], kind) for kind in heads if kind in self._shown]
+
+    def _those_that_fit(self, width: int) -> list[_Column]:
+        """The label and the first of the others in any case; then as many as fit, the most important first."""
+        first, *others = sorted(self._all_columns, key=self._rank)
+        chosen, used = [first], first.width
+        for column in others:
+            used += len(_GAP) + column.width
+            if used < width or len(chosen) == 1:
+                chosen.append(column)
+            else:
+                used -= len(_GAP) + column.width
+        return [column for column in self._all_columns if column in chosen]
+
+    def _rank(self, column: _Column) -> int:
+        if column.kind == "label":
+            return 0
+        if column.kind == "followed":
+            return 1 + list(self.followed).index(column.head) * 2  # the first metric, the total loss, the next metric
+        if column.head == "total_loss" and column.kind == "value":
+            return 2
+        beside = ("eta_s", "time_s", "lr", "per_s", "value", "memory_mib")
+        return 100 + (len(beside) if column.head in self._copies else beside.index(column.kind))
+
+    # ------------------------------------------------------------ text
+
+    def _header(self) -> list[Line]:
+        text, whole = (_joined(column.title() for column in of) for of in (self._columns, self._all_columns))
+        return [Line(text, whole, ((0, len(text), "head"),), begins_block=True)]
+
+    def _line(self, entry: Entry) -> Line:
+        text, marks = "", []
+        for column in self._columns:
+            text += (_GAP if text else "") + column.text(entry)
+            if column.kind == "followed" and column.head in entry.best:
+                marks.append((len(text) - len(column._plain(entry)), len(text), "best"))
+        return Line(text.rstrip(), _joined(column.text(entry) for column in self._all_columns), tuple(marks))
+
+
+def _joined(texts: Any) -> str:
+    return _GAP.join(texts).rstrip()

@@ -1,0 +1,196 @@
+"""The lines of a run: epoch by epoch, over a resume, and at its end, however it ends."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import SGD
+from torch.optim.lr_scheduler import ExponentialLR
+
+from tests.small_hooks import On, at_iter
+from tests.small_runs import Net, environment, make_batches, make_trainer, raised_by
+from torch_frame import CheckpointerHook, EvalHook, HookBase, LoggerHook, Trainer
+
+
+def evaluation(scores: list[float] | None = None, **settings: Any) -> EvalHook:
+    given = iter([0.0, *(scores or [0.5] * 20)])
+    return EvalHook(
+        make_batches(1), lambda model, batch: {"acc": [next(given)]}, save_metric="acc", progress_bar=False, **settings
+    )
+
+
+def lines_of(trainer: Trainer) -> list[str]:
+    return [line.partition("]: ")[2] for line in Path(trainer.log_file).read_text(encoding="utf-8").splitlines()]
+
+
+def epochs_in(lines: list[str]) -> list[str]:
+    return [line for line in lines if re.match(r"Epoch \d", line)]
+
+
+def rows_of(trainer: Trainer) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(trainer.work_dir, "table.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_score_stands_in_the_lines_of_its_epochs_only_and_has_its_column_from_the_first(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_epochs=7, hooks=[evaluation(period=3), LoggerHook(progress_bar=False)])
+    trainer.train(5, 2)
+    lines = lines_of(trainer)
+    heads = [line for line in lines if line.startswith("Epoch  ")]
+    assert len(heads) == 1
+    place = heads[0].index("eval_acc")
+    shown = [bool(line[place : place + len("eval_acc")].strip()) for line in epochs_in(lines)]
+    assert shown == [False, False, True, False, False, True, True]
+
+
+def test_the_best_so_far_is_marked_once_for_each_time(tmp_path: Path) -> None:
+    hooks = [evaluation([0.5, 0.25, 0.75, 0.75]), LoggerHook(progress_bar=False)]
+    trainer = make_trainer(tmp_path, max_epochs=4, hooks=hooks)
+    trainer.train(5, 2)
+    assert ["*" in line for line in epochs_in(lines_of(trainer))] == [True, False, True, False]
+    assert any("eval_acc 0.7500 in epoch 3/4" in line for line in lines_of(trainer))
+
+
+@pytest.mark.parametrize("stop_at", [11, 14])  # inside an epoch; behind its last batch
+def test_a_resumed_run_has_each_line_once_and_knows_its_best(stop_at: int, tmp_path: Path) -> None:
+    scores = [0.25, 0.75, 0.5, 0.5, 0.5]
+
+    def trainer_of(folder: str, scores: list[float], *hooks: HookBase) -> Trainer:
+        savers = [CheckpointerHook(every_n_iters=stop_at + 1), LoggerHook(progress_bar=False)]
+        return make_trainer(tmp_path / folder, max_epochs=5, hooks=[evaluation(scores), *savers, *hooks])
+
+    def stop(trainer: Trainer) -> None:
+        raise InterruptedError
+
+    interrupted = trainer_of("run", scores, On(before_iter=at_iter(stop_at + 1, stop)))
+    raised_by(lambda: interrupted.train(5, 2), InterruptedError)
+    resumed = trainer_of("run", [0.5, *scores[2:]] if stop_at == 14 else scores[2:])
+    resumed.load_checkpoint("latest.pth")
+    resumed.train(5, 2)
+    whole = trainer_of("whole", scores)
+    whole.train(5, 2)
+    kept = ("label", "iter", "epoch", "best")
+    assert [[row[key] for key in kept] for row in rows_of(resumed)] == [
+        [row[key] for key in kept] for row in rows_of(whole)
+    ]
+    assert any("eval_acc 0.7500 in epoch 2/5" in line for line in lines_of(resumed))
+
+
+def test_the_rates_shown_are_those_that_the_steps_were_made_with(tmp_path: Path) -> None:
+    model = Net()
+    first, *others = list(model.parameters())
+    optimizer = SGD([{"params": [first], "lr": 0.4}, {"params": others, "lr": 0.04}])
+    schedule = ExponentialLR(optimizer, 0.5)
+    trainer = make_trainer(tmp_path, model, optimizer, schedule, max_epochs=3, hooks=[LoggerHook(progress_bar=False)])
+    trainer.train(5, 2)
+    assert [row["lr"] for row in rows_of(trainer)] == [pytest.approx([0.4 * f, 0.04 * f]) for f in (1, 0.5, 0.25)]
+    assert "0.4/0.04" in epochs_in(lines_of(trainer))[0]
+
+
+def test_after_an_error_the_block_says_what_is_there_to_continue_from(tmp_path: Path) -> None:
+    def fail(trainer: Trainer) -> None:
+        raise InterruptedError
+
+    hooks = [CheckpointerHook(), LoggerHook(progress_bar=False), On(after_iter=at_iter(7, fail))]
+    trainer = make_trainer(tmp_path, max_epochs=3, hooks=hooks)
+    raised_by(lambda: trainer.train(5, 2), InterruptedError)
+    lines = lines_of(trainer)
+    assert any(line.startswith("Failed after batch 8 of the run: InterruptedError") for line in lines), lines
+    assert any(line.lstrip().startswith("state") and "latest.pth" in line for line in lines)
+    assert any("to continue: " in line for line in lines)
+    assert f"trainer.load_checkpoint('{trainer.ckpt_dir}/latest.pth')" in lines[-1]
+    assert json.loads(Path(trainer.work_dir, "run.json").read_text())["how"] == "failed"
+
+
+def test_an_error_before_the_first_save_does_not_promise_a_state(tmp_path: Path) -> None:
+    def fail(trainer: Trainer) -> None:
+        raise InterruptedError
+
+    trainer = make_trainer(tmp_path, hooks=[LoggerHook(progress_bar=False), On(before_iter=fail)])
+    raised_by(lambda: trainer.train(5, 2), InterruptedError)
+    assert any("nothing was saved yet" in line for line in lines_of(trainer))
+
+
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+from tests.small_hooks import On, at_iter
+from tests.small_runs import make_trainer
+from torch_frame import CheckpointerHook, LoggerHook
+
+stop = On(after_iter=at_iter(7, lambda trainer: os.kill(os.getpid(), signal.SIGTERM)))
+hooks = [CheckpointerHook(), LoggerHook(progress_bar=False), stop]
+make_trainer(Path("run"), max_epochs=3, hooks=hooks).train()
+"""
+
+
+def test_after_a_signal_the_block_has_the_command_that_continues(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(SCRIPT, encoding="utf-8")
+    command = [sys.executable, "train.py", "--size", "7"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 143, done.stderr
+    assert "Stopped after batch 8 of the run." in done.stdout
+    assert re.search(r"to continue: python[\d.]* train.py --size 7\n +with Trainer\(..., resume=", done.stdout)
+
+
+def test_a_run_with_nothing_to_train_ends_in_a_block(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_epochs=1, hooks=[LoggerHook(progress_bar=False)])
+    trainer.train(5, 2)
+    trainer.train(5, 2)
+    assert any("nothing was left to train" in line for line in lines_of(trainer))
+
+
+def test_the_speed_is_of_the_steps_and_not_of_evaluations(tmp_path: Path) -> None:
+    def slow(model: Any, batch: Any) -> dict[str, list[float]]:
+        time.sleep(0.3)
+        return {"acc": [1.0]}
+
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.ones(40, 3), torch.ones(40, 1)), 4)
+    hooks = [EvalHook(make_batches(1), slow, progress_bar=False), LoggerHook(progress_bar=False)]
+    trainer = make_trainer(tmp_path, data=data, max_epochs=2, hooks=hooks)
+    trainer.train(5, 2)
+    for row in rows_of(trainer):
+        assert row["time_s"] > 0.3
+        assert row["per_s"] > 40 / 0.3  # samples
+
+
+def test_a_full_width_of_odd_names_and_values_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Odd(HookBase):
+        def after_epoch(self) -> None:
+            self.log(self.trainer.epoch, **{"准确率": float("nan"), "x" * 300: float("inf"), "\n": -1e300})
+
+    for columns in ("1", "7", "80", "100000"):
+        monkeypatch.setenv("COLUMNS", columns)
+        make_trainer(tmp_path / columns, max_epochs=2, hooks=[Odd(), LoggerHook(progress_bar=False)]).train()
+
+
+def test_a_hook_so_odd_that_nothing_can_be_shown_costs_the_lines_and_not_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Odd(CheckpointerHook):
+        def save_model(self) -> None:
+            pass
+
+        @property
+        def cur_best(self) -> float:  # type: ignore[override]
+            if self.trainer.progress.iter:
+                raise RuntimeError("not now")
+            return 0.0
+
+        @cur_best.setter
+        def cur_best(self, value: float) -> None:
+            pass
+
+    trainer = make_trainer(
+        tmp_path, hooks=[Odd(save_metric="total_loss", max_first=False), LoggerHook(progress_bar=False)]
+    )
+    trainer.train(5, 2)
+    assert trainer.progress.epoch == 2
+    assert caplog.text.count("The run's lines are not shown any more: RuntimeError: not now") == 1
