@@ -185,6 +185,7 @@ def _closing_words(folder: Path, seconds: float) -> str:
         f"   checkpoints   {run / 'checkpoints'} (best.pth: weights; latest.pth: to resume from)",
         f"   TensorBoard   {run / 'tb_logs'}: tensorboard --logdir {folder}",
         f"   curves        {_curves(folder)}",
+        f"   side by side  torch-frame show {run} {folder / 'killed'}",
         "Try next: Ctrl-C in the middle of a run and load_checkpoint('latest.pth'), examples/, and your own model in `train`:",
         f"   {os.path.abspath(__file__)}",
     ]

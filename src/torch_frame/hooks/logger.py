@@ -127,6 +127,7 @@ class LoggerHook(HookBase):
         if self._until_write == 0:
             self._until_write = self._period
             self._write()
+            self._write_period()
 
     def after_epoch(self) -> None:
         if not self._writes:
@@ -236,8 +237,16 @@ class LoggerHook(HookBase):
     def _write_console(self) -> None:
         if self._lines is not None:
             with self._without_lines_after_an_error():
-                names = [name for group in self._by_group().values() for name in group]
-                self._lines.end_epoch(names, is_last=self.is_last_epoch())
+                self._lines.end_epoch(self._names(), is_last=self.is_last_epoch())
+
+    def _write_period(self) -> None:
+        """A line for a log period, if the run is counted in steps."""
+        if self._lines is not None and self._lines.counts_steps:
+            with self._without_lines_after_an_error():
+                self._lines.end_period(self._names())
+
+    def _names(self) -> list[str]:
+        return [name for group in self._by_group().values() for name in group]
 
     @contextlib.contextmanager
     def _without_lines_after_an_error(self) -> Iterator[None]:

@@ -38,7 +38,8 @@ class RunLines:
         self._samples_a_batch = _samples_a_batch(trainer)
         unit = "batches" if self._samples_a_batch is None else "samples"
         followed = list(dict.fromkeys(str(hook.save_metric) for hook in self._followers))
-        self._table = Table(followed, unit, len(_label("Epoch", trainer.max_epochs, trainer.max_epochs)))
+        word, last = ("Iter", trainer.max_iters) if self.counts_steps else ("Epoch", trainer.max_epochs)
+        self._table = Table(followed, unit, 0 if last is None else len(_label(word, last, last)))
         self._record = RunRecord(trainer.work_dir, trainer.resumed_iter)
         self._begun_s = self._line_s = time.perf_counter()
         self._iters_before = self._iters_at_line = trainer.progress.iter
@@ -58,7 +59,8 @@ class RunLines:
 
     def begin_epoch(self) -> None:
         """The time between two epochs belongs to neither."""
-        self._line_s = time.perf_counter()
+        if not self.counts_steps:
+            self._line_s = time.perf_counter()
         self._rates_at_begin = _rates_of(self._trainer.optimizer)
 
     def end_epoch(self, names: Sequence[str], *, is_last: bool) -> None:
@@ -70,10 +72,29 @@ class RunLines:
         """
         self._ended_epoch = is_last
         trainer, storage = self._trainer, self._trainer.metric_storage
+        if self.counts_steps:
+            self.end_period(names)
+            return
         latest = storage.latest_iters()
         values = {name: storage.value(name) for name in names if latest[name] != self._shown_at.get(name)}
         self._shown_at = latest
         self._print(_label("Epoch", trainer.epoch + 1, trainer.max_epochs), values, self._with_expected(names))
+
+    @property
+    def counts_steps(self) -> bool:
+        """The run's length is given in batches: a line each log period, for epochs may be endless."""
+        length = getattr(self._trainer, "length", None)
+        return self._trainer.max_epochs is None or getattr(length, "own_max_iters", None) is not None
+
+    def end_period(self, names: Sequence[str]) -> None:
+        """Print the line of a log period: of the steps' values the means of their windows, as in the files."""
+        latest = self._trainer.metric_storage.values_maybe_smooth
+        values = {name: latest[name][1] for name in names if latest[name][0] != self._shown_at.get(name)}
+        if values:
+            self._shown_at = {name: at for name, (at, _) in latest.items()}
+            self._print(
+                _label("Iter", self._trainer.progress.iter, self._trainer.max_iters), values, self._with_expected(names)
+            )
 
     def _with_expected(self, names: Sequence[str]) -> list[str]:
         """With the scores that evaluations have said they will log: their columns stand there from the first line on."""
