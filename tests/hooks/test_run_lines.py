@@ -161,6 +161,27 @@ def test_the_speed_is_of_the_steps_and_not_of_evaluations(tmp_path: Path) -> Non
         assert row["per_s"] > 40 / 0.3  # samples
 
 
+def test_eighty_values_in_eighty_columns_are_told_in_two_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Many(HookBase):
+        def after_epoch(self) -> None:
+            self.log(self.trainer.epoch, **{f"average_precision_of_category_{index}": 0.1 for index in range(80)})
+
+    monkeypatch.setenv("COLUMNS", "80")
+    trainer = make_trainer(tmp_path, max_epochs=2, hooks=[Many(), LoggerHook(progress_bar=False)])
+    trainer.train(2, 2)
+    lines = capsys.readouterr().out.splitlines()
+    first = next(
+        number for number, line in enumerate(lines) if line.startswith("The screen is too narrow for average_")
+    )
+    last = next(number for number, line in enumerate(lines) if line.endswith("see log.txt and metrics.jsonl."))
+    assert last - first < 5
+    assert "and 74 more" in " ".join(lines[first : last + 1])
+    assert max(len(line) for line in lines if line.startswith("Epoch")) < 80
+    assert epochs_in(lines_of(trainer))[0].count("0.1000") == 80
+
+
 def test_a_full_width_of_odd_names_and_values_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Odd(HookBase):
         def after_epoch(self) -> None:

@@ -33,6 +33,8 @@ def test_a_run_leaves_the_documented_files(tmp_path: Path) -> None:
         "checkpoints/best.pth",
         "log.txt",
         "metrics.jsonl",
+        "run.json",
+        "table.jsonl",
     }
     assert trainer.work_dir == str(tmp_path / "run")
     assert trainer.ckpt_dir == os.path.join(trainer.work_dir, "checkpoints")

@@ -48,7 +48,7 @@ def _of_one(run: RunFiles) -> Iterator[Line]:
         yield from table.lines(entry, names, width)
     left_out = table.left_out()
     if left_out:
-        yield Line(f"Too narrow for {', '.join(left_out)}: in metrics.jsonl.")
+        yield Line(f"The screen is too narrow for {len(left_out)} other values, which metrics.jsonl has.")
     last = run.entries[-1] if run.entries else None
     facts = {**run.facts, "how": run.how, "best": run.facts.get("best") or _best_by_marks(run)}
     for number, text in enumerate(last_block(run.folder, facts, last, width)):

@@ -11,7 +11,7 @@ from torch_frame._version import __version__
 from torch_frame.hooks.base import HookTrainer
 from torch_frame.hooks.checkpoint import CheckpointerHook
 from torch_frame.tracking.console import console_width
-from torch_frame.tracking.format import wrapped
+from torch_frame.tracking.format import shortened, wrapped
 from torch_frame.tracking.line import Line
 from torch_frame.tracking.memory import peak_memory_bytes
 from torch_frame.tracking.record import RunRecord
@@ -19,6 +19,7 @@ from torch_frame.tracking.summary import FAILED, FINISHED, RUNNING, STOPPED, com
 from torch_frame.tracking.table import Entry, Table
 
 _logger = logging.getLogger("torch_frame")
+_NAMES_TOLD = 6
 
 
 class RunLines:
@@ -121,7 +122,9 @@ class RunLines:
         lines = self._table.lines(entry, names, width)
         left_out = self._table.left_out()
         if left_out:
-            text = f"The screen is too narrow for {', '.join(left_out)}: see log.txt and metrics.jsonl."
+            more = f" and {len(left_out) - _NAMES_TOLD} more" if len(left_out) > _NAMES_TOLD else ""
+            told = ", ".join(shortened(name, 40) for name in left_out[:_NAMES_TOLD])
+            text = f"The screen is too narrow for {told}{more}: see log.txt and metrics.jsonl."
             for part in wrapped(text, width - 1):
                 _logger.info("%s", part)
         for line in lines:
