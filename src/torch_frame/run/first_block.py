@@ -31,16 +31,14 @@ _ORDER = (
 )
 
 
-def ordered(rows: Mapping[str, str]) -> dict[str, str]:
-    """What, on what, how long, how; all else behind that.
+def ordered(rows: Mapping[str, str | None]) -> dict[str, str]:
+    """What, on what, how long, how; all else behind that. A row of None is left out.
 
-    >>> list(ordered({"Folder": "here", "Steps": "3", "Model": "Net"}))
+    >>> list(ordered({"Folder": "here", "EMA": None, "Steps": "3", "Model": "Net"}))
     ['Model', 'Steps', 'Folder']
     """
-    return {
-        name: rows[name]
-        for name in [*(one for one in _ORDER if one in rows), *(one for one in rows if one not in _ORDER)]
-    }
+    names = [name for name in _ORDER if name in rows] + [name for name in rows if name not in _ORDER]
+    return {name: text for name in names if (text := rows[name])}
 
 
 def rows(texts: Mapping[str, Callable[[], str | None]]) -> dict[str, str]:
