@@ -39,7 +39,8 @@ DOCUMENT = {
         trainer.load_checkpoint(checkpoint=weights)
         trainer.train(1, 1)""",
 }
-FILES = {"checkpoints/latest.pth", "checkpoints/previous.pth", "checkpoints/best.pth", "log.txt", "metrics.jsonl"}
+FILES = {f"checkpoints/{name}.pth" for name in ("latest", "previous", "best")}
+FILES |= {"log.txt", "metrics.jsonl", "run.json", "table.jsonl"}
 
 
 def start(name: str, cwd: Path) -> subprocess.Popen[str]:

@@ -228,3 +228,12 @@ def test_the_lines_of_a_run_counted_in_steps_are_those_of_its_periods(
     assert [line.split()[1] for line in lines[1:]] == [f"{done}/15" for done in (2, 4, 5, 7, 9, 10, 12, 14, 15)]
     assert [row["per_s"] > 0 for row in rows_of(trainer)] == [True] * 9
     assert not epochs_in(lines_of(trainer))
+
+
+def test_the_files_of_another_run_in_the_folder_are_put_aside(tmp_path: Path) -> None:
+    for epochs in (2, 3):
+        hooks = [LoggerHook(progress_bar=False)]
+        make_trainer(tmp_path / "run", max_epochs=epochs, hooks=hooks, create_new_dir=None).train(5, 2)
+    assert len((tmp_path / "run" / "table.1.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "run" / "table.jsonl").read_text().splitlines()) == 3
+    assert json.loads((tmp_path / "run" / "run.1.json").read_text())["max_epochs"] == 2

@@ -9,7 +9,7 @@ import os
 from torch_frame.errors import WorkDirError
 
 LOG = "log.txt"
-_PLACES = ("metrics.jsonl", "tb_logs", "checkpoints")
+_PLACES = ("metrics.jsonl", "tb_logs", "checkpoints", "run.json", "table.jsonl")
 
 
 def holds_a_run(folder: str) -> bool:
