@@ -217,11 +217,9 @@ def test_a_hook_so_odd_that_nothing_can_be_shown_costs_the_lines_and_not_the_run
     assert caplog.text.count("The run's lines are not shown any more: RuntimeError: not now") == 1
 
 
-def test_the_lines_of_a_run_counted_in_steps_are_those_of_its_periods(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("torch_frame.hooks.run_lines.RunLines.counts_steps", True)  # what a length in batches says
-    trainer = make_trainer(tmp_path, max_epochs=3, hooks=[evaluation(), LoggerHook(2, progress_bar=False)])
+def test_the_lines_of_a_run_counted_in_steps_are_those_of_its_periods(tmp_path: Path) -> None:
+    hooks = [evaluation(), LoggerHook(2, progress_bar=False)]
+    trainer = make_trainer(tmp_path, max_epochs=None, max_iters=15, hooks=hooks)
     trainer.train(5, 2)
     lines = [line for line in lines_of(trainer) if line.startswith("Iter ")]
     assert lines[0].split()[:3] == ["Iter", "total_loss", "eval_acc"]

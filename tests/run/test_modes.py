@@ -187,7 +187,7 @@ def test_a_frozen_module_in_eval_mode_stays_and_is_in_the_first_lines(
     with caplog.at_level(logging.INFO, "torch_frame"):
         assert modes_in_training(tmp_path, model) == [[NORM]] * 2
     assert torch.equal(model.layers[1].running_mean, torch.zeros(8))
-    assert f"Frozen, in eval mode: {NORM}" in caplog.text
+    assert f"  Frozen, in eval mode  {NORM}" in caplog.messages
     assert warned(caplog) == []
 
 

@@ -38,6 +38,9 @@ class Length(Protocol):
         limit_batches: an epoch and an evaluation have at most so many batches: a dry run; None: all.
     """
 
+    own_max_iters: int | None
+    """Batches in the run, if its length is given in batches."""
+
     limit_batches: int | None
 
     @property

@@ -84,8 +84,7 @@ class RunLines:
     @property
     def counts_steps(self) -> bool:
         """The run's length is given in batches: a line each log period, for epochs may be endless."""
-        length = getattr(self._trainer, "length", None)
-        return self._trainer.max_epochs is None or getattr(length, "own_max_iters", None) is not None
+        return self._trainer.length.own_max_iters is not None
 
     def end_period(self, names: Sequence[str]) -> None:
         """Print the line of a log period: of the steps' values the means of their windows, as in the files."""
