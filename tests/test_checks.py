@@ -169,18 +169,6 @@ MISTAKES: dict[str, Mistake] = {
         fixed(lr_scheduler=StepLR(other_optimizer(), 1)), MAKING, SettingError, ("lr_scheduler", "optimizer")
     ),
     "no_trainable_parameter": Mistake(frozen, MAKING, SettingError, ("parameter",)),
-    "two_claim_best": Mistake(
-        fixed(hooks=[CheckpointerHook(save_metric="total_loss"), EvalHook([0], scores(1.0), save_metric="acc")]),
-        TRAIN,
-        SettingError,
-        ("best.pth", "total_loss", "eval_acc"),
-    ),
-    "two_evaluations_claim_best": Mistake(
-        fixed(hooks=[EvalHook([0], scores(1.0), save_metric="acc", prefix=p) for p in ("val", "test")]),
-        TRAIN,
-        SettingError,
-        ("best.pth", "val_acc", "test_acc"),
-    ),
     "one_cycle_for_iterations_steps_per_epoch": Mistake(
         one_cycle("epoch", 10), TRAIN, SettingError, ("OneCycleLR", "'iter'")
     ),
