@@ -322,12 +322,7 @@ class Trainer:
                 self.call("before_train")
             self._start.apply(self.progress, self.epoch_len)
             self._start.in_train = True
-            self.hook_caller.check_states()
-            held, schedules = self._kept_attributes.parameters(), self.optimization.schedules.values()
-            interval, window, is_new = self.lr_scheduler_interval, self.gradient_accumulation_steps, self.epoch == 0
-            doubts.tell(self.model_or_module, held, schedules, interval, self.length, window, is_new=is_new)
-            checks.check_can_be_saved(self.optimization.optimizers, self._parts()["lr_schedulers"])
-            self._kept_attributes.begin()
+            self._look_before_the_first_step()
             self._feed.use_next(self.length.last_epoch)
             self._resumption.restore_last(self._parts)  # random numbers
             with session.ended_by_signals(self._save_last):
@@ -631,6 +626,15 @@ class Trainer:
         )
         session.log_first_lines(first_block.ordered(rows), self._resumption.told, self.info_params)
         self.length.log_beginning(self.gradient_accumulation_steps)
+
+    def _look_before_the_first_step(self) -> None:
+        """Can all that the script and `before_train` have made be saved, and is it what was meant?"""
+        self.hook_caller.check_states()
+        held, schedules = self._kept_attributes.parameters(), self.optimization.schedules.values()
+        interval, window, is_new = self.lr_scheduler_interval, self.gradient_accumulation_steps, self.epoch == 0
+        doubts.tell(self.model_or_module, held, schedules, interval, self.length, window, is_new=is_new)
+        checks.check_can_be_saved(self.optimization.optimizers, self._parts()["lr_schedulers"])
+        self._kept_attributes.begin()
 
     def _on_error(self, error: BaseException) -> str:
         """Where the run was, in words."""
