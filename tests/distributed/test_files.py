@@ -19,6 +19,8 @@ from tests.small_hooks import On
 from tests.small_runs import Net, differences, weights_of
 from torch_frame import CheckpointerHook, EvalHook, LoggerHook, Trainer
 
+FILES = ["checkpoints", "log.txt", "metrics.jsonl", "run.json", "table.jsonl", "tb_logs"]
+
 pytestmark = [pytest.mark.skipif(sys.platform == "win32", reason="gloo"), pytest.mark.timeout(180)]
 
 
@@ -72,7 +74,7 @@ def test_weights_and_states_are_written_once_in_one_folder(alone: bool, tmp_path
     assert counts == {"best.pth": 2, "latest.pth": 3, "epoch_0.pth": 1, "epoch_2.pth": 1, "alone.pth": 3}
     assert second["renamed"] == []
     assert first["folder"] == second["folder"] == str(tmp_path / "run")
-    assert sorted(os.listdir(tmp_path / "run")) == ["checkpoints", "log.txt", "metrics.jsonl", "tb_logs"]
+    assert sorted(os.listdir(tmp_path / "run")) == FILES
     assert first["complete"] == [3]
     if not alone:
         assert second["complete"] == [3]

@@ -21,6 +21,8 @@ from tests.small_runs import environment
 
 pytestmark = [pytest.mark.skipif(os.name == "nt", reason="POSIX signals"), pytest.mark.timeout(3600)]
 
+FILES = ["checkpoints", "log.txt", "metrics.jsonl", "run.json", "table.jsonl", "tb_logs"]
+
 SCRIPT = """
 import os, sys, time, torch
 from torch import nn
@@ -74,7 +76,7 @@ def check_that_one_has_trained(folder: Path, ended: list[tuple[int, str]]) -> No
     rows = [json.loads(line)["iter"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows == list(range(40))
     assert not temporary_files(folder)
-    assert sorted(os.listdir(folder / "run")) == ["checkpoints", "log.txt", "metrics.jsonl", "tb_logs"]
+    assert sorted(os.listdir(folder / "run")) == FILES
 
 
 @pytest.mark.parametrize("resume", ["", "auto"])
