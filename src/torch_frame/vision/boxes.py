@@ -75,10 +75,9 @@ def xyxy2cxcywh(bboxes: Array) -> Array:
     >>> xyxy2cxcywh(boxes) is boxes, boxes.tolist()
     (True, [[25.0, 40.0, 30.0, 40.0]])
     """
-    bboxes[:, 2] = bboxes[:, 2] - bboxes[:, 0]
-    bboxes[:, 3] = bboxes[:, 3] - bboxes[:, 1]
-    bboxes[:, 0] = bboxes[:, 0] + bboxes[:, 2] * 0.5
-    bboxes[:, 1] = bboxes[:, 1] + bboxes[:, 3] * 0.5
+    corners, sizes = bboxes[:, :2], bboxes[:, 2:4]  # views
+    sizes[...] = sizes - corners
+    corners[...] = corners + sizes * 0.5
     return bboxes
 
 
