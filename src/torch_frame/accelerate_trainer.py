@@ -136,13 +136,12 @@ class AccelerateTrainer(Trainer):
     def weight_dtype(self) -> torch.dtype:
         return _DTYPES[self.precision.name]
 
-    def _session(self, console_log_level: int, file_log_level: int) -> Any:
+    def _prepare(self) -> None:
         if not self._is_prepared:
             self._is_prepared = True
             self.prepare_model()
             self._use_prepared()
             self._tell_of_long_warmup()
-        return super()._session(console_log_level, file_log_level)
 
     def _use_prepared(self) -> None:
         """Train with the model and the loader that stand in the attributes now."""

@@ -5,7 +5,6 @@ Read `train`, `train_one_epoch` and `train_one_iter` first: they are a batch's w
 
 from __future__ import annotations
 
-import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,29 +26,28 @@ from torch_frame.hooks.caller import HookCaller, checked_hooks
 from torch_frame.hooks.defaults import default_hooks
 from torch_frame.hooks.evaluate import evaluate_all
 from torch_frame.progress import Progress
-from torch_frame.run import checks, doubts, first_block, parts, saving, session
+from torch_frame.run import checks, opening
 from torch_frame.run.attributes import Attributes
 from torch_frame.run.delegated import delegated
 from torch_frame.run.feed import Feed
 from torch_frame.run.length import RunLength
 from torch_frame.run.modes import Modes
-from torch_frame.run.optimizers import OptimizersPart
 from torch_frame.run.plateau import step_by_metric
 from torch_frame.run.ranks import Ranks
-from torch_frame.run.resume import Found, Resumption, load_best, newest
-from torch_frame.run.saving import Contents, Saver
+from torch_frame.run.resume import Found, Resumption, load_best
+from torch_frame.run.run import Run
+from torch_frame.run.saving import ASKED_BY_RANK_0, Contents, Saver
 from torch_frame.run.script_settings import AllSettings, Choice
-from torch_frame.run.settings import SettingsPart
-from torch_frame.run.start_epoch import StartEpoch
-from torch_frame.run.state import Part
-from torch_frame.run.trained import FrozenParameters, RequiresGradPart, frozen_parameters
-from torch_frame.run.values import check_plateaus, hyper_parameters, run_storage
+from torch_frame.run.session import ended_by_signals, log_end_inside, phase_of
+from torch_frame.run.table import beside_hooks, contents, parts_of_hooks, run_parameters
+from torch_frame.run.trained import FrozenParameters, frozen_parameters
+from torch_frame.run.values import run_storage
 from torch_frame.run.warm_up import warmed_up
 from torch_frame.run.work_dir import WorkDir
 from torch_frame.signals.interruption import StopRequested
 from torch_frame.signals.stop import StopSignals
 from torch_frame.tracking.bar import ProgressBar
-from torch_frame.tracking.console import logger, open_run_log
+from torch_frame.tracking.console import logger
 from torch_frame.tracking.history import MetricStorage
 from torch_frame.tracking.media import Media
 from torch_frame.training.ema import EMA
@@ -64,9 +62,6 @@ from torch_frame.training.update import OnNonFinite, Update, check_weight
 from torch_frame.types import Device, Number, StepFn, Values
 
 __all__ = ["MetricStorage", "Trainer", "logger"]
-
-_SILENT = 5
-"""The console's level on ranks that print nothing: rank 0 says it."""
 
 CreateNewDir = Literal["time_s", "time_m", "time_h", "time_d", "count"]
 
@@ -153,7 +148,7 @@ class Trainer:
     updater: Update = delegated("optimization.updater", "Makes the updates of the (first) optimizer.")
     lr: float = delegated("optimization.lr", "Learning rate of the first optimizer's first parameter group.")
     start_epoch: int = delegated(
-        "_start.epoch", "Index of the epoch that `train()` begins with; set it before.", settable=True
+        "_run.start.epoch", "Index of the epoch that `train()` begins with; set it before.", settable=True
     )
     epoch: int = delegated("progress.current_epoch", "Index of the epoch under way, or of the last one.")
     inner_iter: int = delegated(
@@ -161,6 +156,21 @@ class Trainer:
     )
     cur_iter: int = delegated("progress.current_iter", "Index in the run of the batch under way, or of the last one.")
     hook_strategy: Strategy = delegated("_ranks.of_hooks", "`strategy`, or one process if only rank 0 has hooks.")
+    model: nn.Module = delegated("_run.model", "As the loop calls it: prepared, wrapped.", settable=True)
+    seed: int = delegated("_run.seed", "Of the data's order and augmentation.", settable=True)
+    lr_scheduler_metric: str | None = delegated("_run.lr_scheduler_metric", "What a plateau follows.", settable=True)
+    lr_scheduler_interval: Interval = delegated("_run.lr_scheduler_interval", '"epoch" or "iter".', settable=True)
+    resumed_iter: int | None = delegated(
+        "_run.resumed_iter", "Batches trained when this `train()` resumed the run; None if it began anew."
+    )
+    info_params: list[str] = delegated("_run.info_params", "Lines for the log, from `log_param`.", settable=True)
+    start_iter: int = delegated(
+        "_run.start_iter", "Batches before the epoch that this `train()` began with (1.7's name)."
+    )
+    updates_per_epoch: int | None = delegated("_run.updates_per_epoch", "Optimizer steps in an epoch; None: not known.")
+    hooks: list[HookBase] = delegated("hook_caller.registered", "The registered hooks, in the order they run.")
+    model_or_module: nn.Module = delegated("_run.bare_model", "Without the wrapper of DDP or DataParallel.")
+    model_evaluate: nn.Module = delegated("_run.model_to_use", "To evaluate and to use: EMA's if EMA is on.")
     should_stop: bool = delegated("_ranks.stops", "The run ends at the next safe point; set it to True.", settable=True)
     data_loader: Iterable[Any] = delegated(
         "_feed.next_loader", "Of the training; one that is set counts from the next epoch on.", settable=True
@@ -174,10 +184,10 @@ class Trainer:
         "length.max_iters", "Batches in the run, by whichever of the two comes first; None: not known.", settable=True
     )
     epoch_len: int | None = delegated("length.epoch_len", "Batches in an epoch, on this rank; None: not known.")
-    work_dir: str = delegated("_work_dir.path", "Where the run's files go; final once `train()` has begun.")
-    ckpt_dir: str = delegated("_work_dir.checkpoints", "Where its checkpoints go.")
-    tb_log_dir: str = delegated("_work_dir.tb_logs", "Where TensorBoard's files go.")
-    log_file: str = delegated("_work_dir.log", "The run's log.txt.")
+    work_dir: str = delegated("_run.work_dir.path", "Where the run's files go; final once `train()` has begun.")
+    ckpt_dir: str = delegated("_run.work_dir.checkpoints", "Where its checkpoints go.")
+    tb_log_dir: str = delegated("_run.work_dir.tb_logs", "Where TensorBoard's files go.")
+    log_file: str = delegated("_run.work_dir.log", "The run's log.txt.")
 
     def __init__(
         self,
@@ -220,33 +230,36 @@ class Trainer:
         names_before = set(vars(self))
         checks.check_given(locals())
         checks.check_names_of_17(type(self))
-        self.strategy = checks.checked_strategy(strategy)  # before the device: "cuda" is this rank's own GPU then
-        self._ranks = Ranks(self.strategy)
-        self.rank = self.strategy.rank
+        self.strategy = strategy = checks.checked_strategy(
+            strategy
+        )  # before the device: "cuda" is this rank's own GPU then
+        self.rank = strategy.rank
         self.device = checks.device_of(model) if device is None else resolve_device(device)
-        prepare = self.strategy.replicate if isinstance(optimizer, Mapping) else self.strategy.prepare
-        self.model = prepare(model if device is None else model.to(self.device))
-        self.step_fn = step_fn
-        self.loss_weight = loss_weight
-        shared = [] if save_frozen else frozen_parameters(model).values()
-        proxy = weakref.proxy(self)  # no circle
-        all_optimizers: Callable[[], list[Optimizer]] = lambda: proxy._kept_attributes.optimizers()  # noqa: E731
-        ema = EMA(model, ema_decay, shared=shared, ramp=ema_ramp, optimizers=all_optimizers) if use_ema else None
-        self._frozen = FrozenParameters(self.model_or_module, ema, left_out=not save_frozen)
         self.precision = Precision(choose_precision(precision, enable_amp, self.device), self.device)
+        self.step_fn, self.loss_weight, self.on_nonfinite = step_fn, loss_weight, on_nonfinite
+        self.take_over, self.prefetch, self.seed_is_explicit = take_over, prefetch, seed is not None
         self.progress = Progress()
+        self.hook_caller = HookCaller()
+        self.stages = self.hook_caller.stages
         self._names = MetricNames()
         # weak: the storage must not keep the trainer, and so the model, alive
         self.metric_storage = storage = run_storage(self._names, weakref.WeakMethod(self._check_read))
-        self.hook_caller = HookCaller()
-        self.stages = self.hook_caller.stages
+
+        prepare = strategy.replicate if isinstance(optimizer, Mapping) else strategy.prepare
+        prepared = prepare(model if device is None else model.to(self.device))
+        bare = strategy.unwrap(prepared)
+        shared = [] if save_frozen else frozen_parameters(model).values()
+        proxy = weakref.proxy(self)  # no circle
+        all_optimizers: Callable[[], list[Optimizer]] = lambda: proxy._run.attributes.optimizers()  # noqa: E731
+        ema = EMA(model, ema_decay, shared=shared, ramp=ema_ramp, optimizers=all_optimizers) if use_ema else None
+        frozen = FrozenParameters(bare, ema, left_out=not save_frozen)
         self.optimization = Optimization(
-            self.model,
+            prepared,
             optimizer,
             lr_scheduler,
             ema,
             self.precision,
-            self.strategy,
+            strategy,
             self.progress,
             self.stages,
             lambda: {name: buffer.latest for name, buffer in storage.items()},
@@ -260,45 +273,55 @@ class Trainer:
                 self.device.type == "cpu",
             ),
         )
-        names = partial(self.hook_caller.names_with, "before_update", "after_update")
         self.optimization.names = self._names
         self._names.reserve(self.optimization.norm_names if clip_grad_norm > 0 else ())
-        self._own_step = OwnStep(self.optimization, self.precision, self.strategy, self.device, names)
-        self._settings = AllSettings(resume_settings, self.model_or_module, self.optimization.schedules)
-        self.optimization.on_change = self._settings.renew
+        names = partial(self.hook_caller.names_with, "before_update", "after_update")
+        self._own_step = OwnStep(self.optimization, self.precision, strategy, self.device, names)
+        settings = AllSettings(resume_settings, bare, self.optimization.schedules)
+        self.optimization.on_change = settings.renew
         if compile is not False:
-            self.model_or_module.compile(**({} if compile is True else compile))
-        self.lr_scheduler_interval = lr_scheduler_interval
-        self.lr_scheduler_metric = lr_scheduler_metric
-        self.on_nonfinite = on_nonfinite
+            bare.compile(**({} if compile is True else compile))
 
-        self.seed = self.strategy.broadcast(checks.checked_seed(seed, data_loader))
-        self.seed_is_explicit = seed is not None
-        self.take_over = take_over
-        self.prefetch = prefetch
+        seed = strategy.broadcast(checks.checked_seed(seed, data_loader))
         feed_settings = {"take_over": take_over, "prefetch": prefetch}
-        self._feed = Feed(data_loader, self.seed, self.strategy, self.device, self.progress, **feed_settings)
+        self._feed = Feed(data_loader, seed, strategy, self.device, self.progress, **feed_settings)
         self.length = RunLength(max_epochs, max_iters, limit_batches, self.progress, self._feed.epoch_len)
         keep_parents_garbage(self)
-        self._start = StartEpoch()
         self.run_media = Media(self.hook_caller.takes_media, is_main=self.check_main())
-        self.resumed_iter: int | None = None
-        self._resumption = Resumption(checks.checked_resume(resume))
-        self._work_dir = WorkDir(work_dir, None if resume == "auto" else create_new_dir)
-        self.info_params: list[str] = []
-        self._named_params: dict[str, Any] = {}
-        self._saver = Saver(self.strategy)
+        self._saver = Saver(strategy)
+        self._ranks = Ranks(strategy)
         self._ranks.on_stop = self._saver.wake
-        this = weakref.ref(self)  # no circle
-        self.stop_signals = StopSignals(on_first=self._saver.wake, phase=lambda: session.phase_of(this()))
+        self.stop_signals = StopSignals(on_first=self._saver.wake, phase=partial(phase_of, self.progress))
         self._names_checked = False
         self._reads_steps = type(self)._update_iter_metrics is not Trainer._update_iter_metrics
-        self._in_train = False
         self.pbar = ProgressBar(disable=True)  # overrides of train_one_iter written for 1.7 put their values there
 
-        own = {*vars(self), "_kept_attributes", "_module_modes"} - names_before
-        self._kept_attributes = Attributes(self, own)
-        self._module_modes = Modes(self.model_or_module, self.progress, self._kept_attributes, self.model)
+        attributes = Attributes(self, {*vars(self), "_run"} - names_before)
+        self._run = Run(
+            prepared,
+            self.device,
+            strategy,
+            self._ranks,
+            self.precision,
+            self.progress,
+            self.length,
+            storage,
+            self.hook_caller,
+            self.optimization,
+            settings,
+            frozen,
+            attributes,
+            Modes(bare, self.progress, attributes, prepared),
+            self._feed,
+            WorkDir(work_dir, None if resume == "auto" else create_new_dir),
+            self._saver,
+            self.stop_signals,
+            Resumption(checks.checked_resume(resume)),
+            seed,
+            self.seed_is_explicit,
+            lr_scheduler_interval,
+            lr_scheduler_metric,
+        )
         self.register_hooks(self._build_default_hooks() if hooks is None else hooks)
 
     # ---------------------------------------------------------------- the loop
@@ -315,27 +338,28 @@ class Trainer:
             console_log_level: 0..5 = NOTSET, DEBUG, INFO, WARNING, ERROR, FATAL.
             file_log_level: the same for `log.txt`.
         """
-        with self._session(console_log_level, file_log_level):  # restore, check, log; report and close whatever happens
-            self._begin()
+        self._prepare()
+        run, steps = self._run, (self.train_one_iter, Trainer.train_one_iter)
+        levels = console_log_level, file_log_level
+        with opening.opened(
+            run, levels, self.load_checkpoint, steps
+        ):  # restored, checked, logged; closed whatever happens
+            opening.begin(run)
             self._prepare_for_training(console_log_level, file_log_level)
             with self._ranks.alone():
                 self.call("before_train")
-            self._start.apply(self.progress, self.epoch_len)
-            self._start.in_train = True
-            self._look_before_the_first_step()
-            self._feed.use_next(self.length.last_epoch)
-            self._resumption.restore_last(self._parts)  # random numbers
-            with session.ended_by_signals(self._save_last):
+            opening.make_ready(run)  # random numbers are restored last
+            with ended_by_signals(self._save_last):
                 while not self.length.is_over() and not self._ranks.agree_on_stop():
                     self.safe_point()  # a signal may have come before the first step
                     self.progress.begin_epoch()
                     if not self.progress.epoch_trained:
                         self.train_one_epoch()
-                    with self._saver.rolled_back_if_stopped(self._parts_of_hooks(), self._beside_hooks):
+                    with self._saver.rolled_back_if_stopped(parts_of_hooks(run), partial(beside_hooks, run)):
                         self._ranks.share_values(self.metric_storage.state_dict, self.metric_storage.load_state_dict)
                         with self._ranks.alone():
-                            for run in self.stages["after_epoch"]:  # not by `call`: a frame less above errors
-                                run()
+                            for call in self.stages["after_epoch"]:  # not by `call`: a frame less above errors
+                                call()
                         is_last, is_whole = self.length.is_last_epoch(), self.progress.epoch_trained
                         metric, storage = self.lr_scheduler_metric if is_whole else None, self.metric_storage
                         step_by_metric(self.optimization, metric, storage, self.strategy, is_last=is_last)
@@ -361,9 +385,9 @@ class Trainer:
         Raises:
             SettingError: if no hook evaluates.
         """
-        if not self._in_train:
+        if not self._run.in_train:
             self._ranks.check_hooks(self.registered_hook_names)
-        if self._ranks.hooks_on_all or self._in_train:
+        if self._ranks.hooks_on_all or self._run.in_train:
             return evaluate_all(self.hooks)
         with self._ranks.alone():
             values = evaluate_all(self.hooks) if self.strategy.rank == 0 else {}
@@ -373,18 +397,18 @@ class Trainer:
         """The batches' way: loader -> device -> losses -> update."""
         if not self.progress.is_inside_epoch:
             self.metric_storage.begin_epoch()
-            self._module_modes.begin_epoch()
+            self._run.modes.begin_epoch()
             with self._ranks.alone():
                 self.call("before_epoch")
             self._ranks.meet_if_alone()
-            self._module_modes.after_before_epoch()
+            self._run.modes.after_before_epoch()
         else:
-            self._module_modes.restore()
+            self._run.modes.restore()
         if self.model_ema is not None:
             self.model_ema.bind(self.model)
         self.optimization.refresh()
         self._own_step.begin_epoch(self.train_one_iter, Trainer.train_one_iter)
-        self._frozen.look()
+        self._run.frozen.look()
         for batch, position in self.batches():  # on the device, prefetched
             self.progress.begin_iter()
             self.call("before_iter")
@@ -498,6 +522,9 @@ class Trainer:
     def _prepare_for_training(self, console_log_level: int = 2, file_log_level: int = 2) -> None:
         """1.7's name, for subclasses that override it: called before `before_train`, when the log is open."""
 
+    def _prepare(self) -> None:
+        """For subclasses: called before a state is restored and the folder is made."""
+
     def call(self, stage: str) -> None:
         """Run the hooks of a stage."""
         for run in self.stages[stage]:
@@ -522,7 +549,7 @@ class Trainer:
         if self.progress.inner_iter == 0:
             raise SettingError(checks.empty_loader_message(self.data_loader, self.epoch, self.progress.iter))
         if self.length.is_cut():  # its state is that of before after_epoch, for more iterations to come
-            if any(hook.saves_last_state for hook in self.hook_caller.hooks):
+            if self._run.wants_last_state():
                 self.save_at_safe_point("latest.pth", save_single_model=False)
                 self._saver.holds_last_state = True
             self.safe_point()
@@ -532,12 +559,12 @@ class Trainer:
 
     def _save_if_stopping(self) -> None:
         """A run that ends early leaves a `latest.pth`, even if the hook that writes it ran before the decision."""
-        if self._ranks.agree_on_stop() and any(hook.saves_last_state for hook in self.hook_caller.hooks):
+        if self._ranks.agree_on_stop() and self._run.wants_last_state():
             self.save_at_safe_point("latest.pth", save_single_model=False)
 
     def _leave_together(self) -> None:
         """What was asked for in `after_train` is written; when `train` returns on one rank, this is so on all."""
-        with session.ended_by_signals(self._save_last):
+        with ended_by_signals(self._save_last):
             self.safe_point()
         self._saver.wait()
         self._ranks.meet()
@@ -550,104 +577,6 @@ class Trainer:
         bad = first_nonfinite(columns, ("total_loss", *self.optimization.norm_names))
         if bad is not None:
             raise self.optimization.nonfinite(f"{bad.name} is not finite", bad.values, bad.iteration)
-
-    # ---------------------------------------------------------------- begin and end
-
-    def _session(self, console_log_level: int, file_log_level: int) -> AbstractContextManager[None]:
-        with self._work_dir.left_on_error():
-            asked = self._resumption.asked
-            if asked == "auto":
-                self._resume_from(self._ranks.find(lambda: newest(self._work_dir.candidates(), self._work_dir.take)))
-            elif asked is not None:
-                self.load_checkpoint(asked)
-            self._start.apply(self.progress, self.epoch_len)
-            self._check()
-            anew = self.resumed_iter is None and self.progress.iter == 0
-            told = self._work_dir.enter(self.strategy, anew=anew)
-            self._resumption.told += [(logging.WARNING, line) for line in told]
-            self._feed.set(self.data_loader, self.seed, self.length.last_epoch)  # the seed may be a checkpoint's by now
-            path, console_level = (self.log_file, console_log_level) if self.check_main() else (None, _SILENT)
-            log = open_run_log(path, console_level, file_log_level)
-        around: list[AbstractContextManager[Any]] = [self._work_dir.left_at_end(), log]
-        return session.Session(around, self.stop_signals, self._saver, self.stages, self._on_error, self._on_end)
-
-    def _check(self) -> None:
-        self._ranks.check_hooks(self.registered_hook_names)
-        self.length.check()
-        self._ranks.check_lengths(self.epoch_len)
-        checks.check_device(self.model, self.device)
-        checks.check_loader(self.data_loader, self.length.epochs_left(), self.epoch_len, prefetch=self.prefetch)
-        metric, is_saved = self.lr_scheduler_metric, self._settings.saved_count
-        checks.check_schedules(self.optimization, metric, self.length, is_saved=is_saved)
-        checks.check_step(self.optimization, self.train_one_iter, Trainer.train_one_iter)
-        check_plateaus(self.optimization, metric, self.hooks)
-        for hook in self.hook_caller.hooks:
-            hook.check()
-
-    def _begin(self) -> None:
-        self._in_train = True
-        self._saver.remove_unfinished_files(self.ckpt_dir)
-        self._start.stand_at(self.progress)
-        self.should_stop = False
-        self.optimization.reset()
-        self._frozen.begin()
-        self.metric_storage.allow_repeats()
-        if self.model_ema is not None:
-            self.model_ema.bind(self.model)
-        self._feed.tell()
-        self.hook_caller.begin()
-        rows = {
-            "Work directory": self.work_dir,
-            "Model": session.model_row(self.model_or_module),
-            "Device": f"{self.device}, precision {self.precision.name}",
-            "Batch": session.batch_row(
-                self._feed.batch_size, self.gradient_accumulation_steps, self.strategy.world_size
-            ),
-            "Steps": self.length.row(self.gradient_accumulation_steps),
-            "EMA": None if self.model_ema is None else self.model_ema.row,
-            "Frozen, in eval mode": self._module_modes.row(),
-        }
-        source, optimization = self._feed.source, self.optimization
-        rows |= first_block.rows(
-            {
-                "Data": lambda: first_block.data_row(self.data_loader, self._feed.length),
-                "Optimizer": lambda: first_block.optimizer_row(
-                    optimization.optimizers, optimization.schedules, optimization.settings_of_steps()["clip_grad_norm"]
-                ),
-                "Schedule": lambda: first_block.schedule_row(
-                    optimization.schedules, self.lr_scheduler_interval, self.lr_scheduler_metric
-                ),
-                "Frozen": lambda: first_block.frozen_row(self.model_or_module),
-                "Hooks": lambda: first_block.hooks_row(self.hooks),
-                "Seed": lambda: first_block.seed_row(
-                    getattr(source, "seed", self.seed), is_given=self.seed_is_explicit, orders_data=source.is_ours
-                ),
-            }
-        )
-        session.log_first_lines(first_block.ordered(rows), self._resumption.told, self.info_params)
-        self.length.log_beginning(self.gradient_accumulation_steps)
-
-    def _look_before_the_first_step(self) -> None:
-        """Can all that the script and `before_train` have made be saved, and is it what was meant?"""
-        self.hook_caller.check_states()
-        held, schedules = self._kept_attributes.parameters(), self.optimization.schedules.values()
-        interval, window, is_new = self.lr_scheduler_interval, self.gradient_accumulation_steps, self.epoch == 0
-        doubts.tell(self.model_or_module, held, schedules, interval, self.length, window, is_new=is_new)
-        checks.check_can_be_saved(self.optimization.optimizers, self._parts()["lr_schedulers"])
-        self._kept_attributes.begin()
-
-    def _on_error(self, error: BaseException) -> str:
-        """Where the run was, in words."""
-        checks.note_on_device(error, self.device)
-        checks.note_on_ddp(error)
-        self._ranks.report(error)
-        return f"epoch {self.epoch + 1}, iteration {self.cur_iter}"
-
-    def _on_end(self) -> None:
-        self._in_train = self._start.in_train = False
-        self.resumed_iter = None  # another train() continues where this one ended
-        self._saver.forget()
-        self._feed.source.close()
 
     # ---------------------------------------------------------------- saves
 
@@ -690,25 +619,15 @@ class Trainer:
 
     def _contents(self) -> Contents:
         """What can be saved now."""
-        return Contents(
-            self.ckpt_dir,
-            f"epoch {self.epoch + 1}, iteration {self.cur_iter}",
-            (self._work_dir.renew, self.metric_storage.flush, partial(self._frozen.look, values=True)),
-            parts.weights_to_use(self.model, self.model_ema, self.strategy),
-            partial(parts.as_saved, self._frozen),
-            self._parts,
-            partial(parts.finite_names, self.model_or_module),
-            self.optimization.window_open,
-            None if type(self).save_checkpoint is Trainer.save_checkpoint else self.save_checkpoint,
+        return contents(
+            self._run, None if type(self).save_checkpoint is Trainer.save_checkpoint else self.save_checkpoint
         )
 
     def _save_last(self) -> None:
         """The last save before the run ends by a signal, or inside an epoch by `should_stop`: complete when this returns."""
         has_signal = self.stop_signals.received is not None
-        with_state = has_signal or any(hook.saves_last_state for hook in self.hook_caller.hooks)
-        self._saver.save_last(self._contents(), with_state=with_state)
-        told = self.stop_signals.told() if has_signal else None
-        session.log_end_inside(told, self.progress.iter, self.ckpt_dir)
+        self._saver.save_last(self._contents(), with_state=has_signal or self._run.wants_last_state())
+        log_end_inside(self.stop_signals.told() if has_signal else None, self.progress.iter, self.ckpt_dir)
 
     def save_checkpoint(self, file_name: str, save_single_model: bool = True, print_info: bool = False) -> None:
         """Save there and then; the file is complete when this returns.
@@ -726,9 +645,9 @@ class Trainer:
             CheckpointError: if it cannot be written; the file that was there before is untouched.
             NonFiniteError: if the weights hold NaN or infinite values.
         """
-        self._work_dir.claim(self.strategy)
-        if not save_single_model and not self._ranks.hooks_on_all and self._in_train:
-            logger.warning(saving.ASKED_BY_RANK_0, file_name)
+        self._run.work_dir.claim(self.strategy)
+        if not save_single_model and not self._ranks.hooks_on_all and self._run.in_train:
+            logger.warning(ASKED_BY_RANK_0, file_name)
             self.save_at_safe_point(file_name, save_single_model=False)
             return
         if save_single_model:
@@ -765,55 +684,6 @@ class Trainer:
 
     # ---------------------------------------------------------------- the state
 
-    def _parts(self) -> dict[str, Part]:
-        """What a checkpoint holds, by name, in the order of restoring. A new part is a line here."""
-        optimizers, schedules = self.optimization.optimizers, self.optimization.schedules
-        return {
-            "progress": self.progress,
-            "metric_storage": self.metric_storage,
-            "hooks": self.hook_caller,
-            "frozen": self._frozen,
-            "attributes": self._kept_attributes,  # before the model: an object of the user's may refuse its state
-            "model": parts.ModelPart(self.model, self.strategy, self._frozen, self._module_modes),
-            "ema": parts.AveragePart(self.model_ema, self.model, self._frozen, self.progress),
-            "requires_grad": RequiresGradPart(self.model_or_module, optimizers),
-            "optimizers": OptimizersPart(optimizers, self.model, self.strategy),
-            "classes": parts.classes_part(optimizers, schedules),
-            "lr_schedulers": parts.schedules_part(schedules, self._settings),
-            "settings": SettingsPart(self._settings, self.length, self.lr_scheduler_interval),
-            "grad_scaler": parts.ScalerPart(self.precision.scaler),
-            "modes": self._module_modes,
-            "precision": parts.SettingPart("precision", self.precision.name),
-            "seed": parts.SeedPart(self.seed, self.seed_is_explicit),
-            "loader_seed": parts.LoaderSeedPart(self._feed.loader),
-            "data_length": parts.LengthPart(self._feed.length),
-            "environment": parts.EnvironmentPart(
-                self.device,
-                self.strategy.world_size,
-                batch_size=self._feed.batch_size,
-                lr_scheduler_metric=self.lr_scheduler_metric,
-                limit_batches=self.length.limit_batches,
-                **self.optimization.settings_of_steps(),
-            ),
-            **self._feed.parts(),
-            "rng": parts.RandomPart(self.strategy),
-        }
-
-    def _parts_of_hooks(self) -> dict[str, Part]:
-        """What `after_epoch` changes."""
-        return {
-            "metric_storage": self.metric_storage,
-            "hooks": self.hook_caller,
-            "rng": parts.RandomPart(self.strategy),
-        }
-
-    def _beside_hooks(self) -> list[Any]:
-        """What else is in a state, and may be changed by a hook."""
-        parts_of_steps = [*self.optimization.optimizers.values(), *self.optimization.schedules.values()]
-        ema = [] if self.model_ema is None else [self.model_ema.model, self.model_ema.updates]
-        things = self._kept_attributes.things()
-        return [self.model_or_module, self._feed.generator_states(), *parts_of_steps, *ema, *things]
-
     def load_checkpoint(
         self, path: str | os.PathLike[str] | None = None, checkpoint: Mapping[str, Any] | None = None
     ) -> WeightsReport | None:
@@ -832,24 +702,11 @@ class Trainer:
             CheckpointError: if the file is damaged, or does not fit this trainer; nothing is changed then.
         """
         if checkpoint is not None and path is None:
-            return self._resumption.load_weights(checkpoint, self.model_or_module, self.model_ema, self._frozen)
+            return self._run.resumption.load_weights(checkpoint, self.model_or_module, self.model_ema, self._run.frozen)
         if path is None or checkpoint is not None:
             raise SettingError("load_checkpoint takes a path (a full state), or checkpoint= (weights): one of the two.")
-        self._resume_from(self._ranks.find(lambda: Found.at(self._work_dir.find(path))))
+        opening.restore(self._run, self._ranks.find(lambda: Found.at(self._run.work_dir.find(path))))
         return None
-
-    def _resume_from(self, found: Found | None) -> None:
-        if found is None:
-            self._resumption.begin_anew()
-            return
-        self._resumption.restore(found, self._parts(), self.progress)
-        if found.state["seed"] is not None:
-            self.seed = found.state["seed"]
-        self.resumed_iter = self.progress.iter
-        self._start.stand_at(self.progress)
-        self._work_dir.move_to(found.path)
-        was = found.state["environment"] or {}
-        self._resumption.told += self._feed.count_again(self.progress, was, self._feed.batch_size)
 
     # ---------------------------------------------------------------- hooks and values
 
@@ -877,7 +734,7 @@ class Trainer:
             TypeError: if it lacks one of the two.
             SettingError: if the name is taken, or training has begun.
         """
-        self._kept_attributes.register(name, thing)
+        self._run.attributes.register(name, thing)
 
     def check_main(self) -> bool:
         """This is the process that writes and prints (1.7's name)."""
@@ -914,43 +771,12 @@ class Trainer:
 
     def log_param(self, *args: Any, **kwargs: Any) -> None:
         """Lines to put into the log when training begins: texts, and names with values."""
-        self._named_params |= kwargs
-        self.info_params += [str(arg) for arg in args] + [f"{name}: {value}" for name, value in kwargs.items()]
-
-    @property
-    def hooks(self) -> list[HookBase]:
-        """The registered hooks, in the order they run."""
-        return list(self.hook_caller.hooks)
+        self._run.log_param(args, kwargs)
 
     @property
     def run_parameters(self) -> dict[str, Any]:
         """The run's settings, and what `log_param` was given by name, as writers show them."""
-        run = {"max_epochs": self.max_epochs, "precision": self.precision.name, "seed": self.seed}
-        return hyper_parameters(
-            self.optimization, {**run, **self._parts()["environment"].state_dict()}, self._named_params
-        )
-
-    # ---------------------------------------------------------------- where the run stands
-
-    @property
-    def start_iter(self) -> int:
-        """Batches before the epoch that this `train()` began with (1.7's name)."""
-        return self.start_epoch * (self.epoch_len or 0)
-
-    @property
-    def updates_per_epoch(self) -> int | None:
-        """Optimizer steps in an epoch; None if the loader has no length."""
-        return self.length.updates_per_epoch(self.gradient_accumulation_steps)
-
-    @property
-    def model_or_module(self) -> nn.Module:
-        """The bare model, without the wrapper of DDP or DataParallel."""
-        return self.strategy.unwrap(self.model)
-
-    @property
-    def model_evaluate(self) -> nn.Module:
-        """The model to evaluate and to use: EMA's if EMA is on."""
-        return self.model_or_module if self.model_ema is None else self.model_ema.model
+        return run_parameters(self._run)
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         raise TypeError("A Trainer cannot be copied: its hooks, files and saves belong to one run. Make a new one.")

@@ -92,7 +92,7 @@ def test_the_state_has_todays_keys_and_plain_types(name: str, tmp_path: Path) ->
     trainer = make_trainer(tmp_path / "run", hooks=None)
     trainer.save_checkpoint("latest.pth", save_single_model=False)
     today = torch.load(tmp_path / "run" / "checkpoints" / "latest.pth", weights_only=True)
-    assert list(today) == [key for key in made if key in today], "Trainer._parts and convert.converted differ"
+    assert list(today) == [key for key in made if key in today], "run.table and convert.converted differ"
     assert set(made) - set(today) == {"converted_from", "unknown"}
     for key in ("progress", "lr_schedulers", "hooks"):
         assert set(made[key]) <= set(today[key]) | {"EvalHook"}, key

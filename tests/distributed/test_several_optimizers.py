@@ -17,6 +17,7 @@ from tests.small_hooks import On, at_iter
 from tests.small_runs import UserError, differences, fail, raised_by, weights_of
 from torch_frame import CheckpointerHook, SettingError, Trainer
 from torch_frame.distributed.ddp import DDP
+from torch_frame.run.table import table
 
 __all__ = ["one_thread"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -131,7 +132,7 @@ def resumed(folder: Path, form: str, precision: Any) -> list[dict[str, Tensor]]:
         settings = {**SETTINGS["all"], "precision": precision, "hooks": hooks, "create_new_dir": None, **more}
         trainer = build(kind, folder / f"{form} {name}", 2, form, epochs=3, norm=True, **settings)
         trainer.train(5, 5)
-        parts = trainer._parts()
+        parts = table(trainer._run)
         return {
             name: parts[name].state_dict() for name in ("model", "ema", "optimizers", "lr_schedulers", "grad_scaler")
         }

@@ -154,7 +154,7 @@ def test_a_resume_inside_an_epoch_is_bitwise(iter: int, whole: dict[str, Any], t
 def test_without_it_the_resume_would_not_be_bitwise(whole: dict[str, Any], tmp_path: Path) -> None:
     build(tmp_path / "run", 2).train()
     trainer = build(tmp_path / "run", seed=0)
-    trainer._kept_attributes.load_state_dict = lambda states: None  # type: ignore[method-assign]
+    trainer._run.attributes.load_state_dict = lambda states: None  # type: ignore[method-assign]
     trainer.train()
     changed = {re.split(r"\W+", line)[1] for line in differences(whole, outcome(trainer))}
     assert {"model", "opt_d", "scaler", "average", "queue", "teacher", "schedules"} <= changed
@@ -313,7 +313,7 @@ def test_what_is_on_one_side_only_is_told(tmp_path: Path, caplog: pytest.LogCapt
 
 def test_a_state_of_before_is_taken_and_what_it_lacks_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = build(tmp_path / "run", 1)
-    trainer._kept_attributes.load_state_dict(None)
+    trainer._run.attributes.load_state_dict(None)
     trainer.train()
     assert "holds no state of trainer.opt_d" in warnings_of(caplog)
     assert "frozen" not in warnings_of(caplog)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import torch_frame
 from tests.small_runs import Net, make_batches, make_trainer
 from torch_frame import CheckpointerHook
-from torch_frame.run import length, session
+from torch_frame.run import first_block, length
 
 
 def test_the_first_lines_say_what_is_trained_on_what_and_how_long(
@@ -63,13 +63,13 @@ def test_the_first_lines_say_what_is_trained_on_what_and_how_long(
     ],
 )
 def test_the_batch_row_counts_the_samples_of_one_update(arguments: tuple[int | None, int, int], row: str) -> None:
-    assert session.batch_row(*arguments) == row
+    assert first_block.batch_row(*arguments) == row
 
 
 def test_the_model_row_counts_shared_parameters_once_and_buffers_in_the_size() -> None:
     tied = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.BatchNorm1d(1024))
     tied[1].weight = tied[0].weight
-    assert session.model_row(tied) == "Sequential, 2,064 parameters (2,064 trainable), 0.0 MiB"
+    assert first_block.model_row(tied) == "Sequential, 2,064 parameters (2,064 trainable), 0.0 MiB"
 
 
 def test_a_loader_without_a_length_has_no_steps() -> None:

@@ -13,6 +13,7 @@ from tests.small_runs import make_batches, make_trainer, weights_of
 from torch_frame import CheckpointerHook, CheckpointError
 from torch_frame.checkpoint.format import FORMAT, VERSION
 from torch_frame.run import state
+from torch_frame.run import table as of_run
 from torch_frame.run.state import (
     RESTORED_FIRST,
     RESTORED_LAST,
@@ -102,7 +103,7 @@ def test_every_part_of_a_trainer_is_saved_and_read_back(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path / "run", hooks=[CheckpointerHook()], use_ema=True, precision="fp16")
     trainer.train()
     saved = torch.load(tmp_path / "run" / "checkpoints" / "latest.pth", weights_only=True)
-    parts = trainer._parts()
+    parts = of_run.table(trainer._run)
     assert list(saved)[4:] == list(parts)
     other = make_trainer(
         tmp_path / "other",
@@ -112,7 +113,7 @@ def test_every_part_of_a_trainer_is_saved_and_read_back(tmp_path: Path) -> None:
         use_ema=True,
         precision="fp16",
     )
-    state.restore(other._parts(), saved)
+    state.restore(of_run.table(other._run), saved)
     assert all(
         torch.equal(a, b) for a, b in zip(weights_of(other.model).values(), saved["model"].values(), strict=True)
     )

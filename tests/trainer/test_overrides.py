@@ -29,6 +29,7 @@ from tests.training.small_updates import poisoned, poisoned_step
 from torch_frame import CheckpointerHook, HookBase, LoggerHook, Trainer
 from torch_frame.errors import SettingError, StepOutputError
 from torch_frame.hooks.defaults import default_hooks
+from torch_frame.run.table import table
 
 
 def step(model: Any, batch: Any) -> Tensor:
@@ -65,7 +66,7 @@ def build(kind: type[Trainer], work_dir: Path, *, schedule: bool = True, epochs:
 
 def state_of(trainer: Trainer) -> Any:
     left_out = ("metric_storage", "environment", "hooks", "settings", "rng", "modes")
-    return {name: part.state_dict() for name, part in trainer._parts().items() if name not in left_out}
+    return {name: part.state_dict() for name, part in table(trainer._run).items() if name not in left_out}
 
 
 SETTINGS: dict[str, dict[str, Any]] = {

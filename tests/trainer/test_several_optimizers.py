@@ -17,6 +17,7 @@ from tests.small_runs import Net, UserError, differences, fail, make_batches, ma
 from tests.trainer.small_gan import WARMUP, Gan, GanTrainer, batches, by_hand, make, optimizers_of
 from torch_frame import CheckpointerHook, HookBase, Trainer
 from torch_frame.errors import CheckpointError, NonFiniteError, SettingError
+from torch_frame.run.table import table
 
 GAN_SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
@@ -85,7 +86,7 @@ def test_a_gan_is_resumed_bitwise_also_inside_an_epoch(name: str, stop_after: in
 
 def state_of(trainer: Trainer) -> Any:
     names = ("progress", "model", "ema", "optimizers", "lr_schedulers", "grad_scaler")
-    return {name: part.state_dict() for name, part in trainer._parts().items() if name in names}
+    return {name: part.state_dict() for name, part in table(trainer._run).items() if name in names}
 
 
 def test_hooks_see_each_optimizers_own_mean_gradient(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def converted(old: Mapping[str, Any], ema: Mapping[str, Any] | None = None) -> C
     left_out = {"work_dir": "a run's folder is the one that its file lies in"} if "work_dir" in old else {}
     try:
         progress, saved_inside = _progress(old)
-        # One line for each part of `Trainer._parts`, in its order: here and nowhere else the two formats meet.
+        # One line for each part of `torch_frame.run.table`, in its order: here and nowhere else the two formats meet.
         state = {
             "format": FORMAT,
             "version": VERSION,

@@ -43,6 +43,11 @@ class HookCaller:
         self._told: list[tuple[int, str]] = []
         self._run = object()  # marks the hooks that have been through a run's before_train
 
+    @property
+    def registered(self) -> list[HookBase]:
+        """A list of them, to keep."""
+        return list(self.hooks)
+
     def add(self, hooks: Iterable[HookBase]) -> None:
         """Register hooks; a state that was restored before they came is handed to them now."""
         for hook in hooks:

@@ -39,6 +39,7 @@ class Feed:
         source: yields a loader's batches, with their positions.
         loader: the one that `source` iterates.
         next_loader: of the epoch that begins next; a script or a hook may set another.
+        prefetch: as given.
         times: of the step under way; a hook may bring others that split all of the run's time.
     """
 
@@ -58,7 +59,7 @@ class Feed:
         self._strategy = strategy
         self._device = device
         self._take_over = take_over
-        self._prefetch = prefetch
+        self.prefetch = prefetch
         self._samplers: Samplers | None = None
         self.times = StepTimes()
         self.set(loader, seed, 0)
@@ -77,7 +78,7 @@ class Feed:
         loader = self.next_loader
         if loader is not self.loader:
             checks.check_loader_kind(loader)
-            checks.check_loader(loader, 1, length_of(loader), prefetch=self._prefetch)
+            checks.check_loader(loader, 1, length_of(loader), prefetch=self.prefetch)
             self.source.close()
             self.set(loader, self._seed, last_epoch)
 
@@ -106,7 +107,7 @@ class Feed:
         """
         placed = self.source.epoch(self._progress.epoch, self._progress.position)
         device, times = self._device, self.times
-        ahead = self._prefetch and has_streams(device) and self.source.may_fetch_ahead
+        ahead = self.prefetch and has_streams(device) and self.source.may_fetch_ahead
         if ahead:
             placed = prefetch_to_device(placed, device)
         may_interrupt = self.source.interruptible and self._strategy.world_size == 1

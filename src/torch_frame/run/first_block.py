@@ -56,6 +56,34 @@ def rows(texts: Mapping[str, Callable[[], str | None]]) -> dict[str, str]:
     return {name: text for name, text in found.items() if text}
 
 
+def model_row(model: nn.Module) -> str:
+    """The size of a bare model."""
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    size = sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers()))
+    return f"{type(model).__name__}, {total:,} parameters ({trainable:,} trainable), {size / 2**20:.1f} MiB"
+
+
+def batch_row(batch_size: int | None, accumulation: int, num_processes: int) -> str:
+    """The samples that one update is made of.
+
+    Args:
+        batch_size: samples in one of the loader's batches, on one process; None: not known.
+        accumulation: batches in an update, on one process.
+
+    >>> batch_row(8, 4, 2)
+    '64 samples an update (8 a batch x 4 accumulated x 2 processes)'
+    """
+    if batch_size is None:
+        return f"{accumulation * num_processes} of the loader's batches an update"
+    parts = [f"{batch_size} a batch"]
+    if accumulation > 1:
+        parts.append(f"{accumulation} accumulated")
+    if num_processes > 1:
+        parts.append(f"{num_processes} processes")
+    return f"{batch_size * accumulation * num_processes} samples an update ({' x '.join(parts)})"
+
+
 def data_row(loader: Any, length: tuple[int, str] | None) -> str:
     """What is trained on.
 

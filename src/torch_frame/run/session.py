@@ -8,9 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Protocol
-
-from torch import nn
+from typing import Any
 
 from torch_frame._version import __version__
 from torch_frame.progress import Progress
@@ -96,28 +94,14 @@ def ended_by_signals(save: Callable[[], None]) -> Iterator[None]:
         save()
 
 
-class Standing(Protocol):
-    """Where a run stands."""
-
-    @property
-    def epoch(self) -> int: ...
-
-    @property
-    def cur_iter(self) -> int: ...
-
-    @property
-    def progress(self) -> Progress: ...
-
-
-def phase_of(run: Standing | None) -> str:
+def phase_of(progress: Progress) -> str:
     """Where the run is, in words. Called in the handler of a signal, so it only looks."""
-    if run is None:
-        return ""
-    place = f"epoch {run.epoch + 1}, iteration {run.cur_iter} of the run"
+    epoch, iteration = progress.current_epoch + 1, progress.current_iter
+    place = f"epoch {epoch}, iteration {iteration} of the run"
     if INTERRUPTION.allowed:
         return f"while a batch was waited for in {place}"
-    if run.progress.epoch_trained:
-        return f"behind the last batch of epoch {run.epoch + 1}"
+    if progress.epoch_trained:
+        return f"behind the last batch of epoch {epoch}"
     return f"in {place}"
 
 
@@ -187,31 +171,3 @@ def log_end_inside(signal: str | None, iterations: int, folder: str) -> None:
         _logger.info("should_stop is set: the run ends after iteration %d.", iterations)
     else:
         _logger.warning("%s: saved after iteration %d as %s/latest.pth.", signal, iterations, folder)
-
-
-def model_row(model: nn.Module) -> str:
-    """The size of a bare model."""
-    total = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    size = sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers()))
-    return f"{type(model).__name__}, {total:,} parameters ({trainable:,} trainable), {size / 2**20:.1f} MiB"
-
-
-def batch_row(batch_size: int | None, accumulation: int, num_processes: int) -> str:
-    """The samples that one update is made of.
-
-    Args:
-        batch_size: samples in one of the loader's batches, on one process; None: not known.
-        accumulation: batches in an update, on one process.
-
-    >>> batch_row(8, 4, 2)
-    '64 samples an update (8 a batch x 4 accumulated x 2 processes)'
-    """
-    if batch_size is None:
-        return f"{accumulation * num_processes} of the loader's batches an update"
-    parts = [f"{batch_size} a batch"]
-    if accumulation > 1:
-        parts.append(f"{accumulation} accumulated")
-    if num_processes > 1:
-        parts.append(f"{num_processes} processes")
-    return f"{batch_size * accumulation * num_processes} samples an update ({' x '.join(parts)})"

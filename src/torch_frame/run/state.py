@@ -1,7 +1,7 @@
 """What a checkpoint holds of a run: named parts, in the order of restoring.
 
-The trainer makes the table (`Trainer._parts`): name -> part. A part is anything with `state_dict` and `load_state_dict`; those
-that are not a run's own objects are in `run/parts.py`. A part that can tell whether a saved state fits has `differences` too.
+The table (`run/table.py`) is name -> part. A part is anything with `state_dict` and `load_state_dict`; those that are not a run's
+own objects are in `run/parts.py`. A part that can tell whether a saved state fits has `differences` too.
 """
 
 from __future__ import annotations
