@@ -6,7 +6,6 @@ import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -52,8 +51,9 @@ class HistoryBuffer:
         self._history.extend(values)
         self._count += len(values)
         self._epoch_count += len(values)
-        self._sum = _added(self._sum, values)
-        self._epoch_sum = _added(self._epoch_sum, values)
+        for value in values:  # one by one: the same sum whenever the values are read
+            self._sum += value
+            self._epoch_sum += value
 
     def _read(self) -> deque[float]:
         flush = None if self._read_pending is None else self._read_pending()
@@ -122,11 +122,6 @@ class HistoryBuffer:
         return f"HistoryBuffer(avg={self}, window={self._history.maxlen}, count={self._count})"
 
 
-def _added(total: float, values: list[float]) -> float:
-    """One by one: the same sum whenever the values are read."""
-    return deque(accumulate(values, initial=total), maxlen=1)[0]
-
-
 def _mean(values: Collection[float]) -> float:
     if not values:
         return math.nan
@@ -162,8 +157,8 @@ class MetricStorage(dict[str, HistoryBuffer]):
         self._windowed: set[str] = set()  # names that asked for a window of their own
         self._latest_iter: dict[str, int] = {}
         self._pending: list[Mapping[str, Tensor | Number]] = []
-        self._step_iters: list[int] = []
-        self._steps: dict[str, list[Any]] = {}  # name -> a value for each of those iterations, None where it had none
+        self._step_names: tuple[str, ...] = ()
+        self._step_rows: list[tuple[Any, ...]] = []  # (iteration, a value for each name, None where the step had none)
         self._declared: dict[str, bool] = {}
         self._restored: set[str] = set()  # names whose latest value is from a checkpoint
         self.on_read: Callable[[Mapping[str, tuple[list[int], list[float]]]], None] | None = None
@@ -212,28 +207,25 @@ class MetricStorage(dict[str, HistoryBuffer]):
             iter: index of the batch in the run.
             values: one-element tensors and numbers; kept until they are read.
         """
-        if values.keys() != self._steps.keys():
+        if tuple(values) != self._step_names:
             values = self._aligned(values)
-        columns = self._steps
-        for name, value in values.items():
-            columns[name].append(value)
-        self._step_iters.append(iter)
-        if len(self._step_iters) >= ROWS_KEPT_UNREAD:
+        self._step_rows.append((iter, *values.values()))
+        if len(self._step_rows) >= ROWS_KEPT_UNREAD:
             self.flush()
 
     def _aligned(self, values: Mapping[str, Tensor | Number]) -> Mapping[str, Any]:
-        """A step's values with None for names that other steps had; names that are new have a column from now on."""
-        for name in [name for name in values if name not in self._steps]:
+        """A step's values in the order of the rows, with None for names that other steps had; new names are in all later rows."""
+        for name in [name for name in values if name not in self._step_names]:
             self.flush()  # what hooks have logged under such a name comes first
             self._admit(name, self._smooth.get(name, True), None)
-            self._steps[name] = []
-        return {**dict.fromkeys(self._steps), **values}
+            self._step_names += (name,)
+        return {**dict.fromkeys(self._step_names), **values}
 
     def flush(self) -> None:
         """Read what has been recorded, in one transfer."""
         if self._pending:
             self._flush_updates()
-        if self._step_iters:
+        if self._step_rows:
             self._flush_steps()
 
     def _flush_updates(self) -> None:
@@ -246,8 +238,10 @@ class MetricStorage(dict[str, HistoryBuffer]):
             self[name]._extend(values)
 
     def _flush_steps(self) -> None:
-        unread = {name: _Column(*_without_none(self._step_iters, column)) for name, column in self._steps.items()}
-        self._step_iters, self._steps = [], {name: [] for name in self._steps}
+        iters, *values_of = map(list, zip(*self._step_rows, strict=True))
+        self._step_rows = []
+        rows = zip(self._step_names, values_of, strict=True)
+        unread = {name: _Column(*_without_none(iters, values)) for name, values in rows}
         columns = _read_columns({name: column.values for name, column in unread.items() if column.iters})
         for name, values in columns.items():
             self[name]._extend(values)
@@ -311,7 +305,7 @@ class MetricStorage(dict[str, HistoryBuffer]):
                 self._windowed.add(name)
 
     def _next_iter(self, name: str, iter: int | None) -> int:
-        if name in self._steps:
+        if name in self._step_names:
             self.flush()
         latest = self._latest_iter[name]
         if iter is None:
@@ -358,7 +352,7 @@ class MetricStorage(dict[str, HistoryBuffer]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.clear()
         self._pending, self._smooth, self._latest_iter = [], dict(self._declared), {}
-        self._step_iters, self._steps = [], {}
+        self._step_names, self._step_rows = (), []
         for name, saved in state.items():
             self._admit(name, saved["smooth"], saved["window_size"])
             self._latest_iter[name] = saved["latest_iter"]
@@ -410,8 +404,9 @@ def _without_none(iters: list[int], values: list[Any]) -> tuple[list[int], list[
 def _read_columns(columns: Mapping[str, list[Any]]) -> dict[str, list[float]]:
     """The values as floats; tensors are read in one transfer for each kind (device and dtype), whatever their number."""
     waiting: dict[tuple[torch.device, torch.dtype], list[tuple[list[Any], int, Tensor]]] = {}
-    for column in columns.values():
-        if not {float, int}.issuperset(map(type, column)):
+    kinds = {name: set(map(type, column)) for name, column in columns.items()}
+    for name, column in columns.items():
+        if not kinds[name] <= {float, int}:
             for index, value in enumerate(column):
                 if isinstance(value, Tensor):
                     waiting.setdefault((value.device, value.dtype), []).append((column, index, value))
@@ -419,4 +414,4 @@ def _read_columns(columns: Mapping[str, list[Any]]) -> dict[str, list[float]]:
         numbers = torch.stack([value.detach().reshape(()) for _, _, value in places]).tolist()
         for (column, index, _), number in zip(places, numbers, strict=True):
             column[index] = number
-    return {name: list(map(float, column)) for name, column in columns.items()}
+    return {name: column if kinds[name] == {float} else list(map(float, column)) for name, column in columns.items()}
