@@ -65,6 +65,13 @@ def move_to_device(batch: T, device: torch.device, non_blocking: bool = True) ->
     >>> move_to_device(batch, torch.device("meta"))["image"].device
     device(type='meta')
     """
+    kind = type(batch)
+    if kind is tuple or kind is list:  # the common case first: a tuple of two tensors that are there costs 0.2 us
+        for item in batch:  # type: ignore[attr-defined]
+            if type(item) is not Tensor or item.device != device:
+                break
+        else:
+            return batch
     moved: T = _moved(batch, device, non_blocking)
     return moved
 

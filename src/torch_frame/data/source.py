@@ -118,6 +118,10 @@ def _keeps_a_state(loader: Any) -> bool:
 class SequenceSource(StatelessSource):
     """A list of batches: any of them is reached directly."""
 
+    def __init__(self, loader: Sequence[Any]) -> None:
+        super().__init__(loader)
+        self.interruptible = type(loader) not in (list, tuple)  # whose batches are there: none is waited for
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[BatchAndPosition]:
         batches = self._loader
         return zip(batches[start:] if start else batches, range(start + 1, len(batches) + 1), strict=False)

@@ -115,12 +115,14 @@ class Feed:
         try:
             signals.begin_wait(may_interrupt and not optimization.window_open)
             for batch, position in placed:
-                signals.end_wait()
+                if may_interrupt:
+                    signals.end_wait()
                 moved = batch if ahead else move_to_device(batch, device)
                 times.receive()
                 yield moved, position
                 times.ask()
-                signals.begin_wait(may_interrupt and not optimization.window_open)
+                if may_interrupt:
+                    signals.begin_wait(not optimization.window_open)
         finally:  # after a fetch that failed, too: later waits must not be interrupted
             signals.end_wait()
             times.end_asking()
