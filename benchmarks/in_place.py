@@ -30,7 +30,7 @@ import torch_frame.data.rng_guard as rng_guard
 from torch_frame import LoggerHook, Trainer
 from torch_frame.data.loading import Loading
 from torch_frame.training.finite import FiniteCheck
-from torch_frame.training.optimization import Optimization
+from torch_frame.training.schedules import LRWarmupScheduler
 from torch_frame.training.update import Update
 
 PIECES: list[tuple[str, Any, str]] = [
@@ -42,7 +42,7 @@ PIECES: list[tuple[str, Any, str]] = [
     ("  generators put back", rng_guard.LoadingRng, "__exit__"),
     ("gradients cleared by hand", Update, "begin"),
     ("gradients looked at once (finite?)", FiniteCheck, "__call__"),
-    ("schedule, EMA, count of updates", Optimization, "_after_step"),
+    ("schedule and count of updates", LRWarmupScheduler, "step"),
     ("values recorded in columns", Trainer, "record"),
     ("LoggerHook.after_iter", LoggerHook, "after_iter"),
     ("safe point", Trainer, "safe_point"),

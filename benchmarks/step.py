@@ -24,7 +24,7 @@ from _report import TinyMLP, write
 from torch_frame import CheckpointerHook, LoggerHook, ThroughputHook, Trainer
 from torch_frame.data.move import move_to_device
 from torch_frame.tracking.step_times import StepTimes
-from torch_frame.training.losses import read_losses, recordable
+from torch_frame.training.losses import read_losses
 
 NUMBER, REPEAT = 5000, 9
 
@@ -66,10 +66,10 @@ def pieces(trainer: Trainer, batch: Any) -> dict[str, float]:
     loss.backward()
     total, values = read_losses(loss.detach().requires_grad_())
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    row = {**recordable(values), "lr": 0.001}
+    row = {**trainer._names.step_row(values), "lr": 0.001}
 
     def counted() -> None:
-        progress.begin_iter()
+        progress.in_iter = True
         progress.end_iter(progress.position)
 
     def timed() -> None:
@@ -114,9 +114,7 @@ def pieces(trainer: Trainer, batch: Any) -> dict[str, float]:
         "times, and whether a signal waits": microseconds(timed),
         "counters": microseconds(counted),
         "learning rate read": microseconds(lambda: trainer.lr),
-        "schedule, EMA, count of updates": microseconds(
-            lambda: trainer.optimization._after_step(trainer.optimization.unit)
-        ),
+        "schedule and count of updates": microseconds(trainer.optimization.unit.schedules[0].step),
         "values recorded in columns": microseconds(lambda: trainer.record(row)),
         "safe point": microseconds(trainer.safe_point),
         "stages without a hook": microseconds(stages),

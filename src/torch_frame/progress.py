@@ -38,9 +38,6 @@ class Progress:
     def begin_epoch(self) -> None:
         self.in_epoch = True
 
-    def begin_iter(self) -> None:
-        self.in_iter = True
-
     def end_iter(self, position: int) -> None:
         """A batch is trained: from now on a saved state counts it; `after_iter` still sees its index."""
         self.iter += 1

@@ -59,7 +59,7 @@ from torch_frame.training.own_step import OwnStep
 from torch_frame.training.precision import Precision, PrecisionName, choose_precision
 from torch_frame.training.schedules import Interval, WarmupMethod
 from torch_frame.training.update import OnNonFinite, Update, check_weight
-from torch_frame.types import Device, Number, StepFn, Values
+from torch_frame.types import Device, Number, StepFn
 
 __all__ = ["MetricStorage", "Trainer", "logger"]
 
@@ -409,22 +409,26 @@ class Trainer:
         self.optimization.refresh()
         self._own_step.begin_epoch(self.train_one_iter, Trainer.train_one_iter)
         self._run.frozen.look()
+        progress, own_step, several_ranks = self.progress, self._own_step, self.strategy.world_size > 1
+        before_iter, after_iter = self.stages["before_iter"], self.stages["after_iter"]
         for batch, position in self.batches():  # on the device, prefetched
-            self.progress.begin_iter()
-            self.call("before_iter")
+            progress.in_iter = True
+            for run in before_iter:
+                run()
             lr = self.lr
             values = self.train_one_iter(batch)  # forward -> losses -> backward -> update
             row = self._names.step_row(values)
-            if self._own_step.function is not None:
-                for run in self._own_step.end_batch(self._ends_window):
+            if own_step.function is not None:
+                for run in own_step.end_batch(self._ends_window):
                     run()
-                for name, value in self._own_step.take_values().items():
+                for name, value in own_step.take_values().items():
                     self._names.put(row, name, value)
-            self.progress.end_iter(position)
+            progress.end_iter(position)
             row["lr"] = lr  # that the step was made with
             self.record(row)  # nothing is read from the device until the values are
-            self.call("after_iter")
-            if self.safe_point():
+            for run in after_iter:
+                run()
+            if (several_ranks or self._saver.pending) and self.safe_point():
                 raise StopRequested
         self._finish_epoch()
 
@@ -441,8 +445,9 @@ class Trainer:
             name -> one-element tensor or number, `total_loss` among them.
         """
         optimization = self.optimization
-        ends_window = self._ends_window()
-        with optimization.micro_batch(is_last=ends_window):
+        updater = optimization.unit.updater
+        ends_window = updater.window_len == 1 or self._ends_window()
+        with updater.micro_batch(is_last=ends_window):
             if self.step_fn is None and self.precision.is_full:
                 output = self.model(batch)
             else:
@@ -452,7 +457,12 @@ class Trainer:
             if not self._names_checked:  # the first step
                 check_counted_once(output)
             weight = None if self.loss_weight is None else check_weight(self.loss_weight(batch))
-            for run in optimization.update(optimization.unit, total, weight, values, is_last=ends_window):
+            unit = optimization.unit
+            optimization.backward(unit, total, weight, values)
+        if ends_window:
+            for run in optimization.before_step(unit):
+                run()
+            for run in optimization.step(unit, values):
                 run()
         return values
 
@@ -496,16 +506,16 @@ class Trainer:
             return warmed_up(batches, self.model, self.step_fn, self.strategy, self.precision)
         return batches
 
-    def record(self, values: Values) -> None:
-        """Keep a step's values, and its times, unread."""
-        row = dict(values)
-        row["data_time"] = self._feed.times.data_s
-        row["iter_time"] = self._feed.times.step_s
+    def record(self, values: dict[str, Tensor | Number]) -> None:
+        """Keep a step's values, and its times, which are added to them, unread."""
+        times = self._feed.times
+        values["data_time"] = times.data_s
+        values["iter_time"] = times.step_s
         if self._reads_steps:
             with self._names.own_values():
-                self._update_iter_metrics(*arguments_of_17(row))
+                self._update_iter_metrics(*arguments_of_17(values))
         else:
-            self.metric_storage.record(self.progress.iter - 1, row)
+            self.metric_storage.record(self.progress.iter - 1, values)
         if not self._names_checked:
             self._names_checked = True
             checks.check_metric_names(self.hooks, self.lr_scheduler_metric, self.metric_storage)

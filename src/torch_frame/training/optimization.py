@@ -7,6 +7,7 @@ One optimizer, or a list that steps as one, has one `Unit`. A dict has a unit fo
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -32,7 +33,7 @@ _logger = logging.getLogger("torch_frame")
 
 Stages = Mapping[str, Sequence[Callable[..., None]]]
 Values = MutableMapping[str, Any]
-Calls = Iterator[Callable[[], None]]
+Calls = Iterable[Callable[[], Any]]
 """What is to be done, in order. The caller calls each, so that an error in a hook has no frame more above it."""
 
 
@@ -315,43 +316,41 @@ class Optimization:
         """Batches in the window under way, without the one that is being trained."""
         return self.num_batches if self.by_name else self.unit.updater.num_micro_batches
 
-    def micro_batch(self, *, is_last: bool) -> AbstractContextManager[Any]:
-        """The context of forward and backward of the one unit; gradients are cleared at a window's begin."""
-        return self.unit.updater.micro_batch(is_last=is_last)
-
-    def update(
-        self, unit: Unit, loss: Tensor, weight: Tensor | float | None, values: Values, *, is_last: bool
-    ) -> Calls:
-        """Backward and, if the window ends with this batch, the update.
+    def backward(self, unit: Unit, loss: Tensor, weight: Tensor | float | None, values: Values) -> None:
+        """Add the gradient of a unit's loss to its window's.
 
         Args:
             unit: whose loss it is.
             loss: one element, with its graph.
             weight: see `Update.backward`.
-            values: of the step, for messages; the norm of a clipped gradient is added.
+            values: of the step, for messages.
+
+        Raises:
+            NonFiniteError: with the values, if the loss is not finite and the host may look at it.
         """
-        yield functools.partial(self._backward, unit, loss, weight, values)
-        if is_last:
-            yield from self._end_window(unit, values)
-
-    def _end_window(self, unit: Unit, values: Values) -> Calls:
-        """The update by a window's gradient, and the hooks around it."""
-        before = self._stages["before_update"]
-        if before:
-            yield unit.updater.collect  # they see the window's mean
-            yield from before
-        yield functools.partial(self._step, unit, values)
-        if unit.was_stepped:
-            yield from self._stages["after_update"]
-
-    def _backward(self, unit: Unit, loss: Tensor, weight: Tensor | float | None, values: Values) -> None:
         try:
             unit.updater.backward(loss, weight)
         except NonFiniteError as error:
             raise self.nonfinite(str(error), values or {"loss": loss}) from None
 
-    def _step(self, unit: Unit, values: Values) -> None:
-        """The optimizer's step, and what follows one that was made: schedule, EMA, count."""
+    def before_step(self, unit: Unit) -> Calls:
+        """A unit's window is complete: what is to be called before its step."""
+        hooks = self._stages["before_update"]
+        return itertools.chain((unit.updater.collect,), hooks) if hooks else ()  # they see the window's mean
+
+    def step(self, unit: Unit, values: Values) -> Calls:
+        """A unit's step, and what follows one that was made: schedule, EMA, count.
+
+        Args:
+            unit: whose window is complete.
+            values: of the step, for messages; the norm of a clipped gradient is added.
+
+        Returns:
+            What is to be called next.
+
+        Raises:
+            NonFiniteError: with the values, before the weights are touched, if the host may look at the gradient.
+        """
         updater = unit.updater
         try:
             unit.was_stepped = updater.step()
@@ -360,17 +359,22 @@ class Optimization:
         if updater.grad_norm is not None:
             self.names.put(values, unit.norm_name, updater.grad_norm)
         if unit.was_stepped:
-            self._after_step(unit)
+            for schedule in unit.schedules:
+                schedule.step()
+                if self.interval == "iter":
+                    schedule.step_scheduler()
+            if not self.by_name:
+                self._count_update()
         if self.by_name:
             self._note_step(unit)
+        return self._stages["after_update"] if unit.was_stepped else ()
 
-    def _after_step(self, unit: Unit) -> None:
-        for schedule in unit.schedules:
-            schedule.step()
-            if self.interval == "iter":
-                schedule.step_scheduler()
-        if not self.by_name:
-            self._count_update()
+    def end_window(self, unit: Unit, values: Values) -> Calls:
+        """All that is to be called, `before_step` and `step`, for a caller that has more to call."""
+        yield from self.before_step(unit)
+        yield functools.partial(self.step, unit, values)
+        if unit.was_stepped:
+            yield from self._stages["after_update"]
 
     def _count_update(self) -> None:
         if self.ema is not None:
@@ -423,13 +427,13 @@ class Optimization:
             is_last: the window ends with it: optimizers whose gradients wait make their updates.
         """
         self.num_batches += 1
-        return self.close_window(values) if is_last else iter(())
+        return self.close_window(values) if is_last else ()
 
     def close_window(self, values: Values) -> Calls:
         """The window ends: what waits is updated, EMA follows, the update is counted."""
         for unit in self.units.values():
             if unit.updater.window_open:
-                yield from self._end_window(unit, values)
+                yield from self.end_window(unit, values)
         if self.by_name:
             yield self._end_shared
 

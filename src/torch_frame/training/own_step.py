@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,13 +100,14 @@ class OwnStep:
                 f"{optimization.window_len}: a window holds one loss of each batch. Add the losses into one."
             )
         optimization.begin_update(unit)
+        backward = partial(optimization.backward, unit, loss, weight, self.values)
         accumulating = optimization.accumulating(is_last=is_last)
-        calls = optimization.update(unit, loss, weight, self.values, is_last=is_last)
-        if accumulating is None:
-            yield from calls
-        else:
+        if accumulating is not None:
             with accumulating:
-                yield from calls
+                yield backward
+            return
+        yield backward
+        yield from optimization.end_window(unit, self.values)
 
     def _note(self, loss: Tensor) -> None:
         """On a device other than the CPU whether a loss is finite is read with the values of the steps."""

@@ -13,7 +13,6 @@ What depends on other ranks or on how the model is spread over devices is the st
 
 from __future__ import annotations
 
-import contextlib
 import math
 import numbers
 from collections.abc import Sequence
@@ -24,11 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_frame.distributed.strategy import Strategy
+from torch_frame.distributed.strategy import SingleProcess, Strategy
 from torch_frame.errors import NonFiniteError, SettingError
 from torch_frame.training.buffers import BufferSnapshot
 from torch_frame.training.finite import FiniteCheck
-from torch_frame.training.precision import Precision
+from torch_frame.training.precision import NOTHING, Precision
 
 OnNonFinite = Literal["raise", "skip"]
 MAX_SKIPS_IN_A_ROW = 50
@@ -95,11 +94,11 @@ class Update:
         self._weighted = weighted
         self._has_weights = weighted  # in the window under way: a weight may be given with each loss, too
         self._several_ranks = several_ranks
+        self._reduces = type(strategy).reduce_gradients is not SingleProcess.reduce_gradients
         # A rank that raised before its backward pass would leave the others waiting: they look at the losses together.
         self._reads_losses = on_cpu and not self._may_skip and not several_ranks
         self._keeps_losses = on_nonfinite == "skip" or (on_cpu and self._scaler is None and several_ranks)
         self._window_losses: list[Tensor] = []
-        self._exchanging: AbstractContextManager[Any] = contextlib.nullcontext()
         self.refresh()
 
     def refresh(self) -> None:
@@ -117,12 +116,6 @@ class Update:
         self._to_clear = list({**in_model, **optimized}.values()) if self._is_alone else self._optimized
         self._finite_check = FiniteCheck(self._optimized)
         self._buffers = BufferSnapshot(self.model) if self._may_skip else None
-
-    def _refresh_if_grown(self) -> None:
-        for optimizer, num in self._num_groups:
-            if len(optimizer.param_groups) != num:
-                self.refresh()
-                return
 
     def reset(self) -> None:
         """Forget a window that was interrupted, by an exception for instance."""
@@ -144,12 +137,15 @@ class Update:
         """
         if self.num_micro_batches == 0:
             self.begin()
-            self.note_buffers()
-        return self._exchanging if is_last else self._strategy.accumulating(self.model)
+            if self._buffers is not None:
+                self.note_buffers()
+        return NOTHING if is_last else self._strategy.accumulating(self.model)
 
     def begin(self) -> None:
         """A window begins: gradients are cleared. What Optimizer.zero_grad does, without its profiling: 1 us instead of 8."""
-        self._refresh_if_grown()
+        for optimizer, num in self._num_groups:
+            if len(optimizer.param_groups) != num:
+                self.refresh()
         self._window_losses.clear()
         self._is_collected = False
         for optimizer in self._with_own_zero_grad:
@@ -218,10 +214,13 @@ class Update:
 
     def collect(self) -> None:
         """The window is complete: its gradient becomes the mean over all of it and over the ranks, unscaled."""
-        self._refresh_if_grown()
+        for optimizer, num in self._num_groups:
+            if len(optimizer.param_groups) != num:
+                self.refresh()
         self._is_collected = True
         correction = self._correction() if self._scales else 1.0
-        self._strategy.reduce_gradients(self._optimized)
+        if self._reduces:
+            self._strategy.reduce_gradients(self._optimized)
         if not self._is_alone and not self._gradients():
             raise SettingError(
                 "update() got a loss that depends on none of the named optimizer's parameters. Is it the loss of another one?"
@@ -250,7 +249,8 @@ class Update:
         self.grad_norm = None
         if self._scaler is not None:
             return self._scaled_step(was_seen)
-        gradients = self._gradients()  # kept alive through the step, which makes the optimizer's own lookup cheaper
+        # kept alive through the step, which makes the optimizer's own lookup cheaper
+        gradients = [gradient for p in self._optimized if (gradient := p.grad) is not None]
         if not self._may_be_used(gradients):
             self._skip()
             return False
@@ -270,7 +270,8 @@ class Update:
         else:
             return True  # found when the recorded losses are read
         finite_losses = not self._keeps_losses or bool(torch.stack(self._window_losses).isfinite().all())
-        if not self._strategy.agree(not (finite and finite_losses)):
+        is_bad = not (finite and finite_losses)
+        if not (self._strategy.agree(is_bad) if self._several_ranks else is_bad):
             return True
         if self.on_nonfinite == "skip":
             return False
