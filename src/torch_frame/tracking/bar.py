@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import inspect
 import logging
 import math
@@ -103,9 +104,15 @@ def _is_disabled_by_environment() -> bool:
     return os.environ.get("TQDM_DISABLE", "").lower() not in ("", "0", "false")
 
 
+@functools.cache
+def _known_to_tqdm() -> frozenset[str]:
+    """Its keyword arguments that make sense here; looked up once, for that takes as long as two draws."""
+    known = {*inspect.signature(tqdm.__init__).parameters, "display"}
+    return frozenset(known - {"self", "iterable", "gui", "kwargs"})
+
+
 def _check_tqdm_kwargs(tqdm_kwargs: Mapping[str, Any], interval_s: float | None) -> None:
-    known = set(inspect.signature(tqdm.__init__).parameters) | {"display"}
-    unknown = sorted(set(tqdm_kwargs) - (known - {"self", "iterable", "gui", "kwargs"}))
+    unknown = sorted(tqdm_kwargs.keys() - _known_to_tqdm())
     if unknown:
         raise TypeError(f"ProgressBar got {unknown}, which neither it nor tqdm knows. Remove or rename {unknown[0]!r}.")
     if interval_s is not None and "mininterval" in tqdm_kwargs:
