@@ -589,3 +589,12 @@ def test_without_numpys_private_names_its_numbers_are_kept_as_well(monkeypatch: 
     alone = np.random.RandomState(3)
     for _ in source_of(DataLoader(NormalNumbers(), batch_size=2), seed=0).epoch(0):
         assert np.random.randn() == alone.randn()
+
+
+class FromDisk(list[Any]):
+    """A list whose batches are made when they are asked for."""
+
+
+@pytest.mark.parametrize(("loader", "is_waited_for"), [([1, 2], False), ((1, 2), False), (FromDisk([1, 2]), True)])
+def test_only_batches_that_are_there_are_not_waited_for(loader: Any, is_waited_for: bool) -> None:
+    assert source_of(loader, 0).interruptible is is_waited_for

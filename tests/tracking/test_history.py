@@ -225,6 +225,15 @@ def record(storage: MetricStorage, rows: list[Any], first: int = 0) -> None:
         storage.record(i, row)
 
 
+def test_values_may_come_in_another_order_in_each_step() -> None:
+    storage = MetricStorage()
+    record(
+        storage, [{"a": 1.0, "b": 10.0}, {"b": 20.0, "a": 2.0}, {"c": 5.0, "b": 30.0}, {"b": 40.0, "c": 6.0, "a": 4.0}]
+    )
+    assert {name: storage[name].global_sum for name in storage} == {"a": 7.0, "b": 100.0, "c": 11.0}
+    assert storage.latest_iters() == {"a": 3, "b": 3, "c": 3}
+
+
 def test_recording_reads_nothing() -> None:
     storage = MetricStorage()
     record(storage, rows(ROWS_KEPT_UNREAD - 1))
