@@ -9,6 +9,7 @@ changing the picture.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -189,10 +190,7 @@ class RandomContrast:
 
     def __call__(self, image: Image) -> Image:
         """A new picture, or with probability p the argument."""
-        draw = draws(self.rng)
-        if draw.random() < self.p:
-            return image
-        return adjust_contrast(image, draw.uniform(self.low, self.high))
+        return _by_chance(image, self.p, self.rng, adjust_contrast, self.low, self.high)
 
 
 class RandomGammaCorrection:
@@ -212,10 +210,7 @@ class RandomGammaCorrection:
 
     def __call__(self, image: Image) -> Image:
         """A new picture, or with probability p the argument."""
-        draw = draws(self.rng)
-        if draw.random() < self.p:
-            return image
-        return adjust_gamma(image, draw.uniform(self.lower, self.upper))
+        return _by_chance(image, self.p, self.rng, adjust_gamma, self.lower, self.upper)
 
 
 class RandomHueSaturation:
@@ -255,6 +250,14 @@ class RandomHueSaturation:
             return image
         hue, saturation = draw.uniform(self.hue_lower, self.hue_upper), draw.uniform(self.sat_lower, self.sat_upper)
         return adjust_hue_saturation(image, hue, saturation, channel_order=self.channel_order)
+
+
+def _by_chance(
+    image: Image, p: float, rng: Generator, adjust: Callable[[Image, float], Image], lowest: float, highest: float
+) -> Image:
+    """The picture adjusted by a number drawn from lowest..highest, or with probability `p` the very picture."""
+    draw = draws(rng)
+    return image if draw.random() < p else adjust(image, draw.uniform(lowest, highest))
 
 
 def _by_level(image: Image, change: Any) -> Image:
