@@ -1,4 +1,4 @@
-"""Small hooks that many tests need: they call a function at a stage, or write down what they see."""
+"""Small hooks that many tests need: they call a function at a stage, or write down what they see; and what they evaluate."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from torch_frame import HookBase, Trainer
 from torch_frame.hooks.base import STAGES
+from torch_frame.metrics.metric import Metric
 
 
 class On(HookBase):
@@ -62,3 +63,28 @@ class Stages(HookBase):
     def _write(self, stage: str, *error: BaseException) -> None:
         self.calls.append(self.note(stage, self.trainer))
         self.errors += error
+
+
+class CountBatches(Metric):
+    """For EvalTotalHook: the number of batches, as "batches", over all ranks."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def reset(self) -> None:
+        self.count = 0
+
+    def update(self, model: Any, batch: Any) -> None:
+        self.count += 1
+
+    def compute(self) -> dict[str, float]:
+        return {"batches": self.count}
+
+    def merge(self, other: Any) -> None:
+        self.count += other.count
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.count = state_dict["count"]

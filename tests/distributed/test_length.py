@@ -12,11 +12,10 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.distributed.processes import Failed, on_processes, outcomes
-from tests.small_hooks import On, Stages, at_iter
+from tests.small_hooks import CountBatches, On, Stages, at_iter
 from tests.small_runs import Net, differences, make_batches, make_trainer, weights_of
 from torch_frame import CheckpointerHook, EvalTotalHook, HookBase, Trainer
 from torch_frame.distributed.ddp import DDP
-from torch_frame.metrics.metric import Metric
 
 NORM = "layers.1"
 
@@ -83,31 +82,11 @@ def stop_inside(folder: Path) -> dict[str, Any]:
     return {"at": part.progress.iter, "differences": differences(weights_of(whole.model), weights_of(parts.model))}
 
 
-class Count(Metric):
-    def __init__(self) -> None:
-        self.count = 0
-
-    def reset(self) -> None:
-        self.count = 0
-
-    def update(self, model: Any, batch: Any) -> None:
-        self.count += 1
-
-    def compute(self) -> dict[str, float]:
-        return {"batches": self.count}
-
-    def merge(self, other: Any) -> None:
-        self.count += other.count
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.count = state_dict["count"]
-
-
 def dry_run(folder: Path) -> dict[str, Any]:
-    hooks = [EvalTotalHook(loader(), Count(), prefix="map"), EvalTotalHook(make_batches(7), Count(), prefix="list")]
+    hooks = [
+        EvalTotalHook(loader(), CountBatches(), prefix="map"),
+        EvalTotalHook(make_batches(7), CountBatches(), prefix="list"),
+    ]
     trainer = run(folder, *hooks, max_epochs=2, limit_batches=3)
     return {"done": trainer.progress.iter, "values": trainer.evaluate()}
 

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LambdaLR, On
 from torch.utils.data import DataLoader, IterableDataset
 
 from tests.small_data import Augmented
-from tests.small_hooks import On, Stages, at_iter
+from tests.small_hooks import CountBatches, On, Stages, at_iter
 from tests.small_runs import Net, Unsized, differences, make_batches, make_trainer, weights_of
 from torch_frame import (
     CheckpointerHook,
@@ -30,7 +30,6 @@ from torch_frame import (
     SettingError,
     Trainer,
 )
-from torch_frame.metrics.metric import Metric
 
 
 class Endless(IterableDataset[Any]):
@@ -418,34 +417,11 @@ def test_should_stop_in_after_epoch_ends_the_run_there(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- a dry run
 
 
-class Count(Metric):
-    def __init__(self) -> None:
-        self.count = 0
-
-    def reset(self) -> None:
-        self.count = 0
-
-    def update(self, model: Any, batch: Any) -> None:
-        self.count += 1
-
-    def compute(self) -> dict[str, float]:
-        return {"batches": self.count}
-
-    def merge(self, other: Any) -> None:
-        self.count += other.count
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.count = state_dict["count"]
-
-
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_dry_run_is_of_the_first_batches_of_everything(
     loader: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    hook = EvalTotalHook(make_batches(7), Count())
+    hook = EvalTotalHook(make_batches(7), CountBatches())
     trainer = run(tmp_path, loader, hook, max_epochs=2, limit_batches=3)
     assert (trainer.progress.epoch, trainer.progress.iter) == (2, 6)
     assert trainer.metric_storage["eval_batches"].latest == 3
