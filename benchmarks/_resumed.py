@@ -1,4 +1,4 @@
-"""Is a run that was broken off inside an epoch resumed bitwise on this device, with deterministic algorithms? For make gpu.
+"""Is a run that was stopped inside an epoch resumed bitwise on this device, with deterministic algorithms? For make gpu.
 
 In a process of its own, because CUBLAS_WORKSPACE_CONFIG has to be set before CUDA begins:
 
@@ -37,18 +37,18 @@ class Noisy(Dataset[Any]):
         return torch.linspace(-1, 1, 8) * (index % 7) + 0.1 * torch.randn(8), index % 4
 
 
-class BrokenOff(Exception):
+class Stopped(Exception):
     """The run ends here, as by a crash."""
 
 
-class BreaksOff(HookBase):
+class StopsInside(HookBase):
     """Saves the state inside the second epoch; some steps later the run ends."""
 
     def after_iter(self) -> None:
         if self.trainer.cur_iter == 16:
             self.trainer.save_at_safe_point("inside.pth", save_single_model=False)
         if self.trainer.cur_iter == 19:
-            raise BrokenOff
+            raise Stopped
 
 
 def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
@@ -68,7 +68,7 @@ def run(device: torch.device, folder: Path, hooks: list[HookBase], **settings: A
     )
     try:
         trainer.train(5, 5)
-    except BrokenOff:
+    except Stopped:
         pass
     return trainer
 
@@ -76,9 +76,9 @@ def run(device: torch.device, folder: Path, hooks: list[HookBase], **settings: A
 def differing(device: torch.device, settings: dict[str, Any], folder: Path) -> list[str]:
     """Names of the weights, and of EMA's, that are not the same in every bit."""
     whole = run(device, folder / "whole", [], **settings)
-    run(device, folder / "broken", [BreaksOff()], **settings)
+    run(device, folder / "stopped", [StopsInside()], **settings)
     torch.manual_seed(99)
-    resumed = run(device, folder / "broken", [], resume=folder / "broken" / "checkpoints" / "inside.pth", **settings)
+    resumed = run(device, folder / "stopped", [], resume=folder / "stopped" / "checkpoints" / "inside.pth", **settings)
     if resumed.start_epoch != 1:
         return ["everything: it began anew"]
     pairs = [(whole.model, resumed.model), (whole.model_evaluate, resumed.model_evaluate)]

@@ -3,7 +3,7 @@
 The parts, the results are written after each of them:
 
 - tests: those marked cuda (mixed precision, no wait of the host in a step, prefetching, bitwise resume, ...); they need pytest.
-- resume: runs that were broken off inside an epoch and resumed, bitwise the same as those that were not, compiled and not.
+- resume: runs that were stopped inside an epoch and resumed, bitwise the same as those that were not, compiled and not.
 - steps: ResNet-50 (bf16, channels-last) and a small transformer (bf16) by Trainer beside a hand-written loop of the same work,
   interleaved, with a wait for the device at each epoch's end; `raw again` beside `raw` is the error bar. A batch
   that does not fit into memory is halved until it does, which is said; a slow device does fewer steps and rounds.
@@ -111,7 +111,7 @@ def run(command: list[str], timeout: float, **environment: str) -> subprocess.Co
 
 
 def resume(options: argparse.Namespace) -> dict[str, Any]:
-    """The weights that differ between a run that was broken off and resumed, and one that was not."""
+    """The weights that differ between a run that was stopped and resumed, and one that was not."""
     kinds = ["fp32", "bf16"] if options.device.type == "cpu" else ["fp32", "bf16", "compiled"]
     command = [sys.executable, str(ROOT / "benchmarks" / "_resumed.py"), str(options.device), *kinds]
     done = run(command, timeout=max(options.ends_at - time.perf_counter(), 1.0), CUBLAS_WORKSPACE_CONFIG=":4096:8")

@@ -38,7 +38,7 @@ def time_compiled(device: torch.device, batch_size: int, seconds: float, *, limi
     command = [sys.executable, "-m", "torch_frame.bench.compiled", str(device), str(batch_size), str(seconds)]
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    # Files, not pipes: the compiler's own processes inherit a pipe, and whoever reads it waits for the last of them.
+    # Files, not pipes: the compiler's own processes inherit a pipe, and its reader waits for the last of them.
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(
             command,

@@ -10,7 +10,7 @@ class Background:
     """Runs jobs in a thread, one at a time; who brings the next one waits for the one before.
 
     Args:
-        on_failure: called in the thread where a job has failed, so that somebody comes and looks.
+        on_failure: called in the thread where a job has failed, so that the trainer looks at its next safe point.
     """
 
     def __init__(self, on_failure: Callable[[], None]) -> None:

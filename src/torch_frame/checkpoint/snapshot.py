@@ -86,7 +86,7 @@ class _Copying:
     """One snapshot in the making.
 
     Args:
-        free: buffers that nobody uses, by form.
+        free: buffers that are not in use, by form.
         copies: of tensors that need not be copied.
 
     Attributes:

@@ -79,7 +79,7 @@ def _one_ahead(
     ready = list(islice(copies, 1))  # one batch, or none at the end
     while ready:
         hand_over(ready[0])
-        error: Exception | None = None  # a KeyboardInterrupt waits for nobody
+        error: Exception | None = None  # a KeyboardInterrupt does not wait
         try:
             ahead = list(islice(copies, 1))
         except Exception as raised:

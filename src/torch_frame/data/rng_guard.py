@@ -76,7 +76,7 @@ class LoadingRng:
     def seed_and_mark(self, generators: int, number: int) -> None:
         """Seed these generators once for a batch, and remember where they are then.
 
-        Who reads a generator without moving it (`torch.initial_seed()`, a state that is put back) has numbers of the batch then.
+        What only reads a generator (`torch.initial_seed()`, a state that is kept and restored) gives numbers of the batch then.
         Python's generator is not seeded: restoring it afterwards would take 15 us.
         """
         if generators & NUMPY:

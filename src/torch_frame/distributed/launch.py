@@ -28,7 +28,7 @@ def num_processes(environ: Mapping[str, str] = os.environ) -> int:
 def join_group() -> None:
     """Make the process group that torchrun's environment describes, if there is none yet; this process gets its GPU.
 
-    At the process's end the group is left, whoever made it: a gloo group that still stands then may abort the process.
+    At the process's end the group is left, the script's own too: a gloo group that still stands then may abort the process.
 
     Raises:
         ValueError: with neither a group nor that environment.

@@ -186,7 +186,7 @@ class LoggerHook(HookBase):
 
     @contextlib.contextmanager
     def _left_out_if_default(self, key: str) -> Iterator[None]:
-        """A writer that nobody asked for is left out, told, if it cannot begin; another one's error is the user's to see."""
+        """A writer of ours is left out, told, if it cannot begin; the error of one that the script has asked for is raised."""
         try:
             yield
         except (ImportError, OSError) as error:

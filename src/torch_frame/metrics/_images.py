@@ -24,7 +24,7 @@ Seen: TypeAlias = tuple[Table, Table, Masks | None]
 class SeenImages:
     """id -> what was seen of each image, whatever order they came in.
 
-    Two sets of images with the same content are one to the last bit, whoever added them: everything is read in the order of ids.
+    Two sets of images with the same content are one to the last bit, in whatever order they came: all is read by id.
 
     Args:
         with_masks: all images have masks; else none has.

@@ -37,7 +37,7 @@ class Contents:
     Attributes:
         folder: of the checkpoints.
         where: the moment, in words.
-        before: what is to be done before the run is looked at; raises if a loss that nobody has read is not finite.
+        before: what is to be done before the run is looked at; raises if a loss that has not been read yet is not finite.
         weights: the model's `state_dict`, or EMA's.
         as_saved: that under the names, and with the values, that a file holds.
         parts: the table of a whole state.
@@ -116,7 +116,7 @@ class Saver:
     Attributes:
         pending: there is something to do at the next safe point: a request, a stop signal, a save that has failed.
         rollback: parts of the state that are saved as they were before `after_epoch`; None outside it.
-        holds_last_state: the run has come to its end inside an epoch, and `latest.pth` holds where it goes on from there: it is
+        holds_last_state: the run has ended inside an epoch, and `latest.pth` holds where it goes on from there: it is
             not asked for again.
     """
 
@@ -170,7 +170,7 @@ class Saver:
             self._weights[path] = _Weights(path, snapshot, contents.finite_names(), contents.where)
 
     def _forget(self, path: str, file_name: str) -> None:
-        """A file that is asked for again: earlier requests do not count, and nobody removes it."""
+        """A file that is asked for again: earlier requests do not count, and it is not removed."""
         self._weights.pop(path, None)
         self._states = [name for name in self._states if name != file_name]
         self._outdated = [outdated for outdated in self._outdated if os.path.abspath(outdated) != path]

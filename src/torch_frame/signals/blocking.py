@@ -38,7 +38,7 @@ def signals_blocked(loader: Any) -> Iterator[frozenset[int]]:
         yield frozenset(_BLOCKED) - before
     except Exception:
         raise
-    except BaseException:  # a Ctrl-C: nobody else knows yet what has been started
+    except BaseException:  # a Ctrl-C: nothing else knows yet what has been started
         for worker in set(multiprocessing.active_children()) - others:
             worker.kill()
         raise

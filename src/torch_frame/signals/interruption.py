@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class StopRequested(BaseException):
-    """The run is to end here, with its state as it is. Not an Exception: nobody's `except Exception` is meant."""
+    """The run is to end here, with its state as it is. Not an Exception: no `except Exception` is to catch it."""
 
 
 class Interruption:

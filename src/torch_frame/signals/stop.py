@@ -37,7 +37,7 @@ class StopSignals:
     the same signal may have ended it, and the run is to be saved. A handler writes and logs nothing.
 
     Args:
-        on_first: called in the handler, so that somebody comes and looks.
+        on_first: called in the handler, so that the trainer looks at its next safe point.
         phase: says in words where the run is; called in the handler.
 
     Attributes:

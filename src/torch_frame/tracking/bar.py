@@ -27,7 +27,7 @@ WIDTH_IN_A_NOTEBOOK = 100
 
 
 def is_terminal(stream: Any) -> bool:
-    """Says whether somebody can watch `stream`; a missing or closed one is not a terminal.
+    """Says whether a person can watch `stream`; a missing or closed one is not a terminal.
 
     >>> import io
     >>> is_terminal(None), is_terminal(io.StringIO())

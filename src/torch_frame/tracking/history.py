@@ -1,4 +1,4 @@
-"""The values of a run as it goes: a window for each name, read from the device only when somebody looks."""
+"""The values of a run as it goes: a window for each name, read from the device only when they are asked for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch_frame.scalars import number_or_copy
 from torch_frame.types import Number
 
 ROWS_KEPT_UNREAD = 50
-"""Rows of device values are read in one transfer when so many are waiting, or when somebody looks."""
+"""Rows of device values are read in one transfer when so many are waiting, or when they are asked for."""
 
 
 class HistoryBuffer:
@@ -388,7 +388,7 @@ def _storage_of(default_win_size: int, declared: dict[str, bool], state: dict[st
 
 
 class _Column(NamedTuple):
-    """Values of one name that training steps have recorded and nobody has read, and of which iterations they are."""
+    """Values of one name that training steps have recorded and that have not been read, and of which iterations they are."""
 
     iters: list[int]
     values: list[Any]

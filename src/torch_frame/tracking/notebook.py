@@ -20,7 +20,7 @@ def updates_outputs(shell: Any) -> bool:
 
 
 class Area:
-    """Lines of plain text in one output, each put there by somebody and replaced at will.
+    """Lines of plain text in one output, each put there by a bar and replaced at will.
 
     Plain text, and no widget: it needs no ipywidgets, is shown by every front end, and is what a saved notebook keeps.
 
