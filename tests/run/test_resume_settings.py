@@ -435,6 +435,11 @@ def _(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     told_if_saved_elsewhere(folder, caplog, torch="2.8.0")
 
 
+@row("library version")
+def _(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    told_if_saved_elsewhere(folder, caplog, numpy="1.0.0")
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_each_row_of_the_document(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ROWS[name](tmp_path, caplog)

@@ -26,6 +26,7 @@ from torch_frame.data.source import Source
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import CheckpointError
 from torch_frame.progress import Progress
+from torch_frame.run.libraries import LIBRARIES, loaded_versions
 from torch_frame.run.modes import Modes
 from torch_frame.run.optimizers import some
 from torch_frame.run.samplers import Samplers
@@ -296,6 +297,7 @@ ENVIRONMENT = frozenset(
     {
         *("torch", "device", "cpu_capability", "num_threads", "world_size"),
         *("deterministic_algorithms", "cudnn_deterministic", "cudnn_benchmark"),
+        *LIBRARIES,
     }
 )
 """What a step's last bits depend on beside the script's settings."""
@@ -326,6 +328,7 @@ class EnvironmentPart:
             "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
             "cudnn_deterministic": torch.backends.cudnn.deterministic,
             "cudnn_benchmark": torch.backends.cudnn.benchmark,
+            **loaded_versions(),
             **self._settings,
         }
 
