@@ -33,7 +33,8 @@ from torch_frame.hooks.logger import LoggerHook
 from torch_frame.hooks.throughput import ThroughputHook
 from torch_frame.tracking.console import logger, setup_logger
 from torch_frame.tracking.environment import collect_env
-from torch_frame.tracking.history import HistoryBuffer, MetricStorage
+from torch_frame.tracking.history import HistoryBuffer
+from torch_frame.tracking.storage import MetricStorage
 from torch_frame.trainer import Trainer
 from torch_frame.training.ema import EMA
 from torch_frame.training.schedules import LRWarmupScheduler

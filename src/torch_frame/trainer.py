@@ -48,8 +48,8 @@ from torch_frame.signals.interruption import StopRequested
 from torch_frame.signals.stop import StopSignals
 from torch_frame.tracking.bar import ProgressBar
 from torch_frame.tracking.console import logger
-from torch_frame.tracking.history import MetricStorage
 from torch_frame.tracking.media import Media
+from torch_frame.tracking.storage import MetricStorage
 from torch_frame.training.ema import EMA
 from torch_frame.training.finite import Columns, first_nonfinite
 from torch_frame.training.losses import arguments_of_17, check_counted_once, read_losses

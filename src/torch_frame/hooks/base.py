@@ -11,9 +11,9 @@ from torch import nn
 
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.progress import Progress
-from torch_frame.tracking.history import MetricStorage
 from torch_frame.tracking.media import Media
 from torch_frame.tracking.step_times import TimeSplit
+from torch_frame.tracking.storage import MetricStorage
 from torch_frame.training.ema import EMA
 from torch_frame.training.precision import Precision
 

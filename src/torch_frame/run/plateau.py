@@ -6,7 +6,7 @@ import logging
 
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.run.checks import unknown_metric_message
-from torch_frame.tracking.history import MetricStorage
+from torch_frame.tracking.storage import MetricStorage
 from torch_frame.training.optimization import Optimization
 
 _logger = logging.getLogger("torch_frame")

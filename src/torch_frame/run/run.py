@@ -25,7 +25,7 @@ from torch_frame.run.start_epoch import StartEpoch
 from torch_frame.run.trained import FrozenParameters
 from torch_frame.run.work_dir import WorkDir
 from torch_frame.signals.stop import StopSignals
-from torch_frame.tracking.history import MetricStorage
+from torch_frame.tracking.storage import MetricStorage
 from torch_frame.training.ema import EMA
 from torch_frame.training.optimization import Optimization
 from torch_frame.training.precision import Precision

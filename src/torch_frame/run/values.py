@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from torch_frame.errors import SettingError
-from torch_frame.tracking.history import MetricStorage
+from torch_frame.tracking.storage import MetricStorage
 from torch_frame.training.finite import Columns
 from torch_frame.training.metric_names import MetricNames
 from torch_frame.training.optimization import Optimization

@@ -1,22 +1,16 @@
-"""The values of a run as it goes: a window for each name, read from the device only when they are asked for."""
+"""The last values of one name: a window, and the sums over the epoch and the run."""
 
 from __future__ import annotations
 
 import math
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from torch_frame.errors import SettingError
-from torch_frame.scalars import number_or_copy
 from torch_frame.types import Number
-
-ROWS_KEPT_UNREAD = 50
-"""Rows of device values are read in one transfer when so many are waiting, or when they are asked for."""
 
 
 class HistoryBuffer:
@@ -39,13 +33,15 @@ class HistoryBuffer:
         self._epoch_count = 0
         self._epoch_sum = 0.0
         self._epoch_is_over = False  # the sums are the last epoch's until a value of the next one comes
-        self._read_pending: weakref.WeakMethod[Callable[[], None]] | None = None
+        self.read_pending: weakref.WeakMethod[Callable[[], None]] | None = None
+        """Brings values that have been recorded and not read yet: of a storage."""
 
     def update(self, value: Tensor | Number) -> None:
         """Add a value; where the window is full its oldest one leaves."""
-        self._extend([float(value.detach() if isinstance(value, Tensor) else value)])
+        self.extend([float(value.detach() if isinstance(value, Tensor) else value)])
 
-    def _extend(self, values: list[float]) -> None:
+    def extend(self, values: Sequence[float]) -> None:
+        """Add several values, in their order."""
         if self._epoch_is_over and values:
             self._epoch_is_over, self._epoch_count, self._epoch_sum = False, 0, 0.0
         self._history.extend(values)
@@ -55,13 +51,15 @@ class HistoryBuffer:
             self._sum += value
             self._epoch_sum += value
 
-    def _read(self) -> deque[float]:
-        flush = None if self._read_pending is None else self._read_pending()
+    def read(self) -> Collection[float]:
+        """The window's values, those included that have been recorded and not read yet."""
+        flush = None if self.read_pending is None else self.read_pending()
         if flush is not None:
             flush()
         return self._history
 
-    def _take_back_latest(self) -> None:
+    def take_back_latest(self) -> None:
+        """The latest value leaves: another one takes its place."""
         value = self._history.pop()
         self._count -= 1
         self._sum = self._sum - value if self._count else 0.0
@@ -69,36 +67,70 @@ class HistoryBuffer:
             self._epoch_count -= 1
             self._epoch_sum = self._epoch_sum - value if self._epoch_count else 0.0
 
+    def end_epoch(self) -> None:
+        """Values that come are of another epoch."""
+        self._epoch_is_over = True
+
+    @property
+    def is_of_this_epoch(self) -> bool:
+        """A value has come since the epoch under way began."""
+        return bool(self.read()) and not self._epoch_is_over
+
+    @property
+    def num_in_epoch(self) -> int:
+        """Values that `epoch_avg` is over."""
+        self.read()
+        return self._epoch_count
+
     @property
     def latest(self) -> float:
-        return self._read()[-1]
+        self.read()
+        return self._history[-1]
 
     @property
     def avg(self) -> float:
         """Mean of the window; NaN if there is no value, or if the window holds both infinities."""
-        return _mean(self._read())
+        return _mean(self.read())
 
     @property
     def epoch_avg(self) -> float:
         """Mean of the values of the epoch under way, or of the last epoch that had one; NaN if there is no value."""
-        self._read()
+        self.read()
         return self._epoch_sum / self._epoch_count if self._epoch_count else math.nan
 
     @property
     def global_avg(self) -> float:
         """Mean of all values since the run began; NaN if there is none."""
-        self._read()
+        self.read()
         return self._sum / self._count if self._count else math.nan
 
     @property
     def global_sum(self) -> float:
-        self._read()
+        self.read()
         return self._sum
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "window": list(self._history),
+            "window_size": self._history.maxlen,
+            "count": self._count,
+            "sum": self._sum,
+            "epoch_count": self._epoch_count,
+            "epoch_sum": self._epoch_sum,
+            "epoch_is_over": self._epoch_is_over,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Of a new buffer, with a window of that size."""
+        self._history.extend(state["window"])
+        self._count, self._sum = state["count"], state["sum"]
+        self._epoch_count, self._epoch_sum = state.get("epoch_count", 0), state.get("epoch_sum", 0.0)
+        self._epoch_is_over = state.get("epoch_is_over", False)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: the values, without the storage that they come from."""
-        self._read()
-        return {**vars(self), "_read_pending": None}
+        self.read()
+        return {**vars(self), "read_pending": None}
 
     def __float__(self) -> float:
         return self.avg
@@ -131,287 +163,3 @@ def _mean(values: Collection[float]) -> float:
         return math.nan
     except OverflowError:  # near float64's limit
         return math.fsum(value / len(values) for value in values)
-
-
-class MetricStorage(dict[str, HistoryBuffer]):
-    """The named values of a run: name -> HistoryBuffer.
-
-    What is given is its value at that moment. Tensors of a device are copied there and read in one transfer for many rows, so
-    recording a step costs no wait for the device.
-
-    Args:
-        default_win_size: window of a name that does not ask for its own.
-
-    >>> storage = MetricStorage()
-    >>> storage.update(iter=0, loss=torch.tensor(0.25))
-    >>> storage.update(iter=1, loss=0.75)
-    >>> storage.update(iter=1, lr=0.1, smooth=False)
-    >>> storage.values_maybe_smooth
-    {'loss': (1, 0.5), 'lr': (1, 0.1)}
-    """
-
-    def __init__(self, default_win_size: int = 20) -> None:
-        super().__init__()
-        self._default_win_size = default_win_size
-        self._smooth: dict[str, bool] = {}
-        self._windowed: set[str] = set()  # names that asked for a window of their own
-        self._latest_iter: dict[str, int] = {}
-        self._pending: list[Mapping[str, Tensor | Number]] = []
-        self._step_names: tuple[str, ...] = ()
-        self._step_rows: list[tuple[Any, ...]] = []  # (iteration, a value for each name, None where the step had none)
-        self._declared: dict[str, bool] = {}
-        self._restored: set[str] = set()  # names whose latest value is from a checkpoint
-        self.on_read: Callable[[Mapping[str, tuple[list[int], list[float]]]], None] | None = None
-        """Called with name -> (iters, values) when values of training steps have been read from the device; may raise."""
-        self.renamed: Callable[[str], str] | None = None
-        """The name under which a value that `update` is given is recorded: of a run, whose own names nothing else has."""
-
-    def update(  # type: ignore[override]  # 1.7's signature: this dict is filled through it
-        self,
-        iter: int | None = None,
-        smooth: bool = True,
-        window_size: int | None = None,
-        **kwargs: Tensor | Number,
-    ) -> None:
-        """Add a value for each name, as it is now.
-
-        Args:
-            iter: when the values are of, growing for each name; None counts from 0.
-            smooth: whether readers want a mean or the latest value. The same in each call for one name.
-            window_size: the window of names seen for the first time; `value` is then its mean.
-            kwargs: numbers (numpy's too), or tensors and arrays of one element.
-
-        Raises:
-            TypeError: naming a value that is no number; nothing is added then.
-            ValueError: where a name gets two values for one `iter`, or another `smooth` than before.
-        """
-        kwargs = {name: number_or_copy(value, name) for name, value in kwargs.items()}
-        if self.renamed is not None:
-            kwargs = {self.renamed(name): value for name, value in kwargs.items()}
-        for name in kwargs:
-            self._admit(name, smooth, window_size)
-            if name in self._restored:
-                self._restored.remove(name)
-                if iter == self._latest_iter[name]:  # a run that was saved in after_epoch goes through it again
-                    self[name]._take_back_latest()
-                    self._latest_iter[name] = -1
-            self._latest_iter[name] = self._next_iter(name, iter)
-        self._pending.append(kwargs)
-        if len(self._pending) >= ROWS_KEPT_UNREAD:
-            self.flush()
-
-    def record(self, iter: int, values: Mapping[str, Tensor | Number]) -> None:
-        """Add a training step's values, smoothed unless declared otherwise, without reading them: the fast way in.
-
-        Args:
-            iter: index of the batch in the run.
-            values: one-element tensors and numbers; kept until they are read.
-        """
-        if tuple(values) != self._step_names:
-            values = self._aligned(values)
-        self._step_rows.append((iter, *values.values()))
-        if len(self._step_rows) >= ROWS_KEPT_UNREAD:
-            self.flush()
-
-    def _aligned(self, values: Mapping[str, Tensor | Number]) -> Mapping[str, Any]:
-        """A step's values in the order of the rows, with None for names that other steps had; new names are in all later rows."""
-        for name in [name for name in values if name not in self._step_names]:
-            self.flush()  # what hooks have logged under such a name comes first
-            self._admit(name, self._smooth.get(name, True), None)
-            self._step_names += (name,)
-        return {**dict.fromkeys(self._step_names), **values}
-
-    def flush(self) -> None:
-        """Read what has been recorded, in one transfer."""
-        if self._pending:
-            self._flush_updates()
-        if self._step_rows:
-            self._flush_steps()
-
-    def _flush_updates(self) -> None:
-        rows, self._pending = self._pending, []
-        columns: dict[str, list[Any]] = {}
-        for row in rows:
-            for name, value in row.items():
-                columns.setdefault(name, []).append(value)
-        for name, values in _read_columns(columns).items():
-            self[name]._extend(values)
-
-    def _flush_steps(self) -> None:
-        iters, *values_of = map(list, zip(*self._step_rows, strict=True))
-        self._step_rows = []
-        rows = zip(self._step_names, values_of, strict=True)
-        unread = {name: _Column(*_without_none(iters, values)) for name, values in rows}
-        columns = _read_columns({name: column.values for name, column in unread.items() if column.iters})
-        for name, values in columns.items():
-            self[name]._extend(values)
-            self._latest_iter[name] = unread[name].iters[-1]
-        if self.on_read is not None:
-            self.on_read({name: (unread[name].iters, values) for name, values in columns.items()})
-
-    def begin_epoch(self) -> None:
-        """From now on values are of a new epoch."""
-        self.flush()
-        for buffer in self.values():
-            buffer._epoch_is_over = True
-
-    def value(self, name: str) -> float:
-        """What a name is worth now: what decides which weights are best, when to stop, when a plateau is reached.
-
-        The latest value if it was logged with `smooth=False`; the window's mean if it was logged with a `window_size`; else (the
-        values of steps) the mean over the epoch under way, or over the last epoch that had a value.
-
-        Raises:
-            SettingError: listing the names there are, if this one is not among them.
-
-        >>> storage = MetricStorage()
-        >>> for step, loss in enumerate((3.0, 2.0, 1.0)):
-        ...     storage.update(step, loss=loss)
-        ...     storage.update(step, score=-loss, smooth=False)
-        >>> storage.value("loss"), storage.value("score")
-        (2.0, -1.0)
-        """
-        if name not in self:
-            raise SettingError(
-                f"There is no value {name!r}: nothing has been logged under this name; there are: "
-                f"{', '.join(sorted(self)) or 'none'}."
-            )
-        buffer = self[name]
-        if not self._smooth[name]:
-            return buffer.latest if buffer._read() else math.nan
-        mean = buffer.avg  # reads what is pending
-        return mean if name in self._windowed or not buffer._epoch_count else buffer.epoch_avg
-
-    def is_of_this_epoch(self, name: str) -> bool:
-        """The name has got a value since the epoch under way began."""
-        return bool(self[name]._read()) and not self[name]._epoch_is_over
-
-    def declare(self, name: str, *, smooth: bool) -> None:
-        """Say how a name that `record` will bring is to be read."""
-        self._declared[name] = smooth
-        self._smooth.setdefault(name, smooth)
-
-    def _admit(self, name: str, smooth: bool, window_size: int | None) -> None:
-        if self._smooth.setdefault(name, smooth) != smooth:
-            raise ValueError(
-                f"Metric {name!r} was logged with smooth={self._smooth[name]} before and now with smooth={smooth}. "
-                "Log it the same way each time, or under another name."
-            )
-        if name not in self:
-            buffer = self[name] = HistoryBuffer(window_size or self._default_win_size)
-            buffer._read_pending = weakref.WeakMethod(self.flush)
-            self._latest_iter[name] = -1
-            if window_size:
-                self._windowed.add(name)
-
-    def _next_iter(self, name: str, iter: int | None) -> int:
-        if name in self._step_names:
-            self.flush()
-        latest = self._latest_iter[name]
-        if iter is None:
-            return latest + 1
-        if iter <= latest:
-            raise ValueError(
-                f"Metric {name!r} already has a value for {latest}, and now came one for {iter}. "
-                "Do two hooks, or a hook and the step, log the same name? Rename one."
-            )
-        return iter
-
-    def latest_iters(self) -> dict[str, int]:
-        """For each name, when its latest value is of."""
-        self.flush()
-        return dict(self._latest_iter)
-
-    @property
-    def values_maybe_smooth(self) -> dict[str, tuple[int, float]]:
-        """For each name, (when its latest value is of, the window's mean or, where logged with smooth=False, the latest)."""
-        self.flush()
-        return {
-            name: (self._latest_iter[name], buffer.avg if self._smooth[name] else buffer.latest)
-            for name, buffer in self.items()
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        self.flush()
-        return {
-            name: {
-                "window": list(buffer._history),
-                "window_size": buffer._history.maxlen,
-                "count": buffer._count,
-                "sum": buffer._sum,
-                "smooth": self._smooth[name],
-                "windowed": name in self._windowed,
-                "epoch_count": buffer._epoch_count,
-                "epoch_sum": buffer._epoch_sum,
-                "epoch_is_over": buffer._epoch_is_over,
-                "latest_iter": self._latest_iter[name],
-            }
-            for name, buffer in self.items()
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.clear()
-        self._pending, self._smooth, self._latest_iter = [], dict(self._declared), {}
-        self._step_names, self._step_rows = (), []
-        for name, saved in state.items():
-            self._admit(name, saved["smooth"], saved["window_size"])
-            self._latest_iter[name] = saved["latest_iter"]
-            buffer = self[name]
-            buffer._history.extend(saved["window"])
-            buffer._count, buffer._sum = saved["count"], saved["sum"]
-            buffer._epoch_count, buffer._epoch_sum = saved.get("epoch_count", 0), saved.get("epoch_sum", 0.0)
-            buffer._epoch_is_over = saved.get("epoch_is_over", False)
-        # older states do not say who asked for a window: those that have another one than the usual
-        asked = {
-            name: saved.get("windowed", saved["window_size"] != self._default_win_size) for name, saved in state.items()
-        }
-        self._windowed = {name for name, windowed in asked.items() if windowed}
-        self.allow_repeats()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """For copies and pickles: the values as they are now; a copy does not follow the run."""
-        return _storage_of, (self._default_win_size, dict(self._declared), self.state_dict())
-
-    def allow_repeats(self) -> None:
-        """From now on a value for a name's latest moment takes that one's place, once: a run goes through it again."""
-        self.flush()
-        self._restored = set(self)
-
-
-def _storage_of(default_win_size: int, declared: dict[str, bool], state: dict[str, Any]) -> MetricStorage:
-    storage = MetricStorage(default_win_size)
-    for name, smooth in declared.items():
-        storage.declare(name, smooth=smooth)
-    storage.load_state_dict(state)
-    storage._restored = set()
-    return storage
-
-
-class _Column(NamedTuple):
-    """Values of one name that training steps have recorded and that have not been read, and of which iterations they are."""
-
-    iters: list[int]
-    values: list[Any]
-
-
-def _without_none(iters: list[int], values: list[Any]) -> tuple[list[int], list[Any]]:
-    if type(None) not in set(map(type, values)):
-        return iters, values
-    kept = [(iter, value) for iter, value in zip(iters, values, strict=True) if value is not None]
-    return [iter for iter, _ in kept], [value for _, value in kept]
-
-
-def _read_columns(columns: Mapping[str, list[Any]]) -> dict[str, list[float]]:
-    """The values as floats; tensors are read in one transfer for each kind (device and dtype), whatever their number."""
-    waiting: dict[tuple[torch.device, torch.dtype], list[tuple[list[Any], int, Tensor]]] = {}
-    kinds = {name: set(map(type, column)) for name, column in columns.items()}
-    for name, column in columns.items():
-        if not kinds[name] <= {float, int}:
-            for index, value in enumerate(column):
-                if isinstance(value, Tensor):
-                    waiting.setdefault((value.device, value.dtype), []).append((column, index, value))
-    for places in waiting.values():
-        numbers = torch.stack([value.detach().reshape(()) for _, _, value in places]).tolist()
-        for (column, index, _), number in zip(places, numbers, strict=True):
-            column[index] = number
-    return {name: column if kinds[name] == {float} else list(map(float, column)) for name, column in columns.items()}
