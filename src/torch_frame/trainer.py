@@ -39,6 +39,7 @@ from torch_frame.run.run import Run
 from torch_frame.run.saving import ASKED_BY_RANK_0, Contents, Saver
 from torch_frame.run.script_settings import AllSettings, Choice
 from torch_frame.run.session import ended_by_signals, log_end_inside, phase_of
+from torch_frame.run.skipped import tell_of_left_out
 from torch_frame.run.table import beside_hooks, contents, parts_of_hooks, run_parameters
 from torch_frame.run.trained import FrozenParameters, frozen_parameters
 from torch_frame.run.values import run_storage
@@ -556,6 +557,7 @@ class Trainer:
             for run in self.optimization.close_window(values):
                 run()
             self.metric_storage.record(self.cur_iter, values)
+        tell_of_left_out(self.metric_storage, self.epoch, self.on_nonfinite)
         if self.progress.inner_iter == 0:
             raise SettingError(checks.empty_loader_message(self.data_loader, self.epoch, self.progress.iter))
         if self.length.is_cut():  # its state is that of before after_epoch, for more iterations to come

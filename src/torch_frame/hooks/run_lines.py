@@ -87,11 +87,12 @@ class RunLines:
         return self._trainer.length.own_max_iters is not None
 
     def end_period(self, names: Sequence[str]) -> None:
-        """Print the line of a log period: of the steps' values the means of their windows, as in the files."""
-        latest = self._trainer.metric_storage.values_maybe_smooth
-        values = {name: latest[name][1] for name in names if latest[name][0] != self._shown_at.get(name)}
+        """Print the line of a log period: of the steps' values the means of their windows, without NaN."""
+        storage = self._trainer.metric_storage
+        latest = storage.latest_iters()
+        values = {name: storage.shown(name) for name in names if latest[name] != self._shown_at.get(name)}
         if values:
-            self._shown_at = {name: at for name, (at, _) in latest.items()}
+            self._shown_at = latest
             self._print(
                 _label("Iter", self._trainer.progress.iter, self._trainer.max_iters), values, self._with_expected(names)
             )

@@ -13,6 +13,7 @@ from torch_frame.run import checks, doubts, first_block
 from torch_frame.run.resume import Found, newest
 from torch_frame.run.run import Run
 from torch_frame.run.session import Session, log_first_lines
+from torch_frame.run.skipped import follow_skips
 from torch_frame.run.table import table
 from torch_frame.run.values import check_plateaus
 from torch_frame.tracking.console import open_run_log
@@ -96,6 +97,7 @@ def begin(run: Run) -> None:
     run.start.stand_at(run.progress)
     run.ranks.stops = False
     run.optimization.reset()
+    follow_skips(run.metric_storage, run.optimization, has_scaler=run.precision.scaler is not None)
     run.frozen.begin()
     run.metric_storage.allow_repeats()
     if run.ema is not None:

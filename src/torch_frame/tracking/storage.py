@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torch_frame.errors import SettingError
 from torch_frame.scalars import number_or_copy
-from torch_frame.tracking.history import HistoryBuffer
+from torch_frame.tracking.history import HistoryBuffer, Trained
 from torch_frame.types import Number
 
 ROWS_KEPT_UNREAD = 50
@@ -49,6 +49,12 @@ class MetricStorage(dict[str, HistoryBuffer]):
         self._restored: set[str] = set()  # names whose latest value is from a checkpoint
         self.on_read: Callable[[Mapping[str, tuple[list[int], list[float]]]], None] | None = None
         """Called with name -> (iters, values) when values of training steps have been read from the device; may raise."""
+        self.before_record: Callable[[int], None] | None = None
+        """Called with the iteration before its values are recorded: of a run that may skip updates, to `hold` and `settle`."""
+        self._held_from: int | None = (
+            None  # the iteration that the window under way begins with, if its update may be skipped
+        )
+        self._skipped: dict[int, Trained] = {}  # iterations whose values are not read yet
         self.renamed: Callable[[str], str] | None = None
         """The name under which a value that `update` is given is recorded: of a run, whose own names nothing else has."""
 
@@ -93,6 +99,8 @@ class MetricStorage(dict[str, HistoryBuffer]):
             iter: index of the batch in the run.
             values: one-element tensors and numbers; kept until they are read.
         """
+        if self.before_record is not None:
+            self.before_record(iter)
         if tuple(values) != self._step_names:
             values = self._aligned(values)
         self._step_rows.append((iter, *values.values()))
@@ -106,6 +114,21 @@ class MetricStorage(dict[str, HistoryBuffer]):
             self._admit(name, self._smooth.get(name, True), None)
             self._step_names += (name,)
         return {**dict.fromkeys(self._step_names), **values}
+
+    def hold(self, iter: int) -> None:
+        """The values of this iteration are in the epoch's means only if its window, which is under way, makes its update."""
+        if self._held_from is None:
+            self._held_from = iter
+
+    def settle(self, iter: int, trained: Trained) -> None:
+        """A window ends with this iteration, before its values are recorded."""
+        first = iter if self._held_from is None else self._held_from
+        if self._held_from is not None:
+            self._held_from = None
+            for buffer in self.values():
+                buffer.settle(trained)
+        if trained != "all":
+            self._skipped |= dict.fromkeys(range(first, iter + 1), trained)
 
     def flush(self) -> None:
         """Read what has been recorded, in one transfer."""
@@ -126,14 +149,23 @@ class MetricStorage(dict[str, HistoryBuffer]):
     def _flush_steps(self) -> None:
         iters, *values_of = map(list, zip(*self._step_rows, strict=True))
         self._step_rows = []
+        trained = self._trained_by(iters)
         rows = zip(self._step_names, values_of, strict=True)
         unread = {name: _Column(*_without_none(iters, values)) for name, values in rows}
         columns = _read_columns({name: column.values for name, column in unread.items() if column.iters})
         for name, values in columns.items():
-            self[name].extend(values)
+            self[name].extend(values, None if trained is None else [trained[iter] for iter in unread[name].iters])
             self._latest_iter[name] = unread[name].iters[-1]
         if self.on_read is not None:
             self.on_read({name: (unread[name].iters, values) for name, values in columns.items()})
+
+    def _trained_by(self, iters: Sequence[int]) -> dict[int, Trained | None] | None:
+        """Of each of these iterations, whether its batch was trained on; None: all were."""
+        if not self._skipped and self._held_from is None:
+            return None
+        found: dict[int, Trained | None] = {iter: self._skipped.pop(iter, "all") for iter in dict.fromkeys(iters)}
+        held_from = math.inf if self._held_from is None else self._held_from
+        return {iter: trained if iter < held_from else None for iter, trained in found.items()}
 
     def begin_epoch(self) -> None:
         """From now on values are of a new epoch."""
@@ -145,7 +177,8 @@ class MetricStorage(dict[str, HistoryBuffer]):
         """What a name is worth now: what decides which weights are best, when to stop, when a plateau is reached.
 
         The latest value if it was logged with `smooth=False`; the window's mean if it was logged with a `window_size`; else (the
-        values of steps) the mean over the epoch under way, or over the last epoch that had a value.
+        values of steps) the mean over the epoch under way, or over the last epoch that had a value. An epoch's mean is over the
+        batches that were trained on. Means leave NaN out, and are NaN if there is nothing else.
 
         Raises:
             SettingError: listing the names there are, if this one is not among them.
@@ -165,7 +198,17 @@ class MetricStorage(dict[str, HistoryBuffer]):
         buffer = self[name]
         if not self._smooth[name]:
             return buffer.latest if buffer.read() else math.nan
-        return buffer.avg if name in self._windowed or not buffer.num_in_epoch else buffer.epoch_avg
+        return buffer.window_avg if name in self._windowed or not any(buffer.epoch_counts) else buffer.epoch_avg
+
+    def shown(self, name: str) -> float:
+        """For people, inside an epoch: the window's mean without NaN; the latest if it was logged with `smooth=False`."""
+        return self[name].window_avg if self._smooth[name] else self.value(name)
+
+    def left_out(self) -> dict[str, tuple[int, int, int]]:
+        """Of names whose epoch's mean is not over all values: name -> (counted, of batches not trained on, other NaNs)."""
+        means = [name for name in self if self._smooth[name] and name not in self._windowed]
+        counts = {name: self[name].epoch_counts for name in means if self.is_of_this_epoch(name)}
+        return {name: found for name, found in counts.items() if any(found[1:])}
 
     def is_of_this_epoch(self, name: str) -> bool:
         """The name has got a value since the epoch under way began."""
@@ -232,6 +275,7 @@ class MetricStorage(dict[str, HistoryBuffer]):
         self.clear()
         self._pending, self._smooth, self._latest_iter = [], dict(self._declared), {}
         self._step_names, self._step_rows = (), []
+        self._held_from, self._skipped = None, {}
         for name, saved in state.items():
             self._admit(name, saved["smooth"], saved["window_size"])
             self._latest_iter[name] = saved["latest_iter"]
