@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, NoReturn
 
@@ -58,6 +58,7 @@ from torch_frame.training.metric_names import MetricNames
 from torch_frame.training.optimization import Optimization, UpdateSettings, Warmup
 from torch_frame.training.own_step import OwnStep
 from torch_frame.training.precision import Precision, PrecisionName, choose_precision
+from torch_frame.training.schedule_free import ScheduleFree
 from torch_frame.training.schedules import Interval, WarmupMethod
 from torch_frame.training.update import OnNonFinite, Update, check_weight
 from torch_frame.types import Device, Number, StepFn
@@ -147,6 +148,9 @@ class Trainer:
     gradient_accumulation_steps: int = delegated("optimization.window_len", "Batches in an update.", settable=True)
     model_ema: EMA | None = delegated("optimization.ema", "The average of the weights, or None.", settable=True)
     updater: Update = delegated("optimization.updater", "Makes the updates of the (first) optimizer.")
+    schedule_free: ScheduleFree = delegated(
+        "_run.schedule_free", "Switches schedule-free optimizers around evaluations."
+    )
     lr: float = delegated("optimization.lr", "Learning rate of the first optimizer's first parameter group.")
     start_epoch: int = delegated(
         "_run.start.epoch", "Index of the epoch that `train()` begins with; set it before.", settable=True
@@ -356,7 +360,10 @@ class Trainer:
                     self.progress.begin_epoch()
                     if not self.progress.epoch_trained:
                         self.train_one_epoch()
-                    with self._saver.rolled_back_if_stopped(parts_of_hooks(run), partial(beside_hooks, run)):
+                    roll_back = partial(
+                        self._saver.rolled_back_if_stopped, parts_of_hooks(run), partial(beside_hooks, run)
+                    )
+                    with self.schedule_free.shown(), roll_back():
                         self._ranks.share_values(self.metric_storage.state_dict, self.metric_storage.load_state_dict)
                         with self._ranks.alone():
                             for call in self.stages["after_epoch"]:  # not by `call`: a frame less above errors
@@ -371,6 +378,7 @@ class Trainer:
                         break
             self._saver.wait()
             self._ranks.meet()  # all files are complete
+            self.schedule_free.show()
             with self._ranks.alone():
                 self.call("after_train")
             self._leave_together()
@@ -408,6 +416,7 @@ class Trainer:
         if self.model_ema is not None:
             self.model_ema.bind(self.model)
         self.optimization.refresh()
+        self.schedule_free.train()
         self._own_step.begin_epoch(self.train_one_iter, Trainer.train_one_iter)
         self._run.frozen.look()
         progress, own_step, several_ranks = self.progress, self._own_step, self.strategy.world_size > 1
@@ -602,7 +611,8 @@ class Trainer:
             save_single_model: the weights only; False: the whole state.
             then_remove: files that are not needed any more once this one, and the state asked for beside it, are written.
         """
-        self._saver.request(file_name, save_single_model, then_remove, self._contents())
+        with self.schedule_free.shown() if save_single_model else nullcontext():
+            self._saver.request(file_name, save_single_model, then_remove, self._contents())
 
     def safe_point(self) -> bool:
         """Carry out the saves that were asked for and end if a signal asks for it, unless a window of gradients is open.
@@ -611,7 +621,7 @@ class Trainer:
             Whether a hook or a script wants the run to end: `should_stop`.
         """
         if not self.optimization.window_open and self.strategy.agree(self._saver.pending):
-            with self._feed.times.saving():
+            with self._feed.times.saving(), self.schedule_free.trained():
                 self._saver.carry_out(self._contents())
             if self.stop_signals.agree(self.strategy):
                 raise StopRequested
@@ -638,7 +648,8 @@ class Trainer:
     def _save_last(self) -> None:
         """The last save before the run ends by a signal, or inside an epoch by `should_stop`: complete when this returns."""
         has_signal = self.stop_signals.received is not None
-        self._saver.save_last(self._contents(), with_state=has_signal or self._run.wants_last_state())
+        with self.schedule_free.trained():
+            self._saver.save_last(self._contents(), with_state=has_signal or self._run.wants_last_state())
         log_end_inside(self.stop_signals.told() if has_signal else None, self.progress.iter, self.ckpt_dir)
 
     def save_checkpoint(self, file_name: str, save_single_model: bool = True, print_info: bool = False) -> None:
@@ -666,7 +677,7 @@ class Trainer:
             self._saver.note_weights(file_name)
         else:
             self._ranks.check_all_save(file_name)
-        with self._feed.times.saving():
+        with self._feed.times.saving(), self.schedule_free.for_file(weights_only=save_single_model):
             self._saver.save_now(file_name, save_single_model, self._contents())
         if print_info:
             logger.info("Saved %s", os.path.join(self.ckpt_dir, file_name))

@@ -16,6 +16,7 @@ from torch_frame.tracking.step_times import TimeSplit
 from torch_frame.tracking.storage import MetricStorage
 from torch_frame.training.ema import EMA
 from torch_frame.training.precision import Precision
+from torch_frame.training.schedule_free import ScheduleFree
 
 STAGES = (
     "before_train",
@@ -132,6 +133,11 @@ class HookTrainer(Protocol):
     @property
     def model_or_module(self) -> nn.Module:
         """The bare model."""
+        ...
+
+    @property
+    def schedule_free(self) -> ScheduleFree:
+        """Switches schedule-free optimizers: `with trainer.schedule_free.shown():` around an evaluation of your own."""
         ...
 
     @property

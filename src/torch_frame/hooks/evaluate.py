@@ -203,7 +203,7 @@ class EvaluationHook(CheckpointerHook):
         """The conditions of the evaluation: eval mode, no gradients, its precision; everything as before afterwards."""
         trainer = self.trainer
         autocast = trainer.strategy.autocast(trainer.precision.autocast()) if self.precision == "train" else None
-        return evaluating(trainer.model_evaluate, self.inference_mode, autocast)
+        return evaluating(trainer.model_evaluate, self.inference_mode, autocast, trainer.schedule_free.shown())
 
     def batches(self, dataloader: Iterable[Any], desc: str) -> Iterator[Any]:
         """A loader's batches, of several ranks this rank's part, on the model's device, with a bar.
@@ -367,11 +367,19 @@ def first_batch(dataloader: Iterable[Any]) -> Any:
 
 @contextlib.contextmanager
 def evaluating(
-    model: nn.Module, inference_mode: bool = False, autocast: AbstractContextManager[Any] | None = None
+    model: nn.Module,
+    inference_mode: bool = False,
+    autocast: AbstractContextManager[Any] | None = None,
+    weights: AbstractContextManager[None] | None = None,
 ) -> Iterator[None]:
-    """Eval mode and no gradients inside; each module's mode and all random-number states as before afterwards."""
+    """Eval mode, no gradients, the weights to evaluate; modes, random-number states and weights as before afterwards."""
     modes = modes_of(model)
-    with preserved_rng(), torch.inference_mode() if inference_mode else torch.no_grad(), autocast or _NOTHING:
+    with (
+        weights or _NOTHING,
+        preserved_rng(),
+        torch.inference_mode() if inference_mode else torch.no_grad(),
+        autocast or _NOTHING,
+    ):
         model.eval()
         try:
             yield

@@ -86,6 +86,7 @@ def _check(run: Run, step: Callable[..., Any], standard: Callable[..., Any]) -> 
     checks.check_schedules(run.optimization, metric, length, is_saved=run.settings.saved_count)
     checks.check_step(run.optimization, step, standard)
     check_plateaus(run.optimization, metric, run.hook_caller.hooks)
+    run.schedule_free.check(run.bare_model, has_ema=run.ema is not None)
     for hook in run.hook_caller.hooks:
         hook.check()
 
@@ -97,6 +98,7 @@ def begin(run: Run) -> None:
     run.start.stand_at(run.progress)
     run.ranks.stops = False
     run.optimization.reset()
+    run.schedule_free.train()
     follow_skips(run.metric_storage, run.optimization, has_scaler=run.precision.scaler is not None)
     run.frozen.begin()
     run.metric_storage.allow_repeats()
@@ -168,5 +170,6 @@ def _report(run: Run, error: BaseException) -> str:
 def _end(run: Run) -> None:
     run.in_train = run.start.in_train = False
     run.resumed_iter = None  # another train() continues where this one ended
+    run.schedule_free.show()
     run.saver.forget()
     run.feed.source.close()

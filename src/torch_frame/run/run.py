@@ -29,6 +29,7 @@ from torch_frame.tracking.storage import MetricStorage
 from torch_frame.training.ema import EMA
 from torch_frame.training.optimization import Optimization
 from torch_frame.training.precision import Precision
+from torch_frame.training.schedule_free import ScheduleFree
 from torch_frame.training.schedules import Interval
 
 
@@ -76,6 +77,7 @@ class Run:
         resumed_iter: batches that were trained when this `train()` resumed the run; None if it began anew.
         info_params, named_params: lines that the script wants in the log, and values that it has named.
         in_train: `train()` is under way.
+        schedule_free: switches those of the optimizers that are schedule-free.
     """
 
     model: nn.Module
@@ -106,6 +108,11 @@ class Run:
     info_params: list[str] = field(default_factory=list)
     named_params: dict[str, Any] = field(default_factory=dict)
     in_train: bool = False
+    schedule_free: ScheduleFree = field(init=False)
+
+    def __post_init__(self) -> None:
+        optimization = self.optimization
+        self.schedule_free = ScheduleFree(lambda: optimization.optimizers.values())
 
     @property
     def bare_model(self) -> nn.Module:
