@@ -371,7 +371,7 @@ def test_checkpoints_may_be_folders(tmp_path: Path) -> None:
     hook = CheckpointerHook(period=1, max_to_keep=2)
     trainer = make(Folders, tmp_path / "run", epochs=4, hooks=[hook])
     trainer.train(5, 5)
-    assert {"epoch_2", "epoch_3", "latest"} <= set(os.listdir(trainer.ckpt_dir))
+    assert set(os.listdir(trainer.ckpt_dir)) == {"epoch_2", "epoch_3", "latest", "best"}
     assert all(
         os.listdir(os.path.join(trainer.ckpt_dir, name)) == ["model.bin"] for name in os.listdir(trainer.ckpt_dir)
     )

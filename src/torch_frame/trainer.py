@@ -609,7 +609,8 @@ class Trainer:
         Args:
             file_name: below `ckpt_dir`.
             save_single_model: the weights only; False: the whole state.
-            then_remove: files that are not needed any more once this one, and the state asked for beside it, are written.
+            then_remove: files that are not needed any more once this one, and the state asked for beside it, are written; a
+                path that ends with a separator is a folder's.
         """
         with self.schedule_free.shown() if save_single_model else nullcontext():
             self._saver.request(file_name, save_single_model, then_remove, self._contents())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import re
 import time
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from typing import Any
 
 from torch_frame.checkpoint.values import like
 from torch_frame.errors import SettingError
+from torch_frame.hooks import written
 from torch_frame.hooks.attributes import Attributes
 from torch_frame.hooks.base import HookBase, is_ours
 from torch_frame.hooks.best import BEST, assign_best_files
@@ -25,7 +25,7 @@ _LOWER_IS_BETTER = re.compile(r"(^|_)(loss|error|err|mae|mse|rmse|perplexity|ppl
 
 
 _OWN_KEYS = frozenset(
-    {"cur_best", "save_metric", "max_first", "recent_checkpoints", "recent_steps", "best_file", "attributes"}
+    {"cur_best", "save_metric", "max_first", "recent_checkpoints", "recent_steps", "best_file", "attributes", "written"}
 )
 
 
@@ -42,7 +42,8 @@ class CheckpointerHook(HookBase):
       unless another hook with a `save_metric` writes it. If several hooks follow a metric, it is the file of the first that
       evaluates, else of the first; each other one writes `best_<metric>.pth`. One line says which;
     * `step_N.pth`: with `every_n_iters` and `keep_steps`, the weights (EMA's if EMA is on) after N updates;
-    * `epoch_N.pth`: the weights of the last `max_to_keep` saved epochs (with `save_metric`: of the last that were best).
+    * `epoch_N.pth`: the weights of the last `max_to_keep` saved epochs (with `save_metric`: of the last that were best). What an
+      overridden `save_checkpoint` writes instead, `epoch_N/` for instance, goes by the same rule.
 
     Args:
         period: epochs between saves; 0: only after the last epoch.
@@ -68,6 +69,8 @@ class CheckpointerHook(HookBase):
             "best_file",
             "_recent_checkpoints",
             "_recent_steps",
+            "_written",
+            "_tells_of_nothing_written",
             "_step_is_due",
             "_next_save_s",
             "idle_stages",
@@ -84,6 +87,7 @@ class CheckpointerHook(HookBase):
     best_file: str | None = None
     """Where the best weights by `save_metric` are; None: not decided yet."""
 
+    _tells_of_nothing_written: bool = True
     _as_registered: Attributes | None = None
     _resume_notes: tuple[str, ...] = ()
 
@@ -115,6 +119,9 @@ class CheckpointerHook(HookBase):
         self._every_n_iters = int(every_n_iters or 0)
         self._keep_steps = _checked_keep_steps(keep_steps, every_n_iters)
         self._recent_steps: list[str] = []
+        self._written: dict[
+            str, list[str]
+        ] = {}  # file of the two lists -> what the trainer's own save_checkpoint wrote for it
         self._step_is_due = False
         self._every_n_seconds = math.inf if every_n_minutes is None else 60.0 * every_n_minutes
         self._next_save_s = math.inf
@@ -242,11 +249,29 @@ class CheckpointerHook(HookBase):
         kept_by_others = {
             Path(file).name for hook in others for file in (*hook._recent_checkpoints, *hook._recent_steps)
         }
-        outdated = [
-            os.path.join(self.trainer.ckpt_dir, old) for old in recent[:-most] if Path(old).name not in kept_by_others
-        ]
+        outdated = [old for old in recent[:-most] if Path(old).name not in kept_by_others]
+        folder = self.trainer.ckpt_dir
+        outdated = [path for old in outdated for path in written.paths(folder, old, self._written.get(old))]
+        watched = written.watch(folder, name) if written.is_overridden(self.trainer) else None
         self.trainer.save_at_safe_point(name, then_remove=outdated)
+        self._written = {kept: found for kept, found in self._written.items() if kept not in (name, *recent[:-most])}
+        if watched is not None and self.trainer.check_main():
+            self._note_written(name, watched())
         return recent[-most:]
+
+    def _note_written(self, name: str, found: list[str]) -> None:
+        if found:
+            self._written[name] = found
+        elif self._tells_of_nothing_written:
+            self._tells_of_nothing_written = False
+            _logger.warning(
+                "%s asked for %s, but save_checkpoint of %s has written nothing of that name (with any suffix) to %s before it "
+                "returned. So old ones of its are not removed: remove them there.",
+                self.class_name,
+                name,
+                self.trainer.__class__.__name__,
+                self.trainer.ckpt_dir,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         state = {
@@ -256,6 +281,7 @@ class CheckpointerHook(HookBase):
             "recent_checkpoints": list(self._recent_checkpoints),
             "best_file": self.best_file,
             **({"recent_steps": list(self._recent_steps)} if self._recent_steps else {}),
+            **({"written": {name: list(found) for name, found in self._written.items()}} if self._written else {}),
         }
         changed = {} if self._as_registered is None else self._as_registered.changed(self)
         return {**state, "attributes": changed} if changed else state
@@ -267,6 +293,7 @@ class CheckpointerHook(HookBase):
             setattr(self, name, like(value, getattr(self, name, None)))
         self._recent_checkpoints = [Path(name).name for name in state_dict["recent_checkpoints"]]
         self._recent_steps = list(state_dict.get("recent_steps", ()))
+        self._written = {name: list(found) for name, found in state_dict.get("written", {}).items()}
         now = self.save_metric, self.max_first
         was = state_dict.get("save_metric", now[0]), state_dict.get("max_first", now[1])  # older states do not say
         best = float(state_dict["cur_best"])

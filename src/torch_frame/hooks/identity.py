@@ -23,7 +23,7 @@ from torch_frame.hooks.base import HookBase
 
 _SCALARS = (bool, int, float, str, type(None))
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, type)
-_OF_THE_RUN = frozenset({"trainer", "_begun_run", "_as_registered", "_resume_notes", "time_split"})
+_OF_THE_RUN = frozenset({"trainer", "_begun_run", "_as_registered", "_resume_notes", "_written", "time_split"})
 _LONGEST = (1000, 64, 64)
 """Elements of a container that is looked into, by its depth in others; of a longer or deeper one only the length counts."""
 

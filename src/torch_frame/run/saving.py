@@ -404,10 +404,13 @@ def _file_of_state(file_name: str, snapshot: Snapshot, contents: Contents) -> Fi
 
 
 def remove(paths: Iterable[str]) -> None:
-    """Remove files that may be gone already; one that cannot be removed is told, and stays."""
+    """Remove files, and folders, whose paths end with a separator; one that cannot be removed is told, and stays."""
     for path in paths:
         try:
-            os.remove(path)
+            if path.endswith(os.sep):
+                shutil.rmtree(path)
+            else:
+                os.remove(path)
         except FileNotFoundError:
             continue
         except OSError as error:
