@@ -24,7 +24,7 @@ from torch_frame.errors import SettingError
 from torch_frame.hooks.base import HookBase, HookTrainer
 from torch_frame.hooks.caller import HookCaller, checked_hooks
 from torch_frame.hooks.defaults import default_hooks
-from torch_frame.hooks.evaluate import evaluate_all
+from torch_frame.hooks.evaluation import evaluate_all
 from torch_frame.progress import Progress
 from torch_frame.run import checks, opening
 from torch_frame.run.attributes import Attributes

@@ -3,8 +3,9 @@
 from torch_frame.hooks.base import HookBase
 from torch_frame.hooks.checkpoint import CheckpointerHook
 from torch_frame.hooks.early_stop import EarlyStoppingHook
-from torch_frame.hooks.evaluate import EvalHook, EvaluationHook
+from torch_frame.hooks.evaluate import EvalHook
 from torch_frame.hooks.evaluate_total import EvalTotalHook
+from torch_frame.hooks.evaluation import EvaluationHook
 from torch_frame.hooks.logger import LoggerHook
 from torch_frame.hooks.throughput import ThroughputHook
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import SettingError
-from torch_frame.hooks.evaluate import EvaluationHook, check_dataloader, first_batch, same_buffers
+from torch_frame.hooks.evaluation import EvaluationHook, check_dataloader, first_batch, same_buffers
 from torch_frame.hooks.figures import check_can_draw, check_figures, checked_figure
 from torch_frame.metrics.metric import Metric, is_torchmetrics, results_of
 
