@@ -10,11 +10,8 @@ resume is told, and begins anew.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import types
 import weakref
-from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -22,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
 
 from torch_frame.checkpoint.digest import tensor_digest
 from torch_frame.checkpoint.values import MARK, decode, encode
 from torch_frame.errors import CheckpointError, SettingError
 from torch_frame.run.optimizers import OptimizerPart
+from torch_frame.run.stateful import bare, has_state, ids_of_own, optimizers_in, restoring_rank, things_in
 from torch_frame.run.watch import glance, has_changed
 from torch_frame.training.schedule_state import load_state, state_of
 
@@ -84,12 +81,12 @@ class Attributes:
         """Name -> object, in the order of restoring: a schedule is behind its optimizer, which is behind the modules."""
         trainer = self._trainer()
         assert trainer is not None
-        known = {id(thing) for thing in self._registered.values()} | _ids_of_own(trainer)
+        known = {id(thing) for thing in self._registered.values()} | ids_of_own(trainer)
         found = dict(self._registered)
         for attribute, value in list(vars(trainer).items()):
-            for name, thing in _things(attribute, value) if attribute not in self._own else ():
-                thing = _bare(thing)
-                if id(thing) in known or not _has_state(thing):
+            for name, thing in things_in(attribute, value) if attribute not in self._own else ():
+                thing = bare(thing)
+                if id(thing) in known or not has_state(thing):
                     continue
                 if name in self._registered:
                     raise SettingError(
@@ -97,7 +94,7 @@ class Attributes:
                     )
                 known.add(id(thing))
                 found[name] = thing
-        return dict(sorted(found.items(), key=lambda pair: _rank(pair[1])))
+        return dict(sorted(found.items(), key=lambda pair: restoring_rank(pair[1])))
 
     def modules(self) -> dict[str, nn.Module]:
         """Those that are modules, by name."""
@@ -259,7 +256,7 @@ class Attributes:
         return {
             name: value
             for name, value in vars(trainer).items()
-            if name not in self._own and not _has_state(value) and id(value) not in registered
+            if name not in self._own and not has_state(value) and id(value) not in registered
         }
 
     def _tell_of_changed(self) -> None:
@@ -278,10 +275,10 @@ class Attributes:
     def _tell_of_hidden(self, found: Mapping[str, Any]) -> None:
         trainer = self._trainer()
         assert trainer is not None
-        known = {id(thing) for thing in found.values()} | _ids_of_own(trainer)
+        known = {id(thing) for thing in found.values()} | ids_of_own(trainer)
         for attribute, value in self._others().items():
-            for name, thing in _things(attribute, value):
-                hidden = [f"trainer.{name}.{key}" for key in _optimizers_in(thing, known)]
+            for name, thing in things_in(attribute, value):
+                hidden = [f"trainer.{name}.{key}" for key in optimizers_in(thing, known)]
                 if hidden:
                     _logger.warning(
                         "Not in the checkpoints: %s, because %s has no state_dict() and load_state_dict(). Give it these, or "
@@ -330,73 +327,6 @@ class _Schedule:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         load_state(self._scheduler, state)
-
-
-def _ids_of_own(trainer: Any) -> set[int]:
-    """What is saved in other ways: id() of the model and its modules, EMA's, the optimizer, ..."""
-    ema, optimization = trainer.model_ema, trainer.optimization
-    modules = [*trainer.model.modules(), *(() if ema is None else ema.model.modules())]
-    things = [
-        *modules,
-        ema,
-        *optimization.optimizers.values(),
-        *optimization.schedules.values(),
-        *(schedule.scheduler for schedule in optimization.schedules.values()),
-        trainer.precision.scaler,
-    ]
-    return {id(thing) for thing in [*things, *trainer.hooks, trainer.data_loader, trainer.metric_storage]}
-
-
-_MOST = 256  # elements of a container that is looked into: a list of all losses is none of optimizers
-_DEEPEST = 4
-
-
-def _things(name: str, value: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """What an attribute holds: itself, or what is in a list, tuple, deque, dict, namespace or dataclass."""
-    if isinstance(value, dict | types.MappingProxyType):
-        inside = {f"{name}[{key!r}]": item for key, item in value.items()} if len(value) <= _MOST else {}
-    elif isinstance(value, list | tuple | deque):
-        inside = {f"{name}[{i}]": item for i, item in enumerate(value)} if len(value) <= _MOST else {}
-    elif type(value) is types.SimpleNamespace or _is_record(value):
-        inside = {f"{name}.{key}": item for key, item in vars(value).items()}
-    else:
-        yield name, value
-        return
-    for place, item in inside.items() if depth < _DEEPEST else ():
-        yield from _things(place, item, depth + 1)
-
-
-def _optimizers_in(thing: Any, known: Collection[int]) -> list[str]:
-    """Names of an object's attributes that are optimizers."""
-    if isinstance(thing, (type, *weakref.ProxyTypes)) or not hasattr(thing, "__dict__"):
-        return []
-    return [name for name, part in vars(thing).items() if isinstance(part, Optimizer) and id(part) not in known]
-
-
-def _is_record(value: Any) -> bool:
-    is_dataclass = dataclasses.is_dataclass(type(value)) and hasattr(value, "__dict__")
-    return is_dataclass and not _has_state(value)
-
-
-def _bare(thing: Any) -> Any:
-    """A module without the wrappers of torch.compile, DDP and DataParallel, whose names are the same with and without."""
-    while isinstance(thing, nn.Module):
-        wraps = isinstance(thing, nn.parallel.DistributedDataParallel | nn.DataParallel)
-        inner = thing._modules.get("module" if wraps else "_orig_mod")
-        if inner is None:
-            break
-        thing = inner
-    return thing
-
-
-def _has_state(thing: Any) -> bool:
-    kind = type(thing)  # asked of the class: an object may invent attributes
-    has_methods = callable(getattr(kind, "state_dict", None)) and callable(getattr(kind, "load_state_dict", None))
-    return has_methods and not isinstance(thing, (type, DataLoader, *weakref.ProxyTypes))
-
-
-def _rank(thing: Any) -> int:
-    return 0 if isinstance(thing, nn.Module) else 1 if isinstance(thing, Optimizer) else 2
 
 
 def _called(name: str, registered: Collection[str]) -> str:
