@@ -614,3 +614,51 @@ def test_an_optimizer_inside_another_one_is_left_as_it_was_too(tmp_path: Path) -
         trainer = Trainer(model, optimizer, None, make_batches(), 2, tmp_path, **settings)
         raised_by(lambda trainer=trainer: trainer.load_checkpoint("inside.pth"), CheckpointError)  # type: ignore[misc]
         assert differences(before, copied([optimizer.base.state_dict(), optimizer.slow, optimizer.count])) == []
+
+
+# ---------------------------------------------------------------- values that steps put into the groups
+
+
+class CountsInItsGroups(SGD):
+    """As pytorch_optimizer's and prodigy-plus-schedule-free: a group has its count from the first step on."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["num_steps"] = group.get("num_steps", 0) + 1
+            for parameter in group["params"]:
+                parameter.data.sub_(parameter.grad, alpha=group["lr"] / group["num_steps"])
+
+
+@pytest.mark.parametrize("has_stepped", [False, True])
+def test_values_that_steps_put_into_groups_are_restored(has_stepped: bool, tmp_path: Path) -> None:
+    def run(folder: Path, epochs: int, state: str | None = None) -> Trainer:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        optimizer = CountsInItsGroups(model.parameters(), lr=0.1)
+        settings: dict[str, Any] = {"hooks": [], "step_fn": loss_of, "create_new_dir": None}
+        trainer = Trainer(model, optimizer, None, make_batches(), 1, folder, **settings)
+        if state is None or has_stepped:
+            trainer.train()
+        if state is not None:
+            trainer.load_checkpoint(state)
+        trainer.max_epochs = epochs
+        trainer.train()
+        return trainer
+
+    run(tmp_path / "a", 1).save_checkpoint("state.pth", save_single_model=False)
+    whole = run(tmp_path / "whole", 2)
+    resumed = run(tmp_path / "b", 2, str(tmp_path / "a" / "checkpoints" / "state.pth"))
+    assert whole.optimizer.param_groups[0]["num_steps"] == 10
+    assert resumed.optimizer.param_groups[0]["num_steps"] == 10
+    assert differences(weights_of(whole.model), weights_of(resumed.model)) == []
+
+
+def test_a_state_of_before_the_first_step_takes_the_values_away(tmp_path: Path) -> None:
+    model = nn.Linear(3, 1)
+    optimizer = CountsInItsGroups(model.parameters(), lr=0.1)
+    settings: dict[str, Any] = {"hooks": [], "step_fn": loss_of, "create_new_dir": None}
+    trainer = Trainer(model, optimizer, None, make_batches(), 1, tmp_path, **settings)
+    trainer.save_checkpoint("begin.pth", save_single_model=False)
+    trainer.train()
+    trainer.load_checkpoint("begin.pth")
+    assert "num_steps" not in optimizer.param_groups[0]

@@ -284,9 +284,13 @@ class OptimizerPart:
         return "own" in saved or "more" in saved or isinstance(self._optimizer, LBFGS)
 
     def _settings_differ(self, saved: Mapping[str, Any], *, older: bool) -> list[str]:
-        """Another class of optimizer has other settings; one of an older torch had fewer."""
+        """The optimizer has settings that the saved one had not; or, of a state that does not say its class, the other way round.
+
+        What is in the saved groups only is what steps have put there (a count, sums of weights), for the classes are the same.
+        """
+        made = set(self._optimizer.defaults)
         settings: list[set[str]] = [
-            set(other) - set(group) if older else set(group) ^ set(other)
+            set(other) - set(group) if older else made & set(group) - set(other)
             for group, other in zip(self._optimizer.param_groups, saved["param_groups"], strict=True)
         ]
         names = sorted(set().union(*settings) - {"param_names"} - BY_SCHEDULE)  # schedules are compared apart
