@@ -311,6 +311,16 @@ def test_a_state_round_trip_keeps_everything() -> None:
         other.update(iter=5, acc=0.2)
 
 
+def test_a_value_for_a_restored_moment_does_not_take_a_later_ones_place() -> None:
+    storage, saved = MetricStorage(), MetricStorage()
+    saved.update(iter=0, loss=1.0)
+    storage.load_state_dict(saved.state_dict())
+    storage.record(1, {"loss": 5.0})
+    with pytest.raises(ValueError, match="already has a value for 1"):
+        storage.update(iter=0, loss=2.0)
+    assert (storage["loss"].global_sum, storage["loss"].latest) == (6.0, 5.0)
+
+
 def test_a_state_is_of_plain_types_that_later_values_do_not_change() -> None:
     storage = filled()
     state = storage.state_dict()

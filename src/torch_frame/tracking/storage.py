@@ -84,6 +84,7 @@ class MetricStorage(dict[str, HistoryBuffer]):
             self._admit(name, smooth, window_size)
             if name in self._restored:
                 self._restored.remove(name)
+                self.flush()  # a step may have recorded a later one under this name
                 if iter == self._latest_iter[name]:  # a run that was saved in after_epoch goes through it again
                     self[name].take_back_latest()
                     self._latest_iter[name] = -1
