@@ -227,6 +227,7 @@ def test_statistics_of_the_other_weights_are_told_once(tmp_path: Path, caplog: p
     model = Net(norm=True)
     trainer = make_trainer(tmp_path, model, KINDS["sgd"](model.parameters()), data=BATCHES)
     trainer.train()
+    assert "running statistics of 1" in Path(trainer.log_file).read_text()
     assert caplog.text.count("running statistics of 1 normalisation layers are of training's") == 1
 
 
@@ -280,6 +281,18 @@ def test_accelerates_wrapper_is_seen_through(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"hooks": [CheckpointerHook()], "create_new_dir": None, "mixed_precision": "no"}
     AccelerateTrainer(model, optimizer, None, BATCHES, 2, tmp_path, **settings).train()
     assert differences(by_hand(make, 2)[1][-1], torch.load(tmp_path / "checkpoints" / "best.pth")) == []
+
+
+def test_weights_of_a_whole_state_are_told_to_be_those_of_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(run(tmp_path / "run", KINDS["adamw"], epochs=1).ckpt_dir)
+    for name, is_told in (("best.pth", False), ("latest.pth", True)):
+        caplog.clear()
+        trainer = make_trainer(tmp_path / name, data=BATCHES, max_epochs=1)
+        trainer.load_checkpoint(checkpoint=io.read(folder / name))
+        trainer.train()
+        assert ("which holds those of training" in caplog.text) is is_told
 
 
 def test_an_optimizer_of_torchs_is_left_alone(tmp_path: Path) -> None:

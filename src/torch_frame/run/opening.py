@@ -86,7 +86,7 @@ def _check(run: Run, step: Callable[..., Any], standard: Callable[..., Any]) -> 
     checks.check_schedules(run.optimization, metric, length, is_saved=run.settings.saved_count)
     checks.check_step(run.optimization, step, standard)
     check_plateaus(run.optimization, metric, run.hook_caller.hooks)
-    run.schedule_free.check(run.bare_model, has_ema=run.ema is not None)
+    run.schedule_free.check(has_ema=run.ema is not None)
     for hook in run.hook_caller.hooks:
         hook.check()
 
@@ -155,6 +155,7 @@ def _look(run: Run) -> None:
     held, schedules = run.attributes.parameters(), run.optimization.schedules.values()
     is_new = run.progress.current_epoch == 0
     doubts.tell(run.bare_model, held, schedules, run.lr_scheduler_interval, run.length, run.window_len, is_new=is_new)
+    run.schedule_free.tell(run.bare_model)
     checks.check_can_be_saved(run.optimization.optimizers, table(run)["lr_schedulers"])
     run.attributes.begin()
 

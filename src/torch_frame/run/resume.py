@@ -16,6 +16,7 @@ from torch_frame.checkpoint import io
 from torch_frame.checkpoint.format import VERSION, is_full_state
 from torch_frame.checkpoint.names import bare_name
 from torch_frame.checkpoint.upgrade import OLDEST, upgraded
+from torch_frame.checkpoint.values import decode
 from torch_frame.checkpoint.weights import WeightsReport, load_weights
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import CheckpointError
@@ -26,6 +27,7 @@ from torch_frame.run.state import Part, Restored, State, restore, restore_last
 from torch_frame.run.trained import FrozenParameters
 from torch_frame.training.buffers import prepare_to_load
 from torch_frame.training.ema import EMA
+from torch_frame.training.schedule_free import holds_training
 
 _logger = logging.getLogger("torch_frame")
 _NEWER_PARTS = {"attributes": None, "modes": None, "settings": None}
@@ -210,6 +212,14 @@ class Resumption:
             _logger.warning("The weights fit in part: %s", report)
         frozen.begin_anew()
         self.told.append((logging.INFO, f"Loaded weights only: {report}."))
+        if is_full_state(checkpoint) and holds_training(decode(checkpoint.get("optimizers", {}))):
+            self.told.append(
+                (
+                    logging.WARNING,
+                    "The weights are of a state of a schedule-free optimizer, which holds those of training. best.pth and "
+                    "epoch_N.pth hold the averaged ones, which are to be used.",
+                )
+            )
         return report
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,16 @@ _logger = logging.getLogger("torch_frame")
 def is_schedule_free(optimizer: Optimizer) -> bool:
     """It has `train()` and `eval()`, as no optimizer of torch's has."""
     return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
+
+
+def holds_training(optimizers: Mapping[str, Any]) -> bool:
+    """The optimizers of a whole state are schedule-free, so its weights are those of training.
+
+    Args:
+        optimizers: label -> saved state.
+    """
+    groups = (group for saved in optimizers.values() for group in saved["param_groups"])
+    return any(group.get("train_mode") is True for group in groups)
 
 
 class _Kept(NamedTuple):
@@ -54,22 +64,24 @@ class ScheduleFree:
         self._kept: dict[int, list[_Kept]] = {}  # id of the optimizer -> of its parameters, while x is shown
         self._told = False
 
-    def check(self, model: nn.Module, *, has_ema: bool) -> None:
-        """Before the first step: refuse EMA, and tell of what `eval()` does not cover.
+    def check(self, *, has_ema: bool) -> None:
+        """Before the first step.
 
         Raises:
             SettingError: for EMA, whose average would be evaluated and saved in place of the optimizer's.
         """
         names = [type(one).__name__ for one in self._all()]
-        if not names:
-            return
-        if has_ema:
+        if names and has_ema:
             raise SettingError(
                 f"use_ema is True, but {names[0]} keeps an average of the weights itself, which is what has to be evaluated and "
                 "saved. Remove use_ema."
             )
+
+    def tell(self, model: nn.Module) -> None:
+        """Before the first step: what `eval()` does not cover."""
+        names = [type(one).__name__ for one in self._all()]
         norms = [name for name, _ in model.named_buffers() if name.rpartition(".")[2] == "running_mean"]
-        if norms and not self._told:
+        if names and norms and not self._told:
             self._told = True
             _logger.warning(
                 "%s evaluates other weights than it trains with, but the running statistics of %d normalisation layers are of "
