@@ -21,6 +21,7 @@ from torch_frame.data.workers import keep_parents_garbage
 from torch_frame.distributed.comm import is_main
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import SettingError
+from torch_frame.hooks import asking
 from torch_frame.hooks.base import HookBase, HookTrainer
 from torch_frame.hooks.caller import HookCaller, checked_hooks
 from torch_frame.hooks.defaults import default_hooks
@@ -421,6 +422,8 @@ class Trainer:
         self._run.frozen.look()
         progress, own_step, several_ranks = self.progress, self._own_step, self.strategy.world_size > 1
         before_iter, after_iter = self.stages["before_iter"], self.stages["after_iter"]
+        asks = own_step.function is not None or asking.may_ask_in_steps(self.hook_caller.hooks)
+        self._ranks.begin_batches(asks=asks or self._saver.pending)
         for batch, position in self.batches():  # on the device, prefetched
             progress.in_iter = True
             for run in before_iter:
@@ -438,7 +441,7 @@ class Trainer:
             self.record(row)  # nothing is read from the device until the values are
             for run in after_iter:
                 run()
-            if (several_ranks or self._saver.pending) and self.safe_point():
+            if (several_ranks or self._saver.pending) and self.safe_point(in_epoch=True):
                 raise StopRequested
         self._finish_epoch()
 
@@ -615,13 +618,17 @@ class Trainer:
         with self.schedule_free.shown() if save_single_model else nullcontext():
             self._saver.request(file_name, save_single_model, then_remove, self._contents())
 
-    def safe_point(self) -> bool:
+    def safe_point(self, *, in_epoch: bool = False) -> bool:
         """Carry out the saves that were asked for and end if a signal asks for it, unless a window of gradients is open.
+
+        Args:
+            in_epoch: behind a batch: several ranks do not ask each other after every one (`torch_frame.run.meetings`).
 
         Returns:
             Whether a hook or a script wants the run to end: `should_stop`.
         """
-        if not self.optimization.window_open and self.strategy.agree(self._saver.pending):
+        agree = self._ranks.agree_in_epoch if in_epoch else self.strategy.agree
+        if not self.optimization.window_open and agree(self._saver.pending):
             with self._feed.times.saving(), self.schedule_free.trained():
                 self._saver.carry_out(self._contents())
             if self.stop_signals.agree(self.strategy):

@@ -516,11 +516,14 @@ def test_a_step_talks_to_many_ranks_as_often_as_to_two_and_rank_0_alone_writes(w
     loader = DataLoader(TensorDataset(torch.ones(1000, 3), torch.ones(1000, 1)), 2)
 
     def calls(rank: int, ranks: int, told: list[Any]) -> tuple[Counter[str], int, bool]:
+        """Exchanges of an epoch, without those in its steps, whose number depends on the time they take."""
         strategy = ManyRanks(rank, ranks, told)
         folder = tmp_path / f"{rank}_{ranks}"
         trainer = make_trainer(folder, data=loader, max_epochs=1, hooks=[CheckpointerHook()], strategy=strategy)
         quiet(trainer)
-        together = {name: strategy.calls[name] for name in ("agree", "gather", "sum", "collect", "broadcast")}
+        assert 1 <= strategy.calls["sum"] <= trainer.progress.iter
+        together = {name: strategy.calls[name] for name in ("agree", "gather", "collect", "broadcast")}
+        together["agree"] -= trainer.progress.iter  # by the update: these ranks exchange no gradients
         return Counter(together), trainer.progress.iter, (folder / "checkpoints" / "latest.pth").exists()
 
     told: list[Any] = []
@@ -530,10 +533,8 @@ def test_a_step_talks_to_many_ranks_as_often_as_to_two_and_rank_0_alone_writes(w
     assert steps == steps_of_last == -(-1000 // (2 * world_size))
     assert first == last, "the same exchanges on all ranks"
     assert (wrote, wrote_last) == (True, False)
-    of_two, steps_of_two, _ = calls(0, 2, told)
-    per_epoch = {name: first[name] - (2 * steps if name == "agree" else 0) for name in first}
-    assert per_epoch == {name: of_two[name] - (2 * steps_of_two if name == "agree" else 0) for name in of_two}
-    assert sum(per_epoch.values()) < 20
+    assert first == calls(0, 2, told)[0]
+    assert sum(first.values()) < 24
 
 
 class Counters(HookBase):

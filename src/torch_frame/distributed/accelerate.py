@@ -79,6 +79,10 @@ class AcceleratedRanks(DDP):
         context: AbstractContextManager[Any] = self.accelerator.no_sync(model)
         return context
 
+    @property
+    def shares_gradients(self) -> bool:
+        return not self._exchanges_itself and super().shares_gradients
+
     def run_backward(self, loss: Tensor, inputs: Sequence[Tensor] | None) -> None:
         _backward(self.accelerator, loss, inputs)
 

@@ -233,6 +233,19 @@ class DDP(SingleProcess):
             self._is_warm = True
             step()
 
+    @property
+    def shares_gradients(self) -> bool:
+        """See the function: not with an exchange that is not known here, nor over some of the parameters or ranks only."""
+        wrapped = self._wrapped
+        if wrapped is None:
+            return True  # `reduce_gradients` averages them
+        hooks = [hook for hook, _ in wrapped._comm_hooks]
+        return (
+            all(hook in _same_on_all_ranks() for hook in hooks)
+            and not wrapped.parameters_to_ignore
+            and dist.get_world_size(wrapped.process_group) == self.world_size
+        )
+
     # ---------------------------------------------------------------- together
 
     def agree(self, flag: bool) -> bool:
@@ -287,6 +300,13 @@ def _by_kind(parameters: Iterable[Tensor]) -> dict[tuple[torch.device, torch.dty
     for p in parameters:
         kinds.setdefault((p.device, p.dtype), []).append(p)
     return kinds
+
+
+def _same_on_all_ranks() -> tuple[Any, ...]:
+    """torch's exchanges of which all ranks get the same sum, NaN included."""
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+    return default_hooks.allreduce_hook, default_hooks.fp16_compress_hook, default_hooks.bf16_compress_hook
 
 
 def _comm_hook(hook: CommHook | None) -> tuple[Any, Callable[[Any, Any], Any]] | None:

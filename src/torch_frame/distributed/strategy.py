@@ -41,6 +41,14 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     return norm
 
 
+def shares_gradients(strategy: Strategy) -> bool:
+    """Behind `reduce_gradients` all ranks hold the same gradients, and a NaN of one rank is in those of all.
+
+    A strategy says so by an attribute of this name; one that does not is asked for an agreement at each update instead.
+    """
+    return bool(getattr(strategy, "shares_gradients", False))
+
+
 @runtime_checkable
 class Strategy(Protocol):
     """How one training is spread over processes and devices.
@@ -53,6 +61,8 @@ class Strategy(Protocol):
         world_size: number of processes that train together.
         own_shards: the script's data loader gives each rank a part of its own already.
         short_batch: what happens to an epoch's last samples if they are fewer than the ranks: "wrap" or "drop".
+
+    It may have the attribute `shares_gradients`, which saves an exchange at each update (see the function of this name).
     """
 
     @property

@@ -304,6 +304,13 @@ class HookBase:
 
     trainer: HookTrainer = None  # type: ignore[assignment]  # set when the hook is registered
 
+    @property
+    def asks_in_steps(self) -> bool:
+        """On several ranks: what the hook wants in `before_iter`, `before_update`, `after_update` or `after_iter` (a save,
+        `should_stop`) counts at this very batch, so the ranks ask each other after each one. False (a class attribute will do):
+        they ask when 0.1 s have passed, which is faster if steps are short."""
+        return True
+
     def before_train(self) -> None:
         """Before the first epoch, after a checkpoint was restored."""
 

@@ -132,6 +132,10 @@ class CheckpointerHook(HookBase):
     def saves_last_state(self) -> bool:
         return self.save_last
 
+    @property
+    def asks_in_steps(self) -> bool:
+        return self._every_n_iters > 0  # every_n_minutes fall on no particular batch
+
     def is_better(self, value: float | HistoryBuffer) -> bool:
         """Whether `value` (of a HistoryBuffer: its mean) beats the best so far; NaN never does."""
         return float(value) > self.cur_best if self.max_first else float(value) < self.cur_best

@@ -97,6 +97,10 @@ class EvaluationHook(CheckpointerHook):
         own_after_iter = type(self).after_iter is EvaluationHook.after_iter
         self.idle_stages = frozenset({"after_iter"} if period_unit == "epoch" and own_after_iter else ())
 
+    @property
+    def asks_in_steps(self) -> bool:
+        return self.period_unit == "iter"
+
     def evaluate(self) -> dict[str, float]:
         """Evaluate now: full name -> value. Nothing is logged or saved."""
         raise NotImplementedError(f"{self.class_name} has no evaluate().")

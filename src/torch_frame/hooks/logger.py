@@ -46,6 +46,7 @@ class LoggerHook(HookBase):
 
     runs_last = True
     takes_media = True
+    asks_in_steps = False
 
     def __init__(
         self,

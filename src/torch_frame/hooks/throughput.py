@@ -47,6 +47,7 @@ class ThroughputHook(HookBase):
     """
 
     runs_first = True
+    asks_in_steps = False
     time_split: TimeSplit
 
     def __init__(

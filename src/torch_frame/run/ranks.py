@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch_frame.distributed.strategy import SingleProcess, Strategy
 from torch_frame.errors import CheckpointError, SettingError
+from torch_frame.run.meetings import Meetings
 from torch_frame.run.resume import Found, read
 
 _logger = logging.getLogger("torch_frame")
@@ -28,6 +29,7 @@ class Ranks:
         hooks_on_all: all ranks have the same hooks.
         wants_stop: this rank wants the run to end.
         on_stop: called when it does: there is something to look at, at the next safe point.
+        agree_in_epoch: behind a batch: whether any rank wants something at this safe point (`Meetings.agree`).
     """
 
     def __init__(self, strategy: Strategy) -> None:
@@ -37,6 +39,8 @@ class Ranks:
         self.wants_stop = False
         self._stops = False
         self.on_stop: Callable[[], None] = lambda: None
+        self._meetings = Meetings(strategy) if self._several else None
+        self.agree_in_epoch = strategy.agree if self._meetings is None else self._meetings.agree
 
     # ---------------------------------------------------------------- hooks
 
@@ -77,6 +81,11 @@ class Ranks:
         """Let the ranks without hooks wait here for those of rank 0."""
         if not self.hooks_on_all:
             self._strategy.agree(False)
+
+    def begin_batches(self, *, asks: bool) -> None:
+        """Before an epoch's batches; `asks`: something in this rank's steps may want something at any safe point."""
+        if self._meetings is not None:
+            self._meetings.begin_epoch(asks=asks)
 
     # ---------------------------------------------------------------- the end of the run
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import NonFiniteError
 
 Columns = Mapping[str, tuple[list[int], list[float]]]
@@ -51,6 +53,34 @@ class FiniteCheck:
 def _is_finite(gradient: Tensor) -> bool:
     values = gradient.coalesce().values() if gradient.is_sparse else gradient
     return bool(values.isfinite().all())
+
+
+@contextlib.contextmanager
+def spoiled_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Backward inside leaves NaN in the gradients of these parameters, and so, where ranks exchange them, on all ranks.
+
+    That is how a rank tells the others of a loss that is not finite, at no cost in all other steps. The loss itself cannot
+    carry it: its NaN reaches no gradient behind a ReLU that is off, for instance.
+    """
+    handles = [p.register_hook(lambda gradient: gradient * math.nan) for p in parameters if p.requires_grad]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def what_is_not_finite(strategy: Strategy, *, losses: bool, gradient: bool) -> str:
+    """What is wrong with a window that all ranks have found not to be finite, and where; called by all of them.
+
+    Args:
+        losses, gradient: those of this rank are finite.
+    """
+    found = strategy.gather("gradient" if losses and not gradient else "" if losses else "loss")
+    what = next((kind for kind in ("loss", "gradient") if kind in found), "gradient")
+    of_ranks = [rank for rank, kind in enumerate(found) if kind == what]
+    here = strategy.rank in of_ranks or not of_ranks
+    return f"the {what} is not finite" + ("" if here else f" on rank {of_ranks[0]}")
 
 
 class NonFiniteStep(NamedTuple):

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_frame.distributed.strategy import Strategy
+from torch_frame.distributed.strategy import Strategy, shares_gradients
 from torch_frame.errors import NonFiniteError, SettingError
 from torch_frame.progress import Progress
 from torch_frame.training.ema import EMA
@@ -272,8 +272,12 @@ class Optimization:
 
     def refresh(self) -> None:
         """An epoch begins: look up parameters anew, and tell of a schedule that drives none of the run's optimizers."""
+        # What a hook does to a gradient may differ, as hooks may.
+        own = bool(self._stages["before_update"]) or not shares_gradients(self._strategy)
+        trusts = self._settings.on_cpu and self._strategy.world_size > 1 and not self._strategy.agree(own)
         for unit in self.units.values():
             unit.updater.refresh()
+            unit.updater.trusts_exchange = trusts
         self._tell_of_undriven()
 
     def reset(self) -> None:

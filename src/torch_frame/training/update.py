@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from torch_frame.distributed.strategy import SingleProcess, Strategy
 from torch_frame.errors import NonFiniteError, SettingError
 from torch_frame.training.buffers import BufferSnapshot
-from torch_frame.training.finite import FiniteCheck
+from torch_frame.training.finite import FiniteCheck, spoiled_gradients, what_is_not_finite
 from torch_frame.training.precision import NOTHING, Precision
 
 OnNonFinite = Literal["raise", "skip"]
@@ -54,6 +54,8 @@ class Update:
         grad_norm: norm of the last gradient before clipping, if clipping computed it.
         num_skipped: updates that were skipped because of a non-finite loss or gradient.
         has_unscaled: the last update's gradient went through the scaler.
+        trusts_exchange: a gradient that is not finite on one rank is so on all, by the strategy's exchange, so they need not
+            ask each other. A loss that is not finite spoils its rank's gradient then.
     """
 
     def __init__(
@@ -95,10 +97,13 @@ class Update:
         self._has_weights = weighted  # in the window under way: a weight may be given with each loss, too
         self._several_ranks = several_ranks
         self._reduces = type(strategy).reduce_gradients is not SingleProcess.reduce_gradients
-        # A rank that raised before its backward pass would leave the others waiting: they look at the losses together.
-        self._reads_losses = on_cpu and not self._may_skip and not several_ranks
-        self._keeps_losses = on_nonfinite == "skip" or (on_cpu and self._scaler is None and several_ranks)
+        self._reads_losses = on_cpu and self._scaler is None
+        # A rank that raised before its backward pass would leave the others waiting.
+        self._raises_at_once = not self._may_skip and not several_ranks
+        self._has_bad_loss = False
+        self._keeps_losses = on_nonfinite == "skip" and not on_cpu
         self._window_losses: list[Tensor] = []
+        self.trusts_exchange = False
         self.refresh()
 
     def refresh(self) -> None:
@@ -147,6 +152,7 @@ class Update:
             if len(optimizer.param_groups) != num:
                 self.refresh()
         self._window_losses.clear()
+        self._has_bad_loss = False
         self._is_collected = False
         for optimizer in self._with_own_zero_grad:
             optimizer.zero_grad()
@@ -165,8 +171,11 @@ class Update:
             loss: one element, its mean over the micro-batch.
             weight: how many items or tokens that mean is over; None: all micro-batches count the same.
         """
-        if self._reads_losses and not math.isfinite(loss.item()):
-            raise NonFiniteError("the loss is not finite")
+        is_bad = self._reads_losses and not math.isfinite(loss.item())
+        if is_bad:
+            if self._raises_at_once:
+                raise NonFiniteError("the loss is not finite")
+            self._has_bad_loss = True
         if self._keeps_losses:
             self._window_losses.append(loss.detach().reshape(()))
         if self.num_micro_batches == 0:
@@ -182,10 +191,12 @@ class Update:
             loss = loss * self._scale_of(1.0 if weight is None else weight)
         if self._scaler is not None:
             loss = self._scaler.scale(loss)
-        if self._is_alone:
-            self._strategy.backward(loss)
+        inputs = None if self._is_alone else self._trained()
+        if is_bad and self.trusts_exchange:
+            with spoiled_gradients(self._optimized):
+                self._strategy.backward(loss, inputs)
         else:
-            self._strategy.backward(loss, self._trained())
+            self._strategy.backward(loss, inputs)
 
     def _trained(self) -> list[Tensor]:
         trained: list[Tensor] = [p for p in self._optimized if p.requires_grad]
@@ -203,7 +214,9 @@ class Update:
 
     def _correction(self) -> Tensor | float:
         """What the gradient, a mean over the ranks by now, is still to be multiplied by."""
-        return self._first_weight * self._nominal_len / self._mean_over_ranks(self._weight_sum)
+        is_first = self.num_micro_batches == 1  # its mean over the ranks is known
+        mean = self._first_weight if is_first else self._mean_over_ranks(self._weight_sum)
+        return self._first_weight * self._nominal_len / mean
 
     def _mean_over_ranks(self, weight: Tensor | float) -> Tensor | float:
         """One scale for all ranks; without weights they have the same already."""
@@ -269,15 +282,20 @@ class Update:
             finite = self._finite_check(gradients)
         else:
             return True  # found when the recorded losses are read
-        finite_losses = not self._keeps_losses or bool(torch.stack(self._window_losses).isfinite().all())
-        is_bad = not (finite and finite_losses)
-        if not (self._strategy.agree(is_bad) if self._several_ranks else is_bad):
+        losses = not self._has_bad_loss
+        if self._window_losses:
+            losses = bool(torch.stack(self._window_losses).isfinite().all())
+        is_bad = not (finite and losses)
+        if self.trusts_exchange:
+            if finite and not losses:  # a hook on a parameter has mended the gradient, so the other ranks do not know of it
+                raise NonFiniteError("the loss is not finite")
+        elif self._several_ranks:
+            is_bad = self._strategy.agree(is_bad)
+        if not is_bad:
             return True
         if self.on_nonfinite == "skip":
             return False
-        if finite and finite_losses:
-            raise NonFiniteError("a loss or the gradient is not finite on another rank")
-        raise NonFiniteError(f"the {'gradient' if finite_losses else 'loss'} is not finite")
+        raise NonFiniteError(what_is_not_finite(self._strategy, losses=losses, gradient=finite))
 
     def _scaled_step(self, look_again: bool) -> bool:
         """fp16: the scaler decides whether the gradient may be used.
