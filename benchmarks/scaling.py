@@ -1,8 +1,8 @@
 """Several processes on one machine: samples a second beside a raw DistributedDataParallel loop, and an evaluation's gather.
 
 Both loops train the same small CNN on the same images, in turn, in the same processes; `raw again` is the error bar. A process
-has one thread, so two processes are compared with one on two cores. Then the ranks' states of a mean average precision over 5,000
-images are put together.
+has one thread, so two processes are compared with one on two cores. CPU time includes gloo's threads; it is steadier than the
+clock if others use the machine. Then the ranks' states of a mean average precision over 5,000 images are put together.
 
     python benchmarks/scaling.py [--steps 60] [--rounds 5] [--output benchmarks/results/scaling.json]
 """
@@ -56,6 +56,16 @@ def make(steps: int, world_size: int) -> tuple[nn.Module, Any, TensorDataset]:
     return SmallCNN(), None, TensorDataset(torch.randn(size, 3, 32, 32), torch.randint(0, 10, (size,)))
 
 
+class Clock:
+    """Seconds by the clock, and of this process's CPU time, since it was made."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter(), time.process_time()
+
+    def read(self) -> tuple[float, float]:
+        return time.perf_counter() - self._started[0], time.process_time() - self._started[1]
+
+
 def raw(steps: int, world_size: int) -> Any:
     """The loop that people write."""
     model, _, data = make(steps, world_size)
@@ -64,35 +74,35 @@ def raw(steps: int, world_size: int) -> Any:
     loader = DataLoader(data, BATCH, sampler=sampler, shuffle=None if sampler else True)
     optimizer = SGD(model.parameters(), lr=0.01)
 
-    def run() -> float:
-        started = time.perf_counter()
+    def run() -> tuple[float, float]:
+        clock = Clock()
         for batch in loader:
             optimizer.zero_grad()
             wrapped(batch).backward()
             optimizer.step()
-        return time.perf_counter() - started
+        return clock.read()
 
     return run
 
 
-def ours(steps: int, world_size: int, work_dir: str) -> Any:
-    """Times `train_one_epoch`, without hooks."""
+def ours(steps: int, world_size: int, work_dir: str, hooks: Any) -> Any:
+    """Times `train_one_epoch`."""
     model, _, data = make(steps, world_size)
-    seconds: list[float] = []
+    times: list[tuple[float, float]] = []
 
     class Timing(Trainer):
         def train_one_epoch(self) -> None:
-            started = time.perf_counter()
+            clock = Clock()
             super().train_one_epoch()
-            seconds.append(time.perf_counter() - started)
+            times.append(clock.read())
 
     loader = DataLoader(data, BATCH, shuffle=True)
-    trainer = Timing(model, SGD(model.parameters(), lr=0.01), None, loader, 0, work_dir, hooks=[])
+    trainer = Timing(model, SGD(model.parameters(), lr=0.01), None, loader, 0, work_dir, hooks=hooks)
 
-    def run() -> float:
+    def run() -> tuple[float, float]:
         trainer.max_epochs += 1
         trainer.train(console_log_level=5)
-        return seconds[-1]
+        return times[-1]
 
     return run
 
@@ -123,17 +133,18 @@ def measure(rank: int, world_size: int, port: int, args: argparse.Namespace, res
     with tempfile.TemporaryDirectory() as folder:
         rows = {
             "raw": raw(args.steps, world_size),
-            "torch-frame": ours(args.steps, world_size, folder),
+            "torch-frame": ours(args.steps, world_size, os.path.join(folder, "none"), []),
+            "default hooks": ours(args.steps, world_size, os.path.join(folder, "defaults"), None),
             "raw again": raw(args.steps, world_size),
         }
-        times: dict[str, list[float]] = {name: [] for name in rows}
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}
         for index in range(args.rounds + 1):
             for name, run in rows.items():
                 if world_size > 1:
                     dist.barrier()
-                seconds = run()
+                measured = run()
                 if index:  # the first round warms up
-                    times[name].append(seconds)
+                    times[name].append(measured)
         gathers = [gather_ms(args.images) for _ in range(3)] if world_size > 1 else []
     if rank == 0:
         results.put((times, gathers))
@@ -142,7 +153,7 @@ def measure(rank: int, world_size: int, port: int, args: argparse.Namespace, res
         dist.destroy_process_group()
 
 
-def on_processes(world_size: int, args: argparse.Namespace) -> tuple[dict[str, list[float]], list[float]]:
+def on_processes(world_size: int, args: argparse.Namespace) -> tuple[dict[str, Any], list[float]]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -153,6 +164,16 @@ def on_processes(world_size: int, args: argparse.Namespace) -> tuple[dict[str, l
     while not context.join():
         pass
     return measured
+
+
+def compared(times: Any, base: Any, num_samples: int) -> tuple[float, dict[str, Any]]:
+    """Samples a second, and the median and quartiles of the ratios to the raw loop of the same round."""
+    row: dict[str, Any] = {}
+    for place, name in enumerate(("time", "cpu")):
+        ratios = [one[place] / other[place] for one, other in zip(times, base, strict=True)]
+        low, middle, high = (round(value, 3) for value in statistics.quantiles(ratios, n=4))
+        row |= {f"{name}_x_raw": middle, f"{name}_quartiles": [low, high]}
+    return num_samples / statistics.median(seconds for seconds, _ in times), row
 
 
 def main() -> None:
@@ -166,12 +187,12 @@ def main() -> None:
     figures: dict[str, Any] = {}
     for world_size in (1, 2):
         times, gathers = on_processes(world_size, args)
-        for name, seconds in times.items():
-            ratio = statistics.median(a / b for a, b in zip(seconds, times["raw"], strict=True))
-            rate = args.steps * BATCH * world_size / statistics.median(seconds)
-            figures[f"{name}, {world_size}"] = {"samples_per_s": round(rate), "time_x_raw": round(ratio, 3)}
+        for name in times:
+            rate, row = compared(times[name], times["raw"], args.steps * BATCH * world_size)
+            figures[f"{name}, {world_size}"] = {"samples_per_s": round(rate), **row}
             print(
-                f"  {world_size} process{'es' * (world_size > 1):<2}  {name:<12} {rate:9,.0f} samples/s   {ratio:.3f} x raw"
+                f"  {world_size} process{'es' * (world_size > 1):<2}  {name:<13} {rate:9,.0f} samples/s   x raw: "
+                f"{row['time_x_raw']:.3f} {row['time_quartiles']}   CPU {row['cpu_x_raw']:.3f} {row['cpu_quartiles']}"
             )
         if gathers:
             figures["gather_ms"] = round(statistics.median(gathers), 1)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from tests.distributed.processes import Failed, on_processes, outcomes
 from tests.metrics.coco_reference import pycocotools_code
@@ -141,6 +141,72 @@ def test_values_are_those_of_one_process(world_size: int, tmp_path: Path) -> Non
                 assert result[name] == pytest.approx(value, rel=1e-6)
             else:
                 assert result[name] == value or value != value, name
+
+
+class Seen(Counts):
+    """Which images were evaluated, and on which rank."""
+
+    def reset(self) -> None:
+        self.images: list[list[int]] = []
+
+    def update(self, ids: Any) -> None:
+        self.images += [[int(image), torch.distributed.get_rank()] for image in ids]
+
+    def merge(self, other: Any) -> None:
+        self.images = self.images + other.images
+
+    def compute(self) -> dict[str, float]:
+        ids = [image for image, _ in self.images]
+        ranks = {rank for _, rank in self.images}
+        return {"count": len(ids), "distinct": len(set(ids)), "last": max(ids), "ranks": len(ranks)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"images": self.images}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.images = state["images"]
+
+
+def count_images(folder: Path, sizes: list[int]) -> dict[str, dict[str, float]]:
+    """Evaluate all images of sets of several sizes, in training and by `evaluate()`."""
+    values: dict[str, dict[str, float]] = {}
+    for size in sizes:
+        data = TensorDataset(torch.arange(size))
+        loaders: dict[str, Any] = {
+            "whole": DataLoader(data, 1),
+            "pairs": DataLoader(data, 2, shuffle=True),
+            "padded": DataLoader(data, 1, sampler=DistributedSampler(data)),  # which alone would repeat some
+            "list": [[batch] for batch in torch.arange(size).split(1)],
+        }
+        hooks: list[HookBase] = [
+            EvalTotalHook(loader, Seen(), prefix=name, inputs=lambda model, batch: batch[0], progress_bar=False)
+            for name, loader in loaders.items()
+        ]
+        trainer = make_trainer(folder / str(size), None, None, None, train_loader(), 1, hooks=hooks)
+        trainer.train(5, 5)
+        values[f"{size} in training"] = {n: b.latest for n, b in trainer.metric_storage.items() if "_" in n}
+        values[f"{size} asked for"] = trainer.evaluate()
+    return values
+
+
+def train_loader() -> DataLoader[Any]:
+    return DataLoader(TensorDataset(torch.ones(16, 3), torch.ones(16, 1)), 1)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "sizes"), [(2, [21, 1]), pytest.param(8, [5, 21, 8], marks=pytest.mark.slow)], ids=["2", "8"]
+)
+def test_no_image_counts_twice_or_not_at_all(world_size: int, sizes: list[int], tmp_path: Path) -> None:
+    """21 images stay 21 on 2 ranks, 5 stay 5 on 8."""
+    for result in on_processes(count_images, tmp_path, world_size, tmp_path, sizes, timeout_s=180.0):
+        for size in sizes:
+            for when in ("in training", "asked for"):
+                values = result[f"{size} {when}"]
+                for name in ("whole", "pairs", "padded", "list"):
+                    of_rank = -(-size // 2) if name == "pairs" else size
+                    assert values[f"{name}_count"] == values[f"{name}_distinct"] == size
+                    assert values[f"{name}_last"] == size - 1
+                    assert values[f"{name}_ranks"] == min(of_rank, world_size), "all ranks work"
 
 
 # ---------------------------------------------------------------- hooks on rank 0 alone
