@@ -46,7 +46,7 @@ faults: $(STAMP) ## kill, signal and damage runs at 200 random places and more (
 	FAULTS_SEED=$(FAULTS_SEED) $(BIN)/python -m pytest tests/faults -m "slow or not slow" $(ARGS)
 
 test-ranks: $(STAMP) ## run all tests of several processes, the slow ones too (about 6 minutes)
-	$(BIN)/python -m pytest tests/distributed tests/faults/test_ranks.py tests/examples/test_several.py -m "slow or not slow" $(ARGS)
+	$(BIN)/python -m pytest tests/distributed tests/run/test_meetings.py tests/faults/test_ranks.py tests/examples/test_several.py -m "slow or not slow" $(ARGS)
 
 test-trackers: $(TRACKERS)/.installed ## test the writers against wandb, trackio, SwanLab and MLflow, offline (.venv-trackers)
 	$(TRACKERS)/bin/python -m pytest tests/tracking/test_experiments.py tests/tracking/test_consoles.py $(ARGS)

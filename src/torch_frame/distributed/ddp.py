@@ -178,8 +178,10 @@ class DDP(SingleProcess):
         loss.backward(inputs=inputs)
 
     def backward(self, loss: Tensor, inputs: Sequence[Tensor] | None = None) -> None:
-        self.run_backward(loss, inputs)
         syncs = self._wrapped is not None and self._wrapped.require_backward_grad_sync
+        if syncs and _depends_on_nothing(loss, self._reduced):
+            loss = self._with_zero_gradients(loss)
+        self.run_backward(loss, inputs)
         if syncs and not self._was_called and not self._told:
             self._told = True
             _logger.info(
@@ -189,6 +191,23 @@ class DDP(SingleProcess):
         self._is_exchanged = syncs and self._was_called
         self._has_exchanged |= self._is_exchanged
         self._was_called = False
+
+    def _with_zero_gradients(self, loss: Tensor) -> Tensor:
+        """A loss that reaches no parameter (a batch without targets): the other ranks wait for this one's gradients, of zero.
+
+        Raises:
+            ValueError: if the model was not called, so it would not exchange them.
+        """
+        assert self._wrapped is not None
+        if not self._was_called and self._has_exchanged:
+            raise ValueError(
+                f"The step on rank {self.rank} returned a loss that depends on no parameter, and has not called the model, as it "
+                "did before: the other ranks would wait for its gradients. Call the model, and return its output times 0."
+            )
+        if not self._was_called:
+            return loss
+        trained = [p for p in self._wrapped.module.parameters() if p.requires_grad and id(p) in self._reduced]
+        return loss + sum((p.sum().to(loss) for p in trained), torch.zeros_like(loss)) * 0
 
     def _note_call(self, model: nn.Module, inputs: Any) -> None:
         self._was_called = True
@@ -300,6 +319,23 @@ def _by_kind(parameters: Iterable[Tensor]) -> dict[tuple[torch.device, torch.dty
     for p in parameters:
         kinds.setdefault((p.device, p.dtype), []).append(p)
     return kinds
+
+
+def _depends_on_nothing(loss: Tensor, parameters: frozenset[int]) -> bool:
+    """The loss's graph is a few nodes, and none of them is a parameter; a graph that goes on is not followed.
+
+    Args:
+        parameters: their ids.
+    """
+    nodes = [loss.grad_fn]
+    for _ in range(6):
+        if not nodes:
+            return True
+        node = nodes.pop()
+        if node is not None and id(getattr(node, "variable", None)) in parameters:
+            return False
+        nodes += [] if node is None else [following for following, _ in node.next_functions]
+    return False
 
 
 def _same_on_all_ranks() -> tuple[Any, ...]:
