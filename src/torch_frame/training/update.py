@@ -96,7 +96,8 @@ class Update:
         self._weighted = weighted
         self._has_weights = weighted  # in the window under way: a weight may be given with each loss, too
         self._several_ranks = several_ranks
-        self._reduces = type(strategy).reduce_gradients is not SingleProcess.reduce_gradients
+        own_reduce = getattr(strategy.reduce_gradients, "__func__", None)  # an object may carry its own, too
+        self._reduces = own_reduce is not SingleProcess.reduce_gradients
         self._reads_losses = on_cpu and self._scaler is None
         # A rank that raised before its backward pass would leave the others waiting.
         self._raises_at_once = not self._may_skip and not several_ranks
