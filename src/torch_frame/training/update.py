@@ -288,7 +288,7 @@ class Update:
             losses = bool(torch.stack(self._window_losses).isfinite().all())
         is_bad = not (finite and losses)
         if self.trusts_exchange:
-            if finite and not losses:  # a hook on a parameter has mended the gradient, so the other ranks do not know of it
+            if finite and not losses:  # a parameter's own hook has mended it: the other ranks do not know
                 raise NonFiniteError("the loss is not finite")
         elif self._several_ranks:
             is_bad = self._strategy.agree(is_bad)
