@@ -43,9 +43,8 @@ PIECES: list[tuple[str, Any, str]] = [
     ("gradients cleared by hand", Update, "begin"),
     ("gradients looked at once (finite?)", FiniteCheck, "__call__"),
     ("schedule and count of updates", LRWarmupScheduler, "step"),
-    ("values recorded in columns", Trainer, "record"),
+    ("values recorded in rows", Trainer, "record"),
     ("LoggerHook.after_iter", LoggerHook, "after_iter"),
-    ("safe point", Trainer, "safe_point"),
 ]
 MODEL: list[tuple[str, Any, str]] = [
     ("forward", TinyMLP, "forward"),

@@ -115,7 +115,7 @@ def pieces(trainer: Trainer, batch: Any) -> dict[str, float]:
         "counters": microseconds(counted),
         "learning rate read": microseconds(lambda: trainer.lr),
         "schedule and count of updates": microseconds(trainer.optimization.unit.schedules[0].step),
-        "values recorded in columns": microseconds(lambda: trainer.record(row)),
+        "values recorded in rows": microseconds(lambda: trainer.record(row)),
         "safe point": microseconds(trainer.safe_point),
         "stages without a hook": microseconds(stages),
         "LoggerHook.after_iter (a row each 50 batches, no bar)": microseconds(logger_after_iter),
