@@ -39,8 +39,9 @@ def show(folders: Sequence[str]) -> int:
 
 
 def _of_one(run: RunFiles) -> Iterator[Line]:
-    names = list(dict.fromkeys(name for entry in run.entries for name in entry.values))
-    names.sort(key=lambda name: name != "total_loss")
+    names = list(dict.fromkeys([*run.columns, *(name for entry in run.entries for name in entry.values)]))
+    if not run.columns:
+        names.sort(key=lambda name: name != "total_loss")
     widest = max((cells(entry.label) for entry in run.entries), default=0)
     table = Table(list(run.followed), str(run.facts.get("unit", "samples")), widest)
     width = console_width()

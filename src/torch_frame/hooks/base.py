@@ -352,6 +352,10 @@ class HookBase:
         """The names that the hook logs beside the step's own; None: not known before it has."""
         return None
 
+    def expected_names(self) -> Iterable[str]:
+        """The names that the hook will log, as far as they are known now: columns of the table, blank until there is a value."""
+        return sorted(self.logged_metrics() or ())
+
     def metric_prefixes(self) -> list[str]:
         """First words of the names that the hook logs, which writers group them by: `val` of `val_acc`."""
         return []

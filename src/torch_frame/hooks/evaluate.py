@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from torch_frame.errors import SettingError
 from torch_frame.hooks.evaluation import EvaluationHook, check_dataloader, first_batch, same_buffers
+from torch_frame.hooks.trial import leaving_no_trace
 
 Scores = Mapping[str, Any]
 """name -> the scores of a batch's samples: a list of numbers, an array or a tensor; of more dimensions all numbers count."""
@@ -61,11 +62,13 @@ class EvalHook(EvaluationHook):
     def loaders(self) -> dict[str, Iterable[Any]]:
         return {self.prefix.removesuffix("_"): self.dataloader}
 
-    def trial(self) -> set[str] | None:
-        with self.evaluating():
+    def trial(self) -> Set[str] | None:
+        model = self.trainer.model_evaluate
+        with self.evaluating(), leaving_no_trace(model, [self.dataloader]):
             batch = first_batch(self.dataloader)
-            scores = _checked(self._eval_func(self.trainer.model_evaluate, self.placed(batch)))
-        return {self.prefix + name for name in scores} or None  # nothing for the first batch: the others will tell
+            scores = _checked(self._eval_func(model, self.placed(batch)))
+        names = {self.prefix + name: None for name in scores}.keys()  # in their order
+        return names or None  # nothing for the first batch: the others will tell
 
     def evaluate(self) -> dict[str, float]:
         model, strategy = self.trainer.model_evaluate, self.trainer.hook_strategy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from numbers import Real
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import SettingError
 from torch_frame.hooks.evaluation import EvaluationHook, check_dataloader, first_batch, same_buffers
 from torch_frame.hooks.figures import check_can_draw, check_figures, checked_figure
+from torch_frame.hooks.trial import leaving_no_trace
 from torch_frame.metrics.metric import Metric, is_torchmetrics, results_of
 
 _logger = logging.getLogger("torch_frame")
@@ -139,21 +140,33 @@ class EvalTotalHook(EvaluationHook):
         matching = [metric for known, metric in parts if known in names]
         return matching or ([parts[0][1]] if names and len(parts) == 1 else [])
 
-    def trial(self) -> set[str] | None:
-        names: set[str] = set()
-        with self.evaluating(), warnings.catch_warnings():
+    def names_known(self) -> Set[str] | None:
+        names: dict[str, None] = {}
+        try:
+            for given, metric in self._metrics:
+                names |= _renamed(given, metric, dict.fromkeys(metric.result_names()))
+        except Exception:  # one does not say, or a subclass's compute() fails without data
+            return None
+        return {f"{prefix}_{name}": None for prefix in self.dataloaders for name in names}.keys()
+
+    def trial(self) -> Set[str] | None:
+        names: dict[str, float] = {}
+        model, loaders = self.trainer.model_evaluate, self.dataloaders
+        metrics = [metric for _, metric in self._metrics]
+        with self.evaluating(), leaving_no_trace(model, loaders.values(), metrics), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metrics that one batch is not enough for
-            for prefix, loader in self.dataloaders.items():
+            for prefix, loader in loaders.items():
                 self._reset()
-                self._update(self.placed(first_batch(loader)))
                 try:
-                    names |= self._scalars(prefix, self._compute(merged=False)).keys()
-                except Exception:  # one batch may be too little for it; a real evaluation will tell
+                    self._update(self.placed(first_batch(loader)))
+                    try:
+                        names |= self._scalars(prefix, self._compute(merged=False))
+                    except Exception:  # one batch may be too little for it; a real evaluation will tell
+                        return None
+                    self._draw(prefix)
+                finally:
                     self._reset()
-                    return None
-                self._draw(prefix)
-                self._reset()
-        return names
+        return names.keys()
 
     def evaluate(self) -> dict[str, float]:
         scalars: dict[str, float] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import SettingError
 from torch_frame.hooks.base import HookBase
 from torch_frame.hooks.checkpoint import CheckpointerHook
+from torch_frame.hooks.trial import is_late, names_if_it_works
 from torch_frame.tracking.bar import ProgressBar
 from torch_frame.training.buffers import BufferSnapshot
 from torch_frame.training.modes import modes_of, set_modes
@@ -33,6 +34,10 @@ class EvaluationHook(CheckpointerHook):
     eval mode, without gradients, in the precision of its weights or under the training's autocast (`precision`); training mode
     and random numbers of the training are as if there had been no evaluation. With `Trainer(limit_batches=)` the first batches
     are evaluated.
+
+    One batch is evaluated before the first step as well, if `best.pth` follows a score, or if LoggerHook shows a line before the
+    first evaluation, whose names it wants to know. Nothing of it is logged or saved; random numbers, buffers and the loader's
+    generators are as before afterwards. A subclass that does not want that overrides `trial`, to return the names.
 
     Subclasses write `evaluate` and `trial`.
 
@@ -57,6 +62,7 @@ class EvaluationHook(CheckpointerHook):
     evaluates = True
     _kept_otherwise = CheckpointerHook._kept_otherwise | {
         "_score_names",
+        "_columns",
         "results",
         "pictures",
         "_is_due",
@@ -94,6 +100,7 @@ class EvaluationHook(CheckpointerHook):
         self.own_shards = own_shards
         self.to_device = to_device
         self._score_names: set[str] | None = None
+        self._columns: tuple[str, ...] = ()
         own_after_iter = type(self).after_iter is EvaluationHook.after_iter
         self.idle_stages = frozenset({"after_iter"} if period_unit == "epoch" and own_after_iter else ())
 
@@ -105,9 +112,13 @@ class EvaluationHook(CheckpointerHook):
         """Evaluate now: full name -> value. Nothing is logged or saved."""
         raise NotImplementedError(f"{self.class_name} has no evaluate().")
 
-    def trial(self) -> set[str] | None:
+    def trial(self) -> Set[str] | None:
         """The full names of the scores, found out on one batch; None: not known."""
         raise NotImplementedError(f"{self.class_name} has no trial().")
+
+    def names_known(self) -> Set[str] | None:
+        """The full names of the scores, as far as they can be told without a batch; None: not at all."""
+        return None
 
     def loaders(self) -> dict[str, Iterable[Any]]:
         """prefix -> dataloader: what will be evaluated."""
@@ -133,12 +144,23 @@ class EvaluationHook(CheckpointerHook):
         rivals = [hook for hook in self.trainer.hooks if isinstance(hook, EvaluationHook) and hook is not self]
         may_clash = any(_overlap(self.metric_prefixes(), hook.metric_prefixes()) for hook in rivals)
         if self.save_metric is None and not may_clash:
-            self._check_first_batches()
+            self._find_columns()
             return
-        self._score_names = self.trial()
+        names = self.trial()
+        self._columns, self._score_names = tuple(names or ()), None if names is None else set(names)
         check_apart(self, rivals)
         if self.save_metric is not None:
             self._check_save_metric()
+
+    def _find_columns(self) -> None:
+        """What is known of the names before the first evaluation, for the table's columns."""
+        known, prefixes = self.names_known(), self.metric_prefixes()
+        in_this_epoch = self.period_unit == "epoch" and (self.every_n_epochs(self._period) or self.is_last_epoch())
+        if known is None and is_late(self.trainer, prefixes, in_this_epoch=in_this_epoch):
+            known = names_if_it_works(self.trial, f"{self.class_name} ({', '.join(prefixes)})")
+        else:
+            self._check_first_batches()
+        self._columns = tuple(known or ())
 
     def _check_first_batches(self) -> None:
         """A loader without a length says only by its first batch that it has one."""
@@ -160,6 +182,9 @@ class EvaluationHook(CheckpointerHook):
 
     def logged_metrics(self) -> set[str] | None:
         return self._score_names
+
+    def expected_names(self) -> Iterable[str]:
+        return self._columns or super().expected_names()
 
     def after_iter(self) -> None:
         if self.period_unit == "iter":

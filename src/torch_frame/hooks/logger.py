@@ -47,6 +47,8 @@ class LoggerHook(HookBase):
     runs_last = True
     takes_media = True
     asks_in_steps = False
+    shows_columns = True
+    """Evaluations find out before the first step which names they will log."""
 
     def __init__(
         self,
@@ -247,7 +249,12 @@ class LoggerHook(HookBase):
                 self._lines.end_period(self._names())
 
     def _names(self) -> list[str]:
-        return [name for group in self._by_group().values() for name in group]
+        """All that have been logged, and those that hooks will log or wait for, as far as they say so."""
+        hooks = self.trainer.hooks
+        expected = [name for hook in hooks for name in hook.expected_names()]
+        expected += [name for hook in hooks for _, name in hook.followed_metrics()]
+        groups = self._grouped(dict.fromkeys([*self.metric_storage, *expected]))
+        return [name for group in groups.values() for name in group]
 
     @contextlib.contextmanager
     def _without_lines_after_an_error(self) -> Iterator[None]:
@@ -266,9 +273,13 @@ class LoggerHook(HookBase):
         return f"{self.trainer.epoch + 1}" if of is None else f"{self.trainer.epoch + 1}/{of}"
 
     def _by_group(self) -> dict[str, list[str]]:
+        """group -> its names that have been logged."""
+        return self._grouped(self.metric_storage)
+
+    def _grouped(self, names: Iterable[str]) -> dict[str, list[str]]:
         """group -> its names, `total_loss` first; the training's group before the others."""
         groups: dict[str, list[str]] = {group: [] for group in dict.fromkeys([*self.modes, *self._groups])}
-        for name in self.metric_storage:
+        for name in names:
             if name not in _TIMES:
                 groups[self._group_of(name)].append(name)
         return {group: sorted(names, key=lambda name: "total" not in name) for group, names in groups.items()}

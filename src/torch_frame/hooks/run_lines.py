@@ -36,6 +36,7 @@ class RunLines:
         self._cur_best = {id(hook): hook.cur_best for hook in self._followers}
         self._best: dict[str, dict[str, Any]] = dict(saved.get("best", {}))
         self._shown_at: dict[str, int] = dict(saved.get("shown_at", {}))
+        self._columns: list[str] = list(saved.get("columns", []))
         self._samples_a_batch = _samples_a_batch(trainer)
         unit = "batches" if self._samples_a_batch is None else "samples"
         followed = list(dict.fromkeys(str(hook.save_metric) for hook in self._followers))
@@ -52,9 +53,10 @@ class RunLines:
         self._record.begin(self._facts(), saved.get("lines"))
 
     def state_dict(self) -> dict[str, Any]:
-        """The best values, how many lines the table has, and of when the values are that have been shown."""
+        """The best values, how many lines the table has and in which columns, and of when the values are that have been shown."""
         best = {name: dict(found) for name, found in self._best.items()}
-        return {"best": best, "lines": self._record.num_lines, "shown_at": dict(self._shown_at)}
+        lines, columns = self._record.num_lines, list(self._columns)
+        return {"best": best, "lines": lines, "columns": columns, "shown_at": dict(self._shown_at)}
 
     # ------------------------------------------------------------ lines
 
@@ -68,7 +70,7 @@ class RunLines:
         """Print an epoch's line: the values that are new since the line before.
 
         Args:
-            names: all that have been logged, in the order of their columns.
+            names: all that have been logged, or will be as far as that is known; in the order that new columns have.
             is_last: the run ends with this epoch.
         """
         self._ended_epoch = is_last
@@ -77,9 +79,9 @@ class RunLines:
             self.end_period(names)
             return
         latest = storage.latest_iters()
-        values = {name: storage.value(name) for name in names if latest[name] != self._shown_at.get(name)}
+        values = {n: storage.value(n) for n in names if n in latest and latest[n] != self._shown_at.get(n)}
         self._shown_at = latest
-        self._print(_label("Epoch", trainer.epoch + 1, trainer.max_epochs), values, self._with_expected(names))
+        self._print(_label("Epoch", trainer.epoch + 1, trainer.max_epochs), values, names)
 
     @property
     def counts_steps(self) -> bool:
@@ -90,17 +92,10 @@ class RunLines:
         """Print the line of a log period: of the steps' values the means of their windows, without NaN."""
         storage = self._trainer.metric_storage
         latest = storage.latest_iters()
-        values = {name: storage.shown(name) for name in names if latest[name] != self._shown_at.get(name)}
+        values = {n: storage.shown(n) for n in names if n in latest and latest[n] != self._shown_at.get(n)}
         if values:
             self._shown_at = latest
-            self._print(
-                _label("Iter", self._trainer.progress.iter, self._trainer.max_iters), values, self._with_expected(names)
-            )
-
-    def _with_expected(self, names: Sequence[str]) -> list[str]:
-        """With the scores that evaluations have said they will log: their columns stand there from the first line on."""
-        expected = [name for hook in self._trainer.hooks for name in sorted(hook.logged_metrics() or ())]
-        return list(dict.fromkeys([*names, *expected]))
+            self._print(_label("Iter", self._trainer.progress.iter, self._trainer.max_iters), values, names)
 
     def _print(self, label: str, values: Mapping[str, float], names: Sequence[str]) -> None:
         now = time.perf_counter()
@@ -119,7 +114,8 @@ class RunLines:
         self._line_s, self._iters_at_line = now, self._trainer.progress.iter
         self._last = entry
         width = console_width()
-        lines = self._table.lines(entry, names, width)
+        self._note_columns(names)
+        lines = self._table.lines(entry, self._columns, width)
         left_out = self._table.left_out()
         if left_out:
             more = f" and {len(left_out) - _NAMES_TOLD} more" if len(left_out) > _NAMES_TOLD else ""
@@ -130,6 +126,12 @@ class RunLines:
         for line in lines:
             line.log(_logger)
         self._record.add(entry)
+
+    def _note_columns(self, names: Sequence[str]) -> None:
+        columns = with_new(self._columns, names)
+        if columns != self._columns:
+            self._columns = columns
+            self._record.note(columns=columns)
 
     def _new_best(self, label: str, values: Mapping[str, float]) -> list[str]:
         """The names whose values are the best so far, by the hooks that follow them."""
@@ -225,9 +227,24 @@ class RunLines:
             "unit": self._table.unit,
             "followed": followed,
             "best": self._best,
+            "columns": self._columns,
             "command": command_line(),
             "settings": trainer.run_parameters,
         }
+
+
+def with_new(columns: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The columns, which stay in their order, and each new name behind the one that stands before it in `names`.
+
+    >>> with_new(["total_loss", "val_acc"], ["total_loss", "box_loss", "test_acc", "val_acc"])
+    ['total_loss', 'box_loss', 'test_acc', 'val_acc']
+    """
+    found, place = list(columns), 0
+    for name in names:
+        if name not in found:
+            found.insert(place, name)
+        place = found.index(name) + 1
+    return found
 
 
 def _label(word: str, number: int, of: int | None) -> str:

@@ -75,6 +75,8 @@ class ThroughputHook(HookBase):
         self.samples_per_batch = samples_per_batch
         self._period = period
         self._lines_due = False
+        self._samples: float | None = None
+        self._peak: float | None = None
         self.time_split = TimeSplit()
 
     # ------------------------------------------------------------ stages
@@ -110,8 +112,7 @@ class ThroughputHook(HookBase):
                 _logger.info(line)
 
     def logged_metrics(self) -> set[str] | None:
-        shares = {f"{name}_share" for name in _NAMES}
-        return {"batches_per_s", "samples_per_s", "peak_mib", "mfu"} | shares
+        return set(self._row(Parts(1.0, 0.0, 0.0, 0.0), 1))
 
     def on_exception(self, error: BaseException) -> None:
         """The lines of a run that fails: what took its time until then."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -195,6 +196,16 @@ class MeanAveragePrecision:
         results["map_per_class"] = arrays.average_precision_of_classes()
         results[f"mar_{limit}_per_class"] = arrays.average_recall_of_classes(max_dets=limit)
         return results | self._voc_results()
+
+    def result_names(self) -> list[str]:
+        """The names of the results that are one number, whatever the data.
+
+        >>> MeanAveragePrecision(["cat"], max_dets=(100,), area_ranges={"all": (0, 1e10)}).result_names()
+        ['map', 'map_50', 'map_75', 'mar_100', 'voc_map', 'voc07_map']
+        """
+        empty = copy.copy(self)
+        empty.reset()
+        return [name for name, value in empty.compute().items() if isinstance(value, float)]
 
     def compute_arrays(self) -> PrecisionRecall:
         """The arrays that the numbers are means of; kept until data is added."""

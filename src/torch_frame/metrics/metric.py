@@ -16,6 +16,9 @@ class Metric(Protocol):
     into the state of the whole. `merge` is exact: whatever the split and its order, `compute` gives what one process gives.
     `update` does not read from the device more than it must: it is called for each batch.
 
+    A metric may have `result_names() -> list[str]` beside these, the names of its results that are one number, whatever the data:
+    the run's table has their columns from the first line on, without an evaluation of one batch that finds them out.
+
     >>> class Accuracy:
     ...     def __init__(self):
     ...         self.reset()

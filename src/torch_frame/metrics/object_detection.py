@@ -101,6 +101,10 @@ class ObjDetMAPMetric(ModelMetric):
         with_truth = values[values > -1]
         return {**results, "map": float(with_truth.mean()) if with_truth.size else -1.0}
 
+    def result_names(self) -> list[str]:
+        """The names of the results."""
+        return [*(f"ap_{name}" for name in self.class2idx), "map"]
+
     def compute(self) -> dict[str, float]:
         """As `evaluate`."""
         return self.evaluate()

@@ -71,6 +71,12 @@ class RunRecord:
         with self._told(), open(self._folder / TABLE_FILE, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
 
+    def note(self, **facts: Any) -> None:
+        """Write down what has become known of the run since it began."""
+        self._facts |= facts
+        with self._told():
+            self._write_facts()
+
     def end(self, how: str, **facts: Any) -> None:
         """Write how the run has ended; a run that is killed leaves "running"."""
         if not self._facts:
@@ -153,6 +159,12 @@ class RunFiles:
         how = str(self.facts.get("how", "unknown"))
         is_here = self.facts.get("host") == socket.gethostname()
         return "killed" if how == "running" and is_here and not _is_alive(self.facts.get("pid")) else how
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the table's values in the order in which the run has shown them; [] if it does not say."""
+        found = self.facts.get("columns")
+        return [str(name) for name in found] if isinstance(found, list) else []
 
     @property
     def followed(self) -> dict[str, dict[str, Any]]:
