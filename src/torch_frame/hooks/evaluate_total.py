@@ -230,7 +230,7 @@ class EvalTotalHook(EvaluationHook):
         for given, metric in self._metrics:
             if merged and strategy.rank != 0 and not is_torchmetrics(metric):
                 continue
-            for name, value in _renamed(given, metric, self._results_of(metric)).items():
+            for name, value in _renamed(given, metric, self._results_of(metric, merged=merged)).items():
                 if name in results:
                     raise SettingError(
                         f"Two metrics of one evaluation yield {name!r}. Name them: eval_metric={{'first': ..., 'second': ...}}."
@@ -238,13 +238,14 @@ class EvalTotalHook(EvaluationHook):
                 results[name] = value
         return results
 
-    def _results_of(self, metric: Any) -> dict[str, Any]:
-        if not is_torchmetrics(metric) or self.trainer.hook_strategy.world_size == self.trainer.strategy.world_size:
+    def _results_of(self, metric: Any, *, merged: bool) -> dict[str, Any]:
+        all_are_here = self.trainer.hook_strategy.world_size == self.trainer.strategy.world_size
+        if not is_torchmetrics(metric) or (merged and all_are_here):
             return results_of(metric)
         parts = [part for part in metric.modules() if hasattr(part, "distributed_available_fn")]
         before = [part.distributed_available_fn for part in parts]
         for part in parts:
-            part.distributed_available_fn = lambda: False  # the other ranks are not here
+            part.distributed_available_fn = lambda: False  # the other ranks are not here, or have nothing to add
         try:
             return results_of(metric)
         finally:
