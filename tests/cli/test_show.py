@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
+import random
 import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,6 +92,85 @@ def test_many_runs_are_broken_into_groups_that_fit(
 def test_a_folder_without_a_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", str(tmp_path)]) == 1
     assert "holds no run" in capsys.readouterr().err
+
+
+def test_columns_of_late_scores_stand_where_the_run_had_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hooks = [
+        EvalHook([0], lambda model, batch: {"acc": [math.inf]}, 2, prefix=name, progress_bar=False)
+        for name in ("b", "a")
+    ]
+    trainer = make_trainer(tmp_path / "run", max_epochs=3, hooks=[*hooks, LoggerHook(progress_bar=False)])
+    trainer.train(5, 2)
+    logged = [line.partition("]: ")[2] for line in Path(trainer.log_file).read_text(encoding="utf-8").splitlines()]
+    table = [line for line in logged if line.startswith("Epoch ")]
+    assert "inf" in table[2]
+    assert [line for line in shown(capsys, tmp_path / "run") if line.startswith("Epoch ")] == table
+
+
+def test_runs_counted_in_epochs_and_in_batches_stand_below_each_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, length in {"epochs": {"max_epochs": 3}, "batches": {"max_epochs": None, "max_iters": 10}}.items():
+        hooks = [
+            EvalHook([0], lambda model, batch: {"acc": [0.5]}, progress_bar=False),
+            LoggerHook(5, progress_bar=False),
+        ]
+        make_trainer(tmp_path / name, hooks=hooks, **length).train(5, 2)  # type: ignore[arg-type]
+    lines = shown(capsys, tmp_path / "epochs", tmp_path / "batches")
+    start = lines.index("total_loss by epoch")
+    assert [line.split()[:2] for line in lines[start + 1 :]] == [
+        *(["Epoch", f"{number}"] for number in (1, 2, 3)),
+        *(["Iter", f"{number}"] for number in (5, 10)),
+    ]
+    assert all(len(line.split()) == 3 for line in lines[start + 1 :]), lines
+
+
+JUNK: list[Any] = [
+    None,
+    True,
+    -1,
+    10**400,
+    "",
+    "x",
+    "\x1b[31m",
+    "\n",
+    [],
+    {},
+    [1],
+    {"a": 1},
+    "Epoch",
+    "NaN",
+    [[]],
+    {"eval_acc": 3},
+]
+
+
+def damaged(value: Any, draw: random.Random) -> Any:
+    if isinstance(value, dict) and value and draw.random() < 0.8:
+        key = draw.choice(list(value))
+        return {name: damaged(item, draw) if name == key else item for name, item in value.items()}
+    if isinstance(value, list) and value and draw.random() < 0.6:
+        return [damaged(value[0], draw), *value[1:]]
+    return draw.choice(JUNK)
+
+
+def test_files_damaged_in_any_way_are_shown_as_far_as_they_go(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw = random.Random(0)
+    facts = json.loads((runs["first"] / "run.json").read_text())
+    rows = [json.loads(line) for line in (runs["first"] / "table.jsonl").read_text().splitlines()]
+    for _ in range(200):
+        text = json.dumps(damaged(facts, draw))
+        (tmp_path / "run.json").write_text(text[: draw.randrange(len(text) * 5) + 1])
+        lines = "\n".join(json.dumps(damaged(row, draw) if draw.random() < 0.5 else row) for row in rows)
+        (tmp_path / "table.jsonl").write_text(lines[: draw.randrange(len(lines) * 5) + 1])
+        (tmp_path / "metrics.jsonl").write_text('{"iter": 0, "epoch": 0, "total_loss": 0.5}')
+        assert main(["show", str(tmp_path)]) == 0
+        assert main(["show", str(tmp_path), str(runs["second"])]) == 0
+        assert "\x1b" not in capsys.readouterr().out
 
 
 SCRIPT = """

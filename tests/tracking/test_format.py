@@ -6,7 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torch_frame.tracking.format import ago, aligned, cells, duration, rate_text, shares, shortened, value_text, wrapped
+from torch_frame.tracking.format import (
+    ago,
+    aligned,
+    cells,
+    duration,
+    rate_text,
+    rates_width,
+    shares,
+    shortened,
+    showable,
+    value_text,
+    wrapped,
+)
 
 
 @given(st.floats())
@@ -33,8 +45,26 @@ def test_values_have_as_many_decimals_as_fit(value: float, text: str) -> None:
 
 
 @given(st.floats(min_value=-10, max_value=1e9))
-def test_a_time_fits_eight_cells(seconds: float) -> None:
-    assert 0 < len(duration(seconds)) <= 8
+def test_a_time_fits_seven_cells(seconds: float) -> None:
+    assert 0 < len(duration(seconds)) <= 7
+
+
+@given(st.text(max_size=20), st.sampled_from(["utf-8", "ascii", "gbk", "cp1252", "no such encoding"]))
+def test_what_is_showable_is_one_line_that_the_encoding_has(text: str, encoding: str) -> None:
+    shown = showable(text, encoding)
+    assert not set(shown) & {"\n", "\r", "\x1b", "\x85", "\u2028"}
+    if encoding != "no such encoding":
+        shown.encode(encoding)
+
+
+@given(st.lists(st.floats(min_value=1e-12, max_value=1e3), max_size=6))
+def test_rates_fit_the_width_that_is_kept_for_so_many(rates: list[float]) -> None:
+    assert len(rate_text(rates)) <= max(rates_width(rates), 8)
+
+
+@pytest.mark.parametrize("text", ["\u200d", "e\u0301"[1:], "\ufe0f", "\u20dd"])
+def test_joiners_and_accents_take_no_cell(text: str) -> None:
+    assert cells(text) == 0
 
 
 def test_times_that_are_none_have_no_text() -> None:

@@ -107,6 +107,41 @@ def test_groups_with_rates_of_their_own_have_a_column_wide_enough() -> None:
     assert head.text.index("lr") + 2 == line.text.index("2.5e-05") + 7
 
 
+def test_rates_that_a_schedule_makes_longer_do_not_move_the_columns() -> None:
+    rates = [(0.1, 0.01), (0.0983, 0.00983), (1.23e-05, 1.23e-06), (0.0, 0.0)]
+    lines = printed(Table([], label_width=9), [entry_of(epoch, lr=lr) for epoch, lr in enumerate(rates)], 200)
+    assert sum(line.startswith("Epoch  ") for line in lines) == 1
+    assert len({len(line) for line in lines}) == 1
+
+
+@pytest.mark.parametrize("seconds", [0.1, 3599, 35999, 36001, 86399, 1e6, 1e7, 1e9])
+def test_times_of_any_length_stay_in_their_columns(seconds: float) -> None:
+    head, line = printed(Table([]), [entry_of(0, time_s=seconds, eta_s=seconds)], 200)
+    assert len(head) == len(line)
+
+
+def test_names_that_look_alike_when_they_are_shortened_are_not_shortened() -> None:
+    names = ["validation_precision", "validation_box_precision", "a" * 30]
+    head, _ = printed(Table([]), [entry_of(0, names)], 200, names)
+    assert head.split()[1:4] == [*names[:2], "aaaaaaaa..aaaaaaaa"]
+
+
+def test_files_have_names_in_full() -> None:
+    names = ["validation_mean_average_precision", "准确率\n"]
+    head, line = Table([], encoding="ascii").lines(entry_of(0, names), names, 200)
+    assert str(head.whole).split()[1:3] == [names[0], "准确率\\n"]
+    assert cells(str(head.whole)) == cells(str(line.whole))
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "gbk", "utf-8"])
+def test_columns_are_aligned_by_what_the_encoding_shows(encoding: str) -> None:
+    names = ["total_loss", "准确率", "f1🎉", "\x1b[31mred", "é"]
+    head, line = Table(["准确率"], encoding=encoding).lines(entry_of(0, names, best=["准确率"]), names, 200)
+    shown = [line.text.encode(encoding, "backslashreplace").decode(encoding) for line in (head, line)]
+    assert len({cells(text) for text in shown}) == 1
+    assert "\x1b" not in shown[0]
+
+
 @given(
     st.dictionaries(st.text(min_size=1, max_size=30), st.floats(), max_size=8),
     st.integers(min_value=0, max_value=300),

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch_frame.tracking.console import console_width, show_lines
-from torch_frame.tracking.format import cells, duration, left, value_text
+from torch_frame.tracking.console import console_encoding, console_width, show_lines
+from torch_frame.tracking.format import cells, duration, left, showable, value_text
 from torch_frame.tracking.line import Line
 from torch_frame.tracking.record import RunFiles
 from torch_frame.tracking.summary import last_block
@@ -43,13 +43,14 @@ def _of_one(run: RunFiles) -> Iterator[Line]:
     if not run.columns:
         names.sort(key=lambda name: name != "total_loss")
     widest = max((cells(entry.label) for entry in run.entries), default=0)
-    table = Table(list(run.followed), str(run.facts.get("unit", "samples")), widest)
+    table = Table(list(run.followed), run.facts.get("unit", "samples"), widest, console_encoding())
     width = console_width()
     for entry in run.entries:
         yield from table.lines(entry, names, width)
     left_out = table.left_out()
     if left_out:
-        yield Line(f"The screen is too narrow for {len(left_out)} other values, which metrics.jsonl has.")
+        values = "another value" if len(left_out) == 1 else f"{len(left_out)} other values"
+        yield Line(f"The screen is too narrow for {values}: see log.txt and metrics.jsonl.")
     last = run.entries[-1] if run.entries else None
     facts = {**run.facts, "how": run.how, "best": run.facts.get("best") or _best_by_marks(run)}
     for number, text in enumerate(last_block(run.folder, facts, last, width)):
@@ -75,7 +76,7 @@ def _side_by_side(runs: Sequence[RunFiles], folders: Sequence[str]) -> Iterator[
     blocks = {
         "": _standing(runs),
         "settings that differ": _differences([run.settings for run in runs]),
-        **{f"{name} by epoch": _by_epoch(runs, name) for name in _compared(runs)},
+        **{f"{showable(name)} by epoch": _by_epoch(runs, name) for name in _compared(runs)},
     }
     rows = {f"{title}\0{name}": row for title, block in blocks.items() for name, row in block.items()}
     of_names = max([cells(key.partition("\0")[2]) for key in rows] + [cells(title) for title in blocks])
@@ -134,7 +135,7 @@ def _standing(runs: Sequence[RunFiles]) -> dict[str, list[str]]:
         "time": [_time(run) for run in runs],
     }
     for name in dict.fromkeys(name for run in runs for name in run.followed):
-        rows[f"best {name}"] = [_best(run, name) for run in runs]
+        rows[f"best {showable(name)}"] = [_best(run, name) for run in runs]
     rows["last total_loss"] = [_last(run, "total_loss") for run in runs]
     return {name: row for name, row in rows.items() if any(row)}
 
@@ -161,7 +162,7 @@ def _differences(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 
 
 def _setting(value: Any) -> str:
-    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else showable(str(value))
 
 
 def _compared(runs: Sequence[RunFiles]) -> list[str]:
@@ -172,20 +173,18 @@ def _compared(runs: Sequence[RunFiles]) -> list[str]:
 
 
 def _by_epoch(runs: Sequence[RunFiles], name: str) -> dict[str, list[str]]:
-    of_runs = [{_place(entry): _cell(entry, name) for entry in run.entries} for run in runs]
+    of_runs = [{_place(entry): _cell(entry, name) for entry in run.entries if name in entry.values} for run in runs]
     places = sorted({place for one in of_runs for place in one})
-    rows = {label: [one.get((number, label), "") for one in of_runs] for number, label in places}
-    return {label: row for label, row in rows.items() if any(row)}
+    rows = {place: [one.get(place, "") for one in of_runs] for place in places}
+    return {word if number < 0 else f"{word} {number}": row for (word, number), row in rows.items()}
 
 
-def _place(entry: Entry) -> tuple[int, str]:
+def _place(entry: Entry) -> tuple[str, int]:
     """Where in its run an entry stands: runs of different lengths are compared epoch by epoch."""
     word, _, number = entry.label.partition(" ")
     done = number.partition("/")[0]
-    return (int(done), f"{word} {done}") if done.isdecimal() else (entry.iter, entry.label)
+    return (word, int(done)) if done.isdecimal() else (entry.label, -1)
 
 
 def _cell(entry: Entry, name: str) -> str:
-    if name not in entry.values:
-        return ""
     return value_text(entry.values[name]) + (BEST_MARK if name in entry.best else "")

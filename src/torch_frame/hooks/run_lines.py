@@ -10,8 +10,8 @@ from typing import Any
 from torch_frame._version import __version__
 from torch_frame.hooks.base import HookTrainer
 from torch_frame.hooks.checkpoint import CheckpointerHook
-from torch_frame.tracking.console import console_width
-from torch_frame.tracking.format import shortened, wrapped
+from torch_frame.tracking.console import console_encoding, console_width
+from torch_frame.tracking.format import shortened, showable, wrapped
 from torch_frame.tracking.line import Line
 from torch_frame.tracking.memory import peak_memory_bytes
 from torch_frame.tracking.record import RunRecord
@@ -41,7 +41,8 @@ class RunLines:
         unit = "batches" if self._samples_a_batch is None else "samples"
         followed = list(dict.fromkeys(str(hook.save_metric) for hook in self._followers))
         word, last = ("Iter", trainer.max_iters) if self.counts_steps else ("Epoch", trainer.max_epochs)
-        self._table = Table(followed, unit, 0 if last is None else len(_label(word, last, last)))
+        widest = 0 if last is None else len(_label(word, last, last))
+        self._table = Table(followed, unit, widest, console_encoding())
         self._record = RunRecord(trainer.work_dir, trainer.resumed_iter)
         self._begun_s = self._line_s = time.perf_counter()
         self._iters_before = self._iters_at_line = trainer.progress.iter
@@ -119,7 +120,7 @@ class RunLines:
         left_out = self._table.left_out()
         if left_out:
             more = f" and {len(left_out) - _NAMES_TOLD} more" if len(left_out) > _NAMES_TOLD else ""
-            told = ", ".join(shortened(name, 40) for name in left_out[:_NAMES_TOLD])
+            told = ", ".join(shortened(showable(name), 40) for name in left_out[:_NAMES_TOLD])
             text = f"The screen is too narrow for {told}{more}: see log.txt and metrics.jsonl."
             for part in wrapped(text, width - 1):
                 _logger.info("%s", part)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from torch_frame.tracking.format import rate_text
+from torch_frame.tracking.format import rate_text, size_text
 from torch_frame.training.schedule_settings import simple
 
 _logger = logging.getLogger("torch_frame")
@@ -61,7 +61,7 @@ def model_row(model: nn.Module) -> str:
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     size = sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers()))
-    return f"{type(model).__name__}, {total:,} parameters ({trainable:,} trainable), {size / 2**20:.1f} MiB"
+    return f"{type(model).__name__}, {total:,} parameters ({trainable:,} trainable), {size_text(size)}"
 
 
 def batch_row(batch_size: int | None, accumulation: int, num_processes: int) -> str:

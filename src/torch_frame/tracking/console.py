@@ -66,6 +66,11 @@ def console_width() -> int:
     return WIDTH_OF_A_PIPE
 
 
+def console_encoding() -> str:
+    """What text on stdout is encoded in."""
+    return getattr(sys.stdout, "encoding", None) or "utf-8"
+
+
 class _ShortFormatter(logging.Formatter):
     """For people: torch-frame's lines without time and name, and with their level if it is not INFO; others as in the file."""
 

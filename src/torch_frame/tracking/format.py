@@ -35,6 +35,16 @@ def rate_text(rates: Sequence[float]) -> str:
     return "/".join(different)
 
 
+def rates_width(rates: Sequence[float]) -> int:
+    """Cells that `rate_text` takes at most for so many different rates.
+
+    >>> rates_width([0.003]), rates_width([0.1, 0.01]), rates_width([0.1, 0.2, 0.3, 0.4])
+    (8, 17, 18)
+    """
+    different = len(set(rates))
+    return VALUE_WIDTH * different + max(different - 1, 0) if different <= 3 else 2 * VALUE_WIDTH + 2
+
+
 def speed_text(per_s: float) -> str:
     """A number of things a second.
 
@@ -49,10 +59,10 @@ def speed_text(per_s: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in seconds as text of at most eight cells.
+    """A time in seconds as text of at most seven cells.
 
-    >>> [duration(seconds) for seconds in (0.42, 59.96, 725, 3725, 90061, 1e7)]
-    ['0.4 s', '1:00', '12:05', '1:02:05', '1d 1h', '115d 17h']
+    >>> [duration(seconds) for seconds in (0.42, 59.96, 725, 3725, 45296, 90061, 1e7)]
+    ['0.4 s', '1:00', '12:05', '1:02:05', '12h 34m', '1d 1h', '115d']
     """
     if not math.isfinite(seconds):
         return ""
@@ -64,8 +74,23 @@ def duration(seconds: float) -> str:
     if hours == 0:
         return f"{minutes}:{rest:02}"
     if hours < 24:
-        return f"{hours}:{minutes:02}:{rest:02}"
-    return f"{hours // 24}d {hours % 24}h" if hours < 24_000 else f"{hours // 24:.1e}d"
+        return f"{hours}:{minutes:02}:{rest:02}" if hours < 10 else f"{hours}h {minutes:02}m"
+    days, hours = divmod(hours, 24)
+    if days < 100:
+        return f"{days}d {hours}h"
+    return f"{days}d" if days < 10**6 else f"{days:.0e}d"
+
+
+def size_text(num_bytes: float) -> str:
+    """A size of memory or of a file.
+
+    >>> size_text(164), size_text(40_000), size_text(3e8), size_text(2e10)
+    ('164 bytes', '39.1 KiB', '286.1 MiB', '18.6 GiB')
+    """
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes:.0f} bytes"
 
 
 def ago(seconds: float) -> str:
@@ -95,12 +120,36 @@ def shares(seconds: Mapping[str, float]) -> str:
 
 
 def cells(text: str) -> int:
-    """How many cells of a terminal a text takes: Chinese characters take two.
+    r"""How many cells of a terminal a text takes: Chinese characters take two, accents and joiners none.
 
-    >>> cells("acc"), cells("准确率")
-    (3, 6)
+    >>> cells("acc"), cells("准确率"), cells("e\u0301"), cells("\u200b")
+    (3, 6, 1, 0)
     """
-    return sum(2 if unicodedata.east_asian_width(one) in "WF" else not unicodedata.combining(one) for one in text)
+    return len(text) if text.isascii() else sum(map(_cells_of_one, text))
+
+
+def _cells_of_one(character: str) -> int:
+    if unicodedata.category(character) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def showable(text: str, encoding: str = "utf-8") -> str:
+    r"""The text as a screen of this encoding can show it: control characters, and what the encoding lacks, as escapes.
+
+    >>> print(showable("a\nb"), showable("准", "ascii"))
+    a\nb \u51c6
+    """
+    if not text.isprintable():
+        hidden = ("Cc", "Cs", "Zl", "Zp")
+        escaped = (
+            one.encode("unicode_escape").decode() if unicodedata.category(one) in hidden else one for one in text
+        )
+        text = "".join(escaped)
+    try:
+        return text.encode(encoding, "backslashreplace").decode(encoding)
+    except (LookupError, ValueError):  # no encoding that is known here
+        return text
 
 
 def right(text: str, width: int) -> str:

@@ -12,12 +12,13 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch_frame.tracking.table import Entry
+from torch_frame.tracking.format import showable
+from torch_frame.tracking.table import Entry, number_from_json
 
 _logger = logging.getLogger("torch_frame")
 
@@ -137,9 +138,11 @@ class RunFiles:
             FileNotFoundError: if the folder holds no run.
         """
         path = Path(folder)
-        facts, entries = _object_in(path / RUN_FILE), entries_in(path / TABLE_FILE)
+        facts, entries = checked_facts(_object_in(path / RUN_FILE)), entries_in(path / TABLE_FILE)
         if not entries:
             entries = _entries_of_metrics(path / "metrics.jsonl", facts.get("max_epochs"))
+        if not path.exists():
+            raise FileNotFoundError(f"There is no folder {folder}.")
         if not facts and not entries:
             raise FileNotFoundError(
                 f"{folder} holds no run: there is no {RUN_FILE}, {TABLE_FILE} or metrics.jsonl. Give the work dir of a run, as "
@@ -150,8 +153,7 @@ class RunFiles:
     @property
     def settings(self) -> dict[str, Any]:
         """name -> value."""
-        found = self.facts.get("settings")
-        return dict(found) if isinstance(found, Mapping) else {}
+        return dict(self.facts.get("settings", {}))
 
     @property
     def how(self) -> str:
@@ -163,18 +165,95 @@ class RunFiles:
     @property
     def columns(self) -> list[str]:
         """Names of the table's values in the order in which the run has shown them; [] if it does not say."""
-        found = self.facts.get("columns")
-        return [str(name) for name in found] if isinstance(found, list) else []
+        return list(self.facts.get("columns", []))
 
     @property
     def followed(self) -> dict[str, dict[str, Any]]:
         """metric -> {"max_first": bool, "file": name or None}."""
-        found = self.facts.get("followed")
-        return dict(found) if isinstance(found, Mapping) else {}
+        return dict(self.facts.get("followed", {}))
 
     def best(self, metric: str) -> Entry | None:
         """The line of the best value, by the marks that the run has made; None if it has made none."""
-        return next((entry for entry in reversed(self.entries) if metric in entry.best), None)
+        return next(
+            (entry for entry in reversed(self.entries) if metric in entry.best and metric in entry.values), None
+        )
+
+
+def checked_facts(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What is of the form that it is read in; the rest, of a damaged or foreign file, is left out.
+
+    >>> checked_facts(
+    ...     {"how": "finished", "iter": "many", "best": {"acc": {"value": None, "label": "Epoch 1", "file": 3}}}
+    ... )
+    {'how': 'finished', 'best': {}}
+    """
+    facts: dict[str, Any] = {}
+    for name, read in _FORMS.items():
+        try:
+            facts |= {} if found.get(name) is None else {name: read(found[name])}
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
+            continue
+    return facts
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return showable(value)
+
+
+def _file(value: Any) -> str | None:
+    return None if value is None else _text(value)
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{value!r} is no whole number")
+    return value
+
+
+def _mapping(value: Any, read: Callable[[Any], Any]) -> dict[str, Any]:
+    """Each item by itself: one that is damaged costs no other."""
+    items = {}
+    for name, item in value.items():
+        with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError, AttributeError):
+            items[name] = read(item)
+    return items
+
+
+def _best(value: Any) -> dict[str, Any]:
+    found, label = number_from_json(value["value"]), _text(value["label"])
+    return {"value": found, "label": label, "file": _file(value.get("file"))}
+
+
+def _followed(value: Any) -> dict[str, Any]:
+    return {"max_first": bool(value.get("max_first", True)), "file": _file(value.get("file"))}
+
+
+_FORMS: dict[str, Callable[[Any], Any]] = {
+    "how": _text,
+    "error": _text,
+    "host": _text,
+    "command": _text,
+    "unit": _text,
+    "iter": _count,
+    "pid": _count,
+    "max_epochs": _count,
+    "started": number_from_json,
+    "seconds": number_from_json,
+    "seconds_before": number_from_json,
+    "split": lambda value: _mapping(value, number_from_json),
+    "best": lambda value: _mapping(value, _best),
+    "followed": lambda value: _mapping(value, _followed),
+    "columns": lambda value: [_name(name) for name in value],
+    "settings": dict,
+}
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no name")
+    return value
 
 
 def _is_alive(pid: Any) -> bool:
@@ -198,7 +277,7 @@ def entries_in(path: Path) -> list[Entry]:
 def _entry_of(row: Mapping[str, Any]) -> Entry | None:
     try:
         return Entry.from_row(row)
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
         return None
 
 
@@ -250,14 +329,14 @@ def _seconds_of(facts: Mapping[str, Any]) -> float:
 
 
 def _plain(value: Any) -> Any:
-    """For JSON: NaN and infinity are null, what is neither number nor text is its text."""
+    """For JSON: NaN is null, infinities are texts, and so is what is neither number nor text."""
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def _replace(path: Path, text: str) -> None:

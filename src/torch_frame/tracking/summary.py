@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch_frame.tracking.format import ago, aligned, duration, shares, value_text
+from torch_frame.tracking.format import ago, aligned, duration, shares, showable, size_text, value_text
 from torch_frame.tracking.table import Entry
 
 RUNNING, FINISHED, STOPPED, FAILED, KILLED = "running", "finished", "stopped", "failed", "killed"
@@ -56,7 +56,8 @@ def _title(facts: Mapping[str, Any], last: Entry | None) -> str:
 
 def _counted(last: Entry) -> str:
     epochs = last.epoch + 1
-    return f"{epochs:,} epoch{'s' if epochs > 1 else ''}, {last.iter + 1:,} batches"
+    of_epochs = f"{epochs:,} epoch{'s' if epochs > 1 else ''}, " if last.label.startswith("Epoch") else ""
+    return f"{of_epochs}{last.iter + 1:,} batch{'es' if last.iter else ''}"
 
 
 def _lower(label: str) -> str:
@@ -76,7 +77,7 @@ def _best_row(folder: Path, best: Any) -> str:
     for metric, found in best.items():
         file = found.get("file")
         where = f": {_path(folder, 'checkpoints', file)}" if file and (folder / "checkpoints" / file).exists() else ""
-        lines.append(f"{metric} {value_text(float(found['value']))} in {_lower(found['label'])}{where}")
+        lines.append(f"{showable(metric)} {value_text(float(found['value']))} in {_lower(found['label'])}{where}")
     return "\n".join(lines)
 
 
@@ -85,7 +86,7 @@ def _last_row(last: Entry | None, best: Any) -> str:
         return ""
     wanted = ["total_loss", *(best if isinstance(best, Mapping) else ())]
     shown = {name: last.values[name] for name in wanted if name in last.values} or dict(list(last.values.items())[:3])
-    return ", ".join(f"{name} {value_text(value)}" for name, value in shown.items())
+    return ", ".join(f"{showable(name)} {value_text(value)}" for name, value in shown.items())
 
 
 def _time_row(facts: Mapping[str, Any]) -> str:
@@ -104,7 +105,7 @@ def _saved_row(folder: Path) -> str:
         except OSError:
             continue
         age = ago(time.time() - status.st_mtime)
-        return f"{_path(folder, 'checkpoints', name)}, {status.st_size / 2**20:.1f} MiB, {age}"
+        return f"{_path(folder, 'checkpoints', name)}, {size_text(status.st_size)}, {age}"
     return ""
 
 

@@ -12,8 +12,10 @@ from torch_frame.tracking.format import (
     duration,
     left,
     rate_text,
+    rates_width,
     right,
     shortened,
+    showable,
     speed_text,
     value_text,
 )
@@ -62,14 +64,34 @@ class Entry:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Entry:
-        """The entry that was written as a row: null was a value that is not finite; what is not known is left out.
+        """The entry that was written as a row: null was NaN, what is not known is left out.
 
         Raises:
-            KeyError, TypeError: if it is no such row.
+            KeyError, TypeError, ValueError, OverflowError, AttributeError: if it is no such row.
         """
-        values = {str(name): float("nan") if value is None else float(value) for name, value in row["values"].items()}
         known = {item.name: row[item.name] for item in fields(cls) if item.name in row}
-        return cls(**{**known, "values": values})
+        if not isinstance(known["label"], str) or not all(isinstance(name, str) for name in known.get("best", ())):
+            raise TypeError("a label and the names of the best values have to be texts")
+        for name in known.keys() & {"per_s", "time_s", "eta_s", "memory_mib"}:
+            known[name] = None if known[name] is None else number_from_json(known[name])
+        known["label"] = showable(known["label"])
+        known["iter"], known["epoch"] = int(number_from_json(known["iter"])), int(number_from_json(known["epoch"]))
+        known["lr"] = [number_from_json(rate) for rate in known.get("lr", ())]
+        known["values"] = {str(name): number_from_json(value) for name, value in row["values"].items()}
+        return cls(**known)
+
+
+def number_from_json(value: Any) -> float:
+    """A number that a file holds: null is NaN, infinities are texts.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    if value is None:
+        return float("nan")
+    if isinstance(value, bool) or (isinstance(value, str) and value not in ("inf", "-inf")):
+        raise TypeError(f"{value!r} is no number")
+    return float(value)
 
 
 @dataclass(frozen=True)
@@ -77,17 +99,18 @@ class _Column:
     head: str
     width: int
     kind: str  # "label", "value", "followed", or the name of an attribute of Entry
+    title: str
+    whole_width: int  # where there is no limit, and names are not shortened
 
-    def text(self, entry: Entry) -> str:
+    def text(self, entry: Entry, *, whole: bool = False) -> str:
         """The cell of an entry, in `width` cells; empty if the entry has nothing to say."""
-        if self.kind == "label":
-            return left(entry.label, self.width)
-        return right(self._plain(entry), self.width)
+        width = self.whole_width if whole else self.width
+        return left(entry.label, width) if self.kind == "label" else right(self._plain(entry), width)
 
-    def title(self) -> str:
-        if self.kind == "label":
-            return left(self.head, self.width)
-        return right(shortened(self.head, _NAME_WIDTH) + (" " if self.kind == "followed" else ""), self.width)
+    def header(self, *, whole: bool = False) -> str:
+        """The cell above the others."""
+        width, title = (self.whole_width, showable(self.head)) if whole else (self.width, self.title)
+        return left(title, width) if self.kind == "label" else right(title + " " * (self.kind == "followed"), width)
 
     def _plain(self, entry: Entry) -> str:
         if self.kind in ("value", "followed"):
@@ -111,6 +134,7 @@ class Table:
         followed: names that decide which weights are best, the most important first.
         unit: what `Entry.per_s` counts.
         label_width: cells of the longest label, if it is known.
+        encoding: of the screen: names are written in what it can show.
 
     >>> table = Table(followed=["eval_acc"])
     >>> values = {"total_loss": 0.5, "eval_acc": 0.75}
@@ -124,6 +148,7 @@ class Table:
     followed: Sequence[str] = ()
     unit: str = "samples"
     label_width: int = 0
+    encoding: str = "utf-8"
     _columns: list[_Column] = field(default_factory=list)
     _all_columns: list[_Column] = field(default_factory=list)
     _shown: list[str] = field(default_factory=list)  # attributes of Entry that have had a value
@@ -161,7 +186,7 @@ class Table:
         for kind in ("per_s", "time_s", "eta_s", "memory_mib"):
             if getattr(entry, kind) is not None and kind not in self._shown:
                 self._shown.append(kind)
-        self._grow("lr", cells(rate_text(entry.lr)), least=VALUE_WIDTH)
+        self._grow("lr", max(cells(rate_text(entry.lr)), rates_width(entry.lr)), least=VALUE_WIDTH)
         self._grow("label", cells(entry.label), least=self.label_width)
         before = self._columns, self._all_columns
         self._all_columns = self._every_column(entry, names)
@@ -174,15 +199,16 @@ class Table:
         self._widths[kind] = max(self._widths.get(kind, least), width)
 
     def _every_column(self, entry: Entry, names: Sequence[str]) -> list[_Column]:
-        columns = [_Column(entry.label.split(" ")[0], self._widths["label"], "label")]
-        for name in names:
-            is_followed = name in self.followed
-            width = max(VALUE_WIDTH, cells(shortened(name, _NAME_WIDTH))) + is_followed
-            columns.append(_Column(name, width, "followed" if is_followed else "value"))
+        columns = [_column(entry.label.split(" ")[0], self._widths["label"], "label")]
+        titles = [shortened(showable(name, self.encoding), _NAME_WIDTH) for name in names]
+        for name, title in zip(names, titles, strict=True):
+            kind = "followed" if name in self.followed else "value"
+            shown = title if titles.count(title) == 1 else showable(name, self.encoding)  # two that look alike
+            columns.append(_column(name, VALUE_WIDTH + (kind == "followed"), kind, shown))
         if entry.lr or self._widths["lr"] > VALUE_WIDTH:
-            columns.append(_Column("lr", self._widths["lr"], "lr"))
+            columns.append(_column("lr", self._widths["lr"], "lr"))
         heads = {"per_s": (f"{self.unit}/s", 9), "time_s": ("time", 7), "eta_s": ("ETA", 7), "memory_mib": ("mem", 7)}
-        return columns + [_Column(*heads[kind], kind) for kind in heads if kind in self._shown]
+        return columns + [_column(*heads[kind], kind) for kind in heads if kind in self._shown]
 
     def _those_that_fit(self, width: int) -> list[_Column]:
         """The label and the first of the others in any case; then as many as fit, the most important first."""
@@ -209,7 +235,8 @@ class Table:
     # ------------------------------------------------------------ text
 
     def _header(self) -> list[Line]:
-        text, whole = (_joined(column.title() for column in of) for of in (self._columns, self._all_columns))
+        text = _joined(column.header() for column in self._columns)
+        whole = _joined(column.header(whole=True) for column in self._all_columns)
         return [Line(text, whole, ((0, len(text), "head"),), begins_block=True)]
 
     def _line(self, entry: Entry) -> Line:
@@ -218,7 +245,15 @@ class Table:
             text += (_GAP if text else "") + column.text(entry)
             if column.kind == "followed" and column.head in entry.best:
                 marks.append((len(text) - len(column._plain(entry)), len(text), "best"))
-        return Line(text.rstrip(), _joined(column.text(entry) for column in self._all_columns), tuple(marks))
+        return Line(
+            text.rstrip(), _joined(column.text(entry, whole=True) for column in self._all_columns), tuple(marks)
+        )
+
+
+def _column(head: str, least: int, kind: str, title: str | None = None) -> _Column:
+    title, room = head if title is None else title, kind == "followed"
+    widths = (max(least, cells(text) + room) for text in (title, showable(head)))
+    return _Column(head, next(widths), kind, title, next(widths))
 
 
 def _joined(texts: Any) -> str:
