@@ -294,17 +294,16 @@ def _closed_screen() -> Screen:
     return stream
 
 
-@pytest.mark.parametrize(
-    ("make_bar", "reason"),
-    [
-        (lambda: ProgressBar(total=3, desc="训练", file=AsciiScreen(), interval_s=0), "UnicodeEncodeError"),
-        (lambda: ProgressBar(total=3, file=Screen(), values=_fail_to_read, interval_s=0), "no value"),
-    ],
-    ids=["encoding", "values"],
-)
-def test_a_bar_that_cannot_be_drawn_turns_itself_off(make_bar, reason: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_strict_stream_gets_what_its_encoding_has() -> None:
+    stream = AsciiScreen()
+    with ProgressBar(total=3, desc="训练", file=stream, interval_s=0) as bar:
+        bar.update(3)
+    assert b"\\u8bad\\u7ec3: 100%|###" in stream.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_bar_that_cannot_be_drawn_turns_itself_off(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "torch_frame")
-    bar = make_bar()
+    bar = ProgressBar(total=3, file=Screen(), values=_fail_to_read, interval_s=0)
     for _ in range(3):
         bar.update()
     bar.set_postfix(loss=1.0, refresh=True)
@@ -312,7 +311,7 @@ def test_a_bar_that_cannot_be_drawn_turns_itself_off(make_bar, reason: str, capl
     assert bar.n == 3
     (line,) = caplog.messages
     assert line.startswith("The progress bar is off: ")
-    assert reason in line
+    assert "no value" in line
     assert not list(TerminalBar._instances)
 
 
@@ -424,3 +423,30 @@ def test_an_odd_columns_variable_breaks_no_bar(columns: str) -> None:
         COLUMNS=columns,
     )
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_names_that_an_encoding_lacks_make_no_line_too_long() -> None:
+    sent = run_on_terminal(
+        """
+        from torch_frame.tracking.bar import ProgressBar
+        with ProgressBar(total=9, desc="轮次", values=lambda: {"准确率": 0.5, "a\\nb": 1.0}, interval_s=0.0) as bar:
+            for _ in range(9):
+                bar.update()
+        """,
+        PYTHONIOENCODING="ascii",
+    )
+    assert "\\u8f6e\\u6b21" in sent
+    assert max(map(len, re.split(r"[\r\n]+", sent))) <= 80
+
+
+@pytest.mark.parametrize(("encoding", "drawn_with"), [("gbk", "#"), ("utf-8", "█")])
+def test_blocks_that_take_two_cells_in_an_encoding_are_not_drawn(encoding: str, drawn_with: str) -> None:
+    sent = run_on_terminal(
+        """
+        from torch_frame.tracking.bar import ProgressBar
+        with ProgressBar(total=2, interval_s=0.0) as bar:
+            bar.update(2)
+        """,
+        PYTHONIOENCODING=encoding,
+    )
+    assert drawn_with in sent

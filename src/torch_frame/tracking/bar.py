@@ -17,7 +17,7 @@ from typing import Any, Protocol, Self
 
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
-from torch_frame.tracking.format import cells
+from torch_frame.tracking.format import cells, showable
 from torch_frame.tracking.notebook import current_area, kernel_shell, updates_outputs
 
 _logger = logging.getLogger(__name__)
@@ -100,6 +100,11 @@ def _size_keywords(stream: Any) -> dict[str, Any]:
     return {"dynamic_ncols": True} if size.columns and size.lines else {"ncols": 80, "nrows": 24}
 
 
+def _encoding_of(stream: Any) -> str:
+    encoding = getattr(stream, "encoding", None)
+    return encoding if isinstance(encoding, str) else "utf-8"
+
+
 def _is_disabled_by_environment() -> bool:
     return os.environ.get("TQDM_DISABLE", "").lower() not in ("", "0", "false")
 
@@ -125,9 +130,15 @@ def _format(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, Real) else str(value)
 
 
-def _parts(bar: "ProgressBar") -> list[str]:
+def _parts(bar: "ProgressBar", encoding: str) -> list[str]:
     """What stands behind a drawn bar."""
-    return [*(f"{key}={value}" for key, value in bar.shown().items()), *bar.notes()]
+    parts = [*(f"{key}={value}" for key, value in bar.shown().items()), *bar.notes()]
+    return [showable(part, encoding) for part in parts]
+
+
+def _is_utf(encoding: str) -> bool:
+    """GBK and others have the blocks that bars are drawn with too, but terminals show them twice as wide there."""
+    return encoding.lower().startswith(("utf", "u8", "cp65001"))
 
 
 def _those_that_fit(parts: list[str], room: float) -> list[str]:
@@ -159,7 +170,9 @@ class _DrawnBar:
     """A bar that tqdm draws and redraws in place, on a terminal or in a notebook."""
 
     def __init__(self, bar_class: type[TerminalBar], **tqdm_kwargs: Any) -> None:
-        self._tqdm = bar_class(**tqdm_kwargs)
+        self._encoding = _encoding_of(tqdm_kwargs.get("file") or sys.stderr)
+        own = {"desc": showable(tqdm_kwargs.pop("desc", None) or "", self._encoding)}
+        self._tqdm = bar_class(**{"ascii": None if _is_utf(self._encoding) else True, **tqdm_kwargs, **own})
         # tqdm has settled its arguments and environment variables; from here on the gate is ours.
         self.interval_s = float(self._tqdm.mininterval)
         self._tqdm.mininterval = 0
@@ -168,8 +181,8 @@ class _DrawnBar:
         if getattr(self._tqdm.fp, "closed", False):
             raise ValueError("the stream it draws on is closed")
         self._tqdm.total = bar.total
-        self._tqdm.desc = bar.desc
-        self._tqdm.postfix = ", ".join(_those_that_fit(_parts(bar), self._room(bar)))
+        self._tqdm.desc = showable(bar.desc, self._encoding)
+        self._tqdm.postfix = ", ".join(_those_that_fit(_parts(bar, self._encoding), self._room(bar)))
 
     def _room(self, bar: "ProgressBar") -> float:
         """Cells behind the counts and times, beside a bar of ten cells; infinite if the line has no width."""
@@ -213,11 +226,11 @@ class _NotebookLine:
             "n": bar.n,
             "total": bar.total,
             "elapsed": perf_counter() - self._started_s,
-            "prefix": bar.desc.removesuffix(": "),
+            "prefix": showable(bar.desc.removesuffix(": ")),
             "unit": self._unit,
             "initial": self._initial,
         }
-        fitting = _those_that_fit(_parts(bar), self._width - cells(tqdm.format_meter(**meter)))
+        fitting = _those_that_fit(_parts(bar, "utf-8"), self._width - cells(tqdm.format_meter(**meter)))
         return str(tqdm.format_meter(**meter, ncols=self._width, postfix=", ".join(fitting)))
 
     def close(self, bar: "ProgressBar") -> None:
@@ -257,7 +270,7 @@ class _LogLines:
             place += f"/{bar.total}"
         values = [f"{key} {value}" for key, value in bar.shown().items()]
         parts = [bar.desc.removesuffix(": "), place, *self._speed(bar), *values, *bar.notes()]
-        _logger.info("%s", "  ".join(part for part in parts if part))
+        _logger.info("%s", showable("  ".join(part for part in parts if part)))
 
     def close(self, bar: "ProgressBar") -> None:
         pass
