@@ -163,7 +163,8 @@ class EvalTotalHook(EvaluationHook):
                         names |= self._scalars(prefix, self._compute(merged=False))
                     except Exception:  # one batch may be too little for it; a real evaluation will tell
                         return None
-                    self._draw(prefix)
+                    if self.save_metric is not None:
+                        self._draw(prefix)
                 finally:
                     self._reset()
         return names.keys()
