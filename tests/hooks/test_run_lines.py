@@ -140,6 +140,14 @@ def test_after_a_signal_the_block_has_the_command_that_continues(tmp_path: Path)
     assert re.search(r"to continue: python[\d.]* train.py --size 7\n +with Trainer\(..., resume=", done.stdout)
 
 
+def test_the_block_has_scores_that_nobody_follows(tmp_path: Path) -> None:
+    hooks = [EvalHook([0], lambda model, batch: {"acc": [0.5]}, progress_bar=False), LoggerHook(progress_bar=False)]
+    trainer = make_trainer(tmp_path, max_epochs=1, hooks=hooks, clip_grad_norm=1.0)
+    trainer.train(5, 2)
+    (last,) = [line for line in lines_of(trainer) if line.startswith("  last")]
+    assert re.fullmatch(r"  last +total_loss 1\.\d{4}, eval_acc 0\.5000", last), last
+
+
 def test_a_run_with_nothing_to_train_ends_in_a_block(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_epochs=1, hooks=[LoggerHook(progress_bar=False)])
     trainer.train(5, 2)

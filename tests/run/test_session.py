@@ -30,7 +30,7 @@ def test_the_first_lines_say_what_is_trained_on_what_and_how_long(
         trainer.train()
     rows = dict(re.fullmatch(r"  (\S.*?)  +(\S.*)", line).groups() for line in caplog.messages[1:9])
     assert rows == {
-        "Model": "Net, 41 parameters (33 trainable), 0.0 MiB",
+        "Model": "Net, 41 parameters (33 trainable), 164 bytes",
         "Frozen": "layers.0.bias",
         "Data": "TensorDataset, 20 samples an epoch",
         "Batch": "8 samples an update (4 a batch x 2 accumulated)",
@@ -69,7 +69,7 @@ def test_the_batch_row_counts_the_samples_of_one_update(arguments: tuple[int | N
 def test_the_model_row_counts_shared_parameters_once_and_buffers_in_the_size() -> None:
     tied = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.BatchNorm1d(1024))
     tied[1].weight = tied[0].weight
-    assert first_block.model_row(tied) == "Sequential, 2,064 parameters (2,064 trainable), 0.0 MiB"
+    assert first_block.model_row(tied) == "Sequential, 2,064 parameters (2,064 trainable), 16.1 KiB"
 
 
 def test_a_loader_without_a_length_has_no_steps() -> None:

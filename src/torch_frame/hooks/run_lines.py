@@ -37,6 +37,7 @@ class RunLines:
         self._best: dict[str, dict[str, Any]] = dict(saved.get("best", {}))
         self._shown_at: dict[str, int] = dict(saved.get("shown_at", {}))
         self._columns: list[str] = list(saved.get("columns", []))
+        self._prefixes = tuple(f"{prefix}_" for hook in trainer.hooks for prefix in hook.metric_prefixes())
         self._samples_a_batch = _samples_a_batch(trainer)
         unit = "batches" if self._samples_a_batch is None else "samples"
         followed = list(dict.fromkeys(str(hook.save_metric) for hook in self._followers))
@@ -132,7 +133,10 @@ class RunLines:
         columns = with_new(self._columns, names)
         if columns != self._columns:
             self._columns = columns
-            self._record.note(columns=columns)
+            self._record.note(columns=columns, scores=self._scores())
+
+    def _scores(self) -> list[str]:
+        return [name for name in self._columns if name.startswith(self._prefixes)]
 
     def _new_best(self, label: str, values: Mapping[str, float]) -> list[str]:
         """The names whose values are the best so far, by the hooks that follow them."""
@@ -229,6 +233,7 @@ class RunLines:
             "followed": followed,
             "best": self._best,
             "columns": self._columns,
+            "scores": self._scores(),
             "command": command_line(),
             "settings": trainer.run_parameters,
         }

@@ -246,6 +246,7 @@ _FORMS: dict[str, Callable[[Any], Any]] = {
     "best": lambda value: _mapping(value, _best),
     "followed": lambda value: _mapping(value, _followed),
     "columns": lambda value: [_name(name) for name in value],
+    "scores": lambda value: [_name(name) for name in value],
     "settings": dict,
 }
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch_frame.tracking.format import ago, aligned, duration, shares, showable, size_text, value_text
 from torch_frame.tracking.table import Entry
 
+_VALUES_SHOWN = 4
 RUNNING, FINISHED, STOPPED, FAILED, KILLED = "running", "finished", "stopped", "failed", "killed"
 
 
@@ -21,14 +22,15 @@ def last_block(folder: str | os.PathLike[str], facts: Mapping[str, Any], last: E
 
     Args:
         folder: of the run.
-        facts: of `run.json` when the run has ended: `how`, `error`, `iter`, `seconds`, `split`, `best`, `command`.
+        facts: of `run.json` when the run has ended: `how`, `error`, `iter`, `seconds`, `split`, `best`, `followed`, `scores`,
+            `command`.
         last: the table's last line.
         width: cells of the screen.
     """
     path = Path(folder)
     rows = {
         "best": _best_row(path, facts.get("best")),
-        "last": _last_row(last, facts.get("best")),
+        "last": _last_row(last, facts),
         "time": _time_row(facts),
         "state": _saved_row(path),
         "files": _files_row(path),
@@ -81,12 +83,12 @@ def _best_row(folder: Path, best: Any) -> str:
     return "\n".join(lines)
 
 
-def _last_row(last: Entry | None, best: Any) -> str:
+def _last_row(last: Entry | None, facts: Mapping[str, Any]) -> str:
     if last is None:
         return ""
-    wanted = ["total_loss", *(best if isinstance(best, Mapping) else ())]
-    shown = {name: last.values[name] for name in wanted if name in last.values} or dict(list(last.values.items())[:3])
-    return ", ".join(f"{showable(name)} {value_text(value)}" for name, value in shown.items())
+    wanted = dict.fromkeys(["total_loss", *facts.get("followed", ()), *facts.get("scores", ())])
+    names = [name for name in wanted if name in last.values] or list(last.values)
+    return ", ".join(f"{showable(name)} {value_text(last.values[name])}" for name in names[:_VALUES_SHOWN])
 
 
 def _time_row(facts: Mapping[str, Any]) -> str:
