@@ -90,5 +90,5 @@ def test_a_script_for_one_process_runs_under_torchrun(tmp_path: Path) -> None:
     options = ["--limit", "1280", "--epochs", "1", "--threads", "1", "--work-dir", tmp_path / "run"]
     output = run(tmp_path, *command, SCRIPT, *options)
     assert output.count("Test accuracy: ") == 1
-    assert "1 epochs x 10 batches, 10 updates" in output, "10 batches of 128, shared by two"
+    assert "1 epoch x 10 batches, 10 updates" in output, "10 batches of 128, shared by two"
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} >= {"best.pth", "latest.pth"}

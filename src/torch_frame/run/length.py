@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch_frame.errors import SettingError
 from torch_frame.progress import Progress
 from torch_frame.scalars import is_whole
+from torch_frame.tracking.format import counted
 
 T = TypeVar("T")
 _logger = logging.getLogger("torch_frame")
@@ -216,12 +217,13 @@ def steps_row(
     'max_iters=1000 batches; the loader has no length'
     """
     if epoch_len is None:
-        parts = [] if max_epochs is None else [f"{max_epochs} epochs"]
+        parts = [] if max_epochs is None else [counted(max_epochs, "epoch")]
         parts += [] if max_iters is None else [f"max_iters={max_iters} batches"]
         return f"{' or '.join(parts)}; the loader has no length"
-    epochs = f"epochs of {epoch_len} batches" if max_epochs is None else f"{max_epochs} epochs x {epoch_len} batches"
+    batches = counted(epoch_len, "batch", "batches")
+    epochs = f"epochs of {batches}" if max_epochs is None else f"{counted(max_epochs, 'epoch')} x {batches}"
     ends = "" if max_iters is None else f", at most max_iters={max_iters} batches"
-    return f"{epochs}{ends}, {num_updates:,} updates"
+    return f"{epochs}{ends}, {counted(num_updates or 0, 'update')}"
 
 
 def check_lengths(max_epochs: Any, max_iters: Any, limit_batches: Any) -> None:

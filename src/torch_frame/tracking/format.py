@@ -93,6 +93,15 @@ def size_text(num_bytes: float) -> str:
     return f"{num_bytes:.0f} bytes"
 
 
+def counted(number: int, one: str, several: str = "") -> str:
+    """A number of things.
+
+    >>> counted(1, "epoch"), counted(1200, "epoch"), counted(2, "batch", "batches")
+    ('1 epoch', '1,200 epochs', '2 batches')
+    """
+    return f"{number:,} {one if number == 1 else several or f'{one}s'}"
+
+
 def ago(seconds: float) -> str:
     """How long something is past, roughly.
 

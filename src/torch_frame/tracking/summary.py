@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch_frame.tracking.format import ago, aligned, duration, shares, showable, size_text, value_text
+from torch_frame.tracking.format import ago, aligned, counted, duration, shares, showable, size_text, value_text
 from torch_frame.tracking.table import Entry
 
 _VALUES_SHOWN = 4
@@ -57,9 +57,8 @@ def _title(facts: Mapping[str, Any], last: Entry | None) -> str:
 
 
 def _counted(last: Entry) -> str:
-    epochs = last.epoch + 1
-    of_epochs = f"{epochs:,} epoch{'s' if epochs > 1 else ''}, " if last.label.startswith("Epoch") else ""
-    return f"{of_epochs}{last.iter + 1:,} batch{'es' if last.iter else ''}"
+    epochs = [counted(last.epoch + 1, "epoch")] if last.label.startswith("Epoch") else []
+    return ", ".join([*epochs, counted(last.iter + 1, "batch", "batches")])
 
 
 def _lower(label: str) -> str:
