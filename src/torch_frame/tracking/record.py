@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from torch_frame.tracking.format import showable
+from torch_frame.tracking.processes import is_alive
 from torch_frame.tracking.table import Entry, number_from_json
 
 _logger = logging.getLogger("torch_frame")
@@ -160,7 +161,8 @@ class RunFiles:
         """ "finished", "stopped", "failed", "running", "killed" (its process is gone), or "unknown"."""
         how = str(self.facts.get("how", "unknown"))
         is_here = self.facts.get("host") == socket.gethostname()
-        return "killed" if how == "running" and is_here and not _is_alive(self.facts.get("pid")) else how
+        is_gone = is_here and not is_alive(self.facts.get("pid"), self.facts.get("started"))
+        return "killed" if how == "running" and is_gone else how
 
     @property
     def columns(self) -> list[str]:
@@ -255,19 +257,6 @@ def _name(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is no name")
     return value
-
-
-def _is_alive(pid: Any) -> bool:
-    """Whether a process of this machine is there; on Windows, which would end it for the question, it is taken to be."""
-    if os.name == "nt" or not isinstance(pid, int) or pid <= 0:
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def entries_in(path: Path) -> list[Entry]:
