@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tests.distributed.processes import outcomes
 from tests.small_hooks import On, at_iter
 from tests.small_runs import Net, differences, make_batches, make_trainer, raised_by, weights_of
-from torch_frame import CheckpointerHook, EvalHook, EvalTotalHook, HookBase, LoggerHook, Trainer
+from torch_frame import CheckpointerHook, EvalHook, EvalTotalHook, HookBase, LoggerHook, SettingError, Trainer
 from torch_frame.hooks.evaluate import EvaluationHook
 from torch_frame.metrics import BaseMetric, MeanAveragePrecision, ObjDetMAPMetric
 
@@ -252,6 +252,21 @@ def test_an_evaluation_that_needs_what_training_makes_is_told_and_works(
         "The evaluation EvalHook (knn) was tried on one batch before the first step and failed: KeyError" in caplog.text
     )
     assert trainer.metric_storage["knn_acc"].latest == 0.5
+
+
+class Empty:
+    """No batch, and no length that would say so."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+
+@pytest.mark.parametrize("period", [1, 3])
+def test_a_late_evaluation_without_a_batch_is_an_error_before_the_first_step(period: int, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_epochs=3, hooks=[EvalHook(Empty(), Counted(), period, **QUIET), logger()])
+    with pytest.raises(SettingError, match="empty"):
+        trainer.train(5, 2)
+    assert trainer.progress.iter == 0
 
 
 def test_a_metric_whose_trial_fails_starts_clean(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

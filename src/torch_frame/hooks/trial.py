@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from torch_frame.data.rng import loader_generators
+from torch_frame.errors import TorchFrameError
 from torch_frame.hooks.base import HookTrainer
 from torch_frame.metrics.metric import BaseMetric
 from torch_frame.training.buffers import BufferSnapshot
@@ -37,9 +38,15 @@ def is_late(trainer: HookTrainer, prefixes: Iterable[str], *, in_this_epoch: boo
 
 
 def names_if_it_works(trial: Callable[[], Set[str] | None], whose: str) -> Set[str] | None:
-    """What `trial` finds out; None if it fails, which is told: the evaluation may need what training has yet to make."""
+    """What `trial` finds out; None if it fails, which is told: the evaluation may need what training has yet to make.
+
+    Raises:
+        TorchFrameError: for what no training mends, such as a loader without a batch.
+    """
     try:
         return trial()
+    except TorchFrameError:
+        raise
     except Exception as error:
         _logger.warning(
             "The evaluation %s was tried on one batch before the first step and failed: %s: %s. If it needs something that "
