@@ -1,7 +1,7 @@
 """AccelerateTrainer on scikit-learn's handwritten digits: one script for one process and for several.
 
 python examples/accelerate_digits.py
-accelerate launch --cpu --num_processes 2 examples/accelerate_digits.py
+ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 examples/accelerate_digits.py     # without a GPU
 accelerate launch examples/accelerate_digits.py --mixed-precision bf16      # as `accelerate config` says
 """
 

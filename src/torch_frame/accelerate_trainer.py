@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from torch_frame.checkpoint.weights import WeightsReport
+from torch_frame.data.plan import splits_by_itself
 from torch_frame.distributed.accelerate import (
+    AcceleratedOne,
+    AcceleratedRanks,
     accelerated,
     bare_optimizer,
     bare_scheduler,
-    is_accelerates_loader,
+    own_window,
+    settings_without_effect,
+    splits_loaders,
 )
 from torch_frame.errors import SettingError
 from torch_frame.hooks.base import HookBase
+from torch_frame.run import alike
+from torch_frame.run.modes import Modes
+from torch_frame.run.resume import load_best
+from torch_frame.run.saving import Contents
+from torch_frame.run.script_settings import AllSettings
+from torch_frame.run.trained import FrozenParameters, frozen_parameters
 from torch_frame.trainer import CreateNewDir, Trainer, logger
+from torch_frame.training.ema import EMA
 from torch_frame.training.named_schedules import ENDLESS, check_schedule_name, schedule_by_name
 from torch_frame.training.precision import PrecisionName
 from torch_frame.training.schedules import WarmupMethod
@@ -44,6 +59,7 @@ class AccelerateTrainer(Trainer):
         gradient_accumulation_steps: batches in an update, on each process; None: the accelerator's, else 1.
         hook_only_main_gpu: hooks are registered on the main process only, and the others wait for them; False: on all.
         accelerator: an `Accelerator` of the script's own; None: one is made.
+        own_shards: the data loader gives each process a part of its own already; it is used as it is.
         settings: keyword arguments of `Trainer`.
 
     Attributes:
@@ -54,6 +70,13 @@ class AccelerateTrainer(Trainer):
         SettingError: for an unknown name, for settings that accelerate's global state does not have, and where accelerate is not
             installed.
     """
+
+    # fmt: off
+    _own_attributes = frozenset((
+        "accelerator", "_accelerated", "_is_prepared", "_is_told_apart", "_named_warmup", "_project_dir",
+        "_resume_settings", "_save_frozen", "_serves", "_shown", "_takes_hooks",
+    ))
+    # fmt: on
 
     def __init__(
         self,
@@ -76,6 +99,7 @@ class AccelerateTrainer(Trainer):
         *,
         hook_only_main_gpu: bool = True,
         accelerator: Any = None,
+        own_shards: bool = False,
         **settings: Any,
     ) -> None:
         _check_settings(settings)
@@ -83,22 +107,33 @@ class AccelerateTrainer(Trainer):
         if is_named:
             check_schedule_name(lr_scheduler)
             _tell_of_warmup(lr_scheduler, warmup_method, warmup_iters)
+            _tell_of_interval(settings.get("lr_scheduler_interval"))
+        joined = 1 if accelerator is not None else _window_of_joined()
         self.accelerator = _accelerator(accelerator, mixed_precision, work_dir)
+        self._project_dir = os.fspath(work_dir) if accelerator is None else None
         optimizer = _each(bare_optimizer, optimizer)
         if is_named:
             name = lr_scheduler
             lr_scheduler = _each(lambda one: schedule_by_name(name, one, warmup_iters, self._num_updates), optimizer)
             settings["lr_scheduler_interval"] = "iter"
-        self._accelerated = accelerated(self.accelerator)
-        hooks = hooks if self.accelerator.is_main_process or not hook_only_main_gpu else []
+        self._accelerated = accelerated(self.accelerator, own_shards=own_shards)
+        self._accelerated.window_sign.is_used = type(self).train_one_iter is Trainer.train_one_iter
+        self._takes_hooks = self.accelerator.is_main_process or not hook_only_main_gpu
+        hooks = hooks if self._takes_hooks else []
         self._is_prepared = False
+        self._save_frozen, self._resume_settings = settings.get("save_frozen", True), settings.get("resume_settings")
+        self._is_told_apart = False  # that the processes train different models
+        self._serves = False  # the other processes wait for what this one's `save_checkpoint` needs of them
+        device = self.accelerator.device
+        data_seed = self.accelerator.dataloader_config.data_seed
+        settings = settings if data_seed is None else {"seed": data_seed, **settings}
         self._shown: Any = None
         self._named_warmup = warmup_iters if is_named else 0
         super().__init__(
             model,
             optimizer,
             _each(bare_scheduler, lr_scheduler),
-            self._split(data_loader),
+            self._split(data_loader, takes_over=settings.get("take_over", True)),
             max_epochs,
             work_dir,
             clip_grad_norm,
@@ -111,9 +146,9 @@ class AccelerateTrainer(Trainer):
             ema_decay,
             create_new_dir,
             strategy=self._accelerated,
-            device=self.accelerator.device if self.accelerator.device_placement else None,
+            device=None if _is_placed(model, device) or not self.accelerator.device_placement else device,
             precision=_precision(self.accelerator),
-            gradient_accumulation_steps=_window(self.accelerator, gradient_accumulation_steps),
+            gradient_accumulation_steps=_window(self.accelerator, gradient_accumulation_steps, joined),
             **settings,
         )
         self._use_prepared()
@@ -130,6 +165,7 @@ class AccelerateTrainer(Trainer):
             self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         else:  # DistributedDataParallel cannot serve a dict of optimizers: each has losses of its own
             is_dict = isinstance(self.optimizer, Mapping)
+            _tell_of_comm_hook(self.accelerator, is_dict)
             self.model = self.accelerator.prepare_model(self.model, evaluation_mode=is_dict)
 
     @property
@@ -138,16 +174,114 @@ class AccelerateTrainer(Trainer):
 
     def _prepare(self) -> None:
         if not self._is_prepared:
-            self._is_prepared = True
+            before, ema = self.model_or_module, self.model_ema
+            follows = ema is not None and ema.equals(before)
             self.prepare_model()
+            self._is_prepared = True
             self._use_prepared()
+            self._begin_alike(before, ema if follows else None)
             self._tell_of_long_warmup()
+        self._accelerated.window_sign.show(True)
+
+    def _begin_alike(self, before: nn.Module, ema: EMA | None) -> None:
+        """All processes, and EMA, begin with the main one's weights as `prepare_model` has left them.
+
+        Args:
+            before: the bare model before that.
+            ema: if it had averaged nothing yet.
+        """
+        self._accelerated.begin_alike(self.model)
+        bare = self.model_or_module
+        if bare is before:
+            if ema is not None:
+                ema.reset(bare)
+            return
+        if ema is not None:
+            self.model_ema = ema.of(bare, () if self._save_frozen else frozen_parameters(bare).values())
+        run = self._run
+        run.frozen = FrozenParameters(bare, self.model_ema, left_out=not self._save_frozen)
+        run.modes = Modes(bare, self.progress, run.attributes, self.model)
+        run.settings = AllSettings(self._resume_settings, bare, self.optimization.schedules)
+        self.optimization.on_change = run.settings.renew
+
+    def _prepare_for_training(self, console_log_level: int = 2, file_log_level: int = 2) -> None:
+        """The run's folder is there: it is the project's of an Accelerator that was made here."""
+        super()._prepare_for_training(console_log_level, file_log_level)
+        places = self.accelerator.project_configuration
+        for name in ("project_dir", "logging_dir"):
+            if self._project_dir is not None and getattr(places, name) == self._project_dir:
+                setattr(places, name, self.work_dir)
 
     def _use_prepared(self) -> None:
-        """Train with the model and the loader that stand in the attributes now."""
+        """Train with the model that stands in the attribute now."""
         self._accelerated.adopt(self.model)
         self.optimization.use_model(self.model)
-        self._accelerated.own_shards = is_accelerates_loader(self.data_loader)
+        self._own_step.model_casts = hasattr(self.model_or_module, "_original_forward")
+
+    # ---------------------------------------------------------------- hooks and saves of the main process
+
+    def register_hooks(self, hooks: Iterable[HookBase | None]) -> None:
+        """As in `Trainer`; with `hook_only_main_gpu=True` the other processes leave them out."""
+        super().register_hooks(hooks if self._takes_hooks else [])
+
+    def batches(self) -> Iterator[tuple[Any, int]]:
+        """As in `Trainer`; what hooks of the main process have changed since the last epoch is shared first."""
+        if isinstance(self._accelerated, AcceleratedRanks) and self._shares:
+            self._accelerated.surround(self.stages)
+            alike.share_changes(self.strategy, self.model_or_module, self.optimization.optimizers)
+        return super().batches()
+
+    def _finish_epoch(self) -> None:
+        if self._shares and not self._is_told_apart:
+            self._is_told_apart = not alike.tell_of_differences(self.strategy, self.model_or_module)
+        super()._finish_epoch()
+
+    @property
+    def _shares(self) -> bool:
+        """The processes hold the same model, and one of them has hooks."""
+        ranks = self._accelerated
+        return not self._ranks.hooks_on_all and isinstance(ranks, AcceleratedRanks) and not ranks.exchanges_itself
+
+    def save_checkpoint(self, file_name: str, save_single_model: bool = True, print_info: bool = False) -> None:
+        """As in `Trainer`. An override is called on the processes that have hooks; the others wait for it."""
+        if self._serves and not save_single_model:
+            self.strategy.broadcast(file_name)
+        super().save_checkpoint(file_name, save_single_model, print_info)
+
+    def load_best(self) -> WeightsReport:
+        """As in `Trainer`; a hook of the main process loads them there, and before the next epoch all processes have them."""
+        if isinstance(self._accelerated, AcceleratedOne) or not self._accelerated.is_alone:
+            return super().load_best()
+        self.wait_for_saves()
+        models = [self.model_or_module] + ([] if self.model_ema is None else [self.model_ema.model])
+        return load_best(self.ckpt_dir, models, self.hook_strategy)
+
+    def _contents(self) -> Contents:
+        own_save: Any = self.save_checkpoint
+        if type(self).save_checkpoint is AccelerateTrainer.save_checkpoint:
+            own_save = None
+        elif isinstance(self._accelerated, AcceleratedRanks) and not self._accelerated.exchanges_itself:
+            own_save = self.save_checkpoint if self._ranks.hooks_on_all else self._save_on_main
+        return dataclasses.replace(super()._contents(), own_save=own_save)
+
+    def _save_on_main(self, file_name: str, save_single_model: bool) -> None:
+        """Call an override of `save_checkpoint` on the main process, as 1.7 did."""
+        if save_single_model:  # asked for by a hook, so the others are not here
+            with self._accelerated.alone():
+                self.save_checkpoint(file_name, True)
+        elif self.rank == 0:
+            with self._accelerated.alone():
+                self._serves = True
+                try:
+                    self.save_checkpoint(file_name, False)
+                finally:
+                    self._serves = False
+            self.strategy.broadcast(None)
+        else:  # it may call the trainer's own method, which all processes take part in
+            while (asked := self.strategy.broadcast(None)) is not None:
+                super().save_checkpoint(asked, False)
+
+    # ---------------------------------------------------------------- what scripts set
 
     @property
     def optimizer(self) -> Any:
@@ -157,6 +291,8 @@ class AccelerateTrainer(Trainer):
 
     @optimizer.setter
     def optimizer(self, optimizer: Any) -> None:
+        if not self._is_prepared:  # prepare_model may have made another model before
+            self._use_prepared()
         self._shown = optimizer
         bare = _each(bare_optimizer, optimizer)
         if bare is not Trainer.optimizer.fget(self):
@@ -173,16 +309,16 @@ class AccelerateTrainer(Trainer):
         if bare is not self.lr_scheduler:
             Trainer.lr_scheduler.fset(self, bare)
 
-    def _split(self, loader: Iterable[Any]) -> Iterable[Any]:
-        """On several processes a stream is split by accelerate; everything else we split, or use as it is."""
-        if (
-            self.accelerator.num_processes > 1
-            and isinstance(loader, DataLoader)
-            and isinstance(loader.dataset, IterableDataset)
-        ):
-            loader = self.accelerator.prepare_data_loader(loader)
-        self._accelerated.own_shards = is_accelerates_loader(loader)
-        return loader
+    def _split(self, loader: Iterable[Any], *, takes_over: bool) -> Iterable[Any]:
+        """On several processes accelerate splits a stream, and what the script wants so; else we split, or use it as it is."""
+        if self.accelerator.num_processes == 1 or not isinstance(loader, DataLoader) or self._accelerated.own_shards:
+            return loader
+        is_stream = isinstance(loader.dataset, IterableDataset)
+        if not is_stream and (splits_by_itself(loader) or (takes_over and not splits_loaders(self.accelerator))):
+            return loader
+        _check_batched(self.accelerator, loader)
+        prepared: Iterable[Any] = self.accelerator.prepare_data_loader(loader)
+        return prepared
 
     def _tell_of_long_warmup(self) -> None:
         updates = self.length.num_updates(self.gradient_accumulation_steps)
@@ -233,6 +369,52 @@ def _tell_of_warmup(name: str, warmup_method: Any, warmup_iters: Any) -> None:
         logger.warning("warmup_iters=%s is ignored by 'constant'; 'constant_with_warmup' warms up.", warmup_iters)
 
 
+def _tell_of_interval(interval: str | None) -> None:
+    if interval not in (None, "iter"):
+        logger.warning("lr_scheduler_interval=%r is ignored: a schedule by name steps once an update.", interval)
+
+
+def _tell_of_comm_hook(accelerator: Any, is_dict: bool) -> None:
+    hook = getattr(accelerator.ddp_handler, "comm_hook", None)
+    if is_dict and accelerator.num_processes > 1 and hook is not None and str(hook.value) != "no":
+        logger.warning(
+            "comm_hook of DistributedDataParallelKwargs has no effect: with a dict of optimizers the model is not wrapped, and "
+            "gradients are averaged behind each update's backward."
+        )
+
+
+def _check_batched(accelerator: Any, loader: DataLoader[Any]) -> None:
+    """accelerate can split what has batches, and send on those that a stream yields.
+
+    Raises:
+        SettingError: if it cannot.
+    """
+    has_batches = loader.batch_sampler is not None or isinstance(loader.sampler, BatchSampler)
+    is_stream = isinstance(loader.dataset, IterableDataset)
+    dispatches = accelerator.dispatch_batches is not False and accelerator.device_placement
+    if loader.batch_size is None and not has_batches and not (is_stream and dispatches):
+        raise SettingError(
+            f"data_loader has batch_size=None, which accelerate cannot split over {accelerator.num_processes} processes. "
+            "Leave split_batches, dispatch_batches and take_over as they are, or give each process a part of its own and pass "
+            "own_shards=True."
+        )
+
+
+def _is_placed(model: Any, device: torch.device) -> bool:
+    """It stands where it has to, or is spread over devices: quantised and spread models refuse `.to()`."""
+    devices = (
+        {tensor.device for tensor in (*model.parameters(), *model.buffers())} if isinstance(model, nn.Module) else ()
+    )
+    return devices == {device} or bool(getattr(model, "hf_device_map", None))
+
+
+def _window_of_joined() -> int:
+    """Batches in an update that an Accelerator made before, by the model perhaps, was given; a new one would forget them."""
+    module = sys.modules.get("accelerate.state")
+    is_there = module is not None and module.GradientState._shared_state
+    return int(module.GradientState().num_steps) if is_there else 1  # type: ignore[union-attr]
+
+
 def _accelerator(given: Any, mixed_precision: str | None, work_dir: Any) -> Any:
     """The script's Accelerator, or a new one.
 
@@ -278,12 +460,18 @@ def _precision(accelerator: Any) -> PrecisionName:
     return _PRECISIONS.get(name, "fp32")
 
 
-def _window(accelerator: Any, asked: int | None) -> int:
-    """Batches in an update. accelerate's own accumulation is off, for it would scale what is scaled already."""
-    own = accelerator.gradient_accumulation_steps
+def _window(accelerator: Any, asked: int | None, joined: int) -> int:
+    """Batches in an update: as the script says in one of the places."""
+    without_effect = settings_without_effect(accelerator)
+    if without_effect:
+        logger.warning(
+            "%s of the accelerator's gradient accumulation has no effect: torch-frame accumulates by itself, and an epoch's "
+            "last window holds what is left.",
+            ", ".join(without_effect),
+        )
+    own = max(own_window(accelerator), joined)
     if asked not in (None, own) and own != 1:
         raise SettingError(f"gradient_accumulation_steps is {asked}, but the accelerator's is {own}. Pass it once.")
-    accelerator.gradient_accumulation_steps = 1
     return own if asked is None else asked
 
 

@@ -194,6 +194,7 @@ class Trainer:
     ckpt_dir: str = delegated("_run.work_dir.checkpoints", "Where its checkpoints go.")
     tb_log_dir: str = delegated("_run.work_dir.tb_logs", "Where TensorBoard's files go.")
     log_file: str = delegated("_run.work_dir.log", "The run's log.txt.")
+    _own_attributes: frozenset[str] = frozenset()  # that a trainer of ours sets before Trainer.__init__
 
     def __init__(
         self,
@@ -233,7 +234,7 @@ class Trainer:
         ema_ramp: float = 2000,
         limit_batches: int | None = None,
     ) -> None:
-        names_before = set(vars(self))
+        names_before = set(vars(self)) - self._own_attributes
         checks.check_given(locals())
         checks.check_names_of_17(type(self))
         self.strategy = strategy = checks.checked_strategy(
@@ -531,7 +532,8 @@ class Trainer:
             self.metric_storage.record(self.progress.iter - 1, values)
         if not self._names_checked:
             self._names_checked = True
-            checks.check_metric_names(self.hooks, self.lr_scheduler_metric, self.metric_storage)
+            if self._ranks.has_hooks:
+                checks.check_metric_names(self.hooks, self.lr_scheduler_metric, self.metric_storage)
 
     def _update_iter_metrics(self, loss_dict: dict[str, float], data_time: float, iter_time: float, lr: float) -> None:
         """1.7's name, for subclasses that override it: keeps a step's values, which are read from the device for that."""
@@ -677,7 +679,8 @@ class Trainer:
             NonFiniteError: if the weights hold NaN or infinite values.
         """
         self._run.work_dir.claim(self.strategy)
-        if not save_single_model and not self._ranks.hooks_on_all and self._run.in_train:
+        asks_alone = not self._ranks.hooks_on_all and not self._saver.saves_own_way
+        if asks_alone and not save_single_model and self._run.in_train:
             logger.warning(ASKED_BY_RANK_0, file_name)
             self.save_at_safe_point(file_name, save_single_model=False)
             return

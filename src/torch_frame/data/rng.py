@@ -286,8 +286,11 @@ def loader_generators(loader: object) -> dict[str, torch.Generator]:
     found: dict[str, torch.Generator] = {}
     for place in _GENERATOR_PLACES:
         part: Any = loader
+        owner: Any = None
         for name in place.split("."):
-            part = getattr(part, name, None)
+            owner, part = part, getattr(part, name, None)
+        if type(owner).__name__ == "SeedableRandomSampler":  # accelerate's, which seeds it anew in each epoch
+            continue
         if isinstance(part, torch.Generator) and all(part is not other for other in found.values()):
             found[place] = part
     return found

@@ -18,6 +18,8 @@ from torch_frame.data.move import leaves
 from torch_frame.data.plan import splits_by_itself
 from torch_frame.data.source_base import length_of
 from torch_frame.data.workers import no_second_warning
+from torch_frame.distributed.accelerate import is_accelerates_loader
+from torch_frame.distributed.launch import num_processes
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import SettingError
 
@@ -92,12 +94,17 @@ def deal(loader: Any, strategy: Strategy, *, own_shards: bool = False, limit: in
     """This rank's part of an evaluation's batches.
 
     Args:
-        loader: that yields the batches of all ranks.
+        loader: that yields the batches of all ranks; of one that accelerate has prepared, or that has a DistributedSampler, all
+            samples are taken.
         strategy: of the ranks that evaluate.
         own_shards: the loader yields a part of its own on each rank already.
         limit: only the first so many batches, of each rank's if it has a part of its own already.
     """
     rank, world_size = strategy.rank, strategy.world_size
+    if not own_shards:
+        loader = whole(loader)
+        if world_size == 1 and num_processes() > 1 and _is_of_a_map(loader) and splits_by_itself(loader):
+            loader = _of(loader, _index_batches(loader, strategy))  # the hook is on this rank alone: it evaluates all
     if world_size == 1 or own_shards:
         return Dealt(loader if limit is None else First(loader, limit))
     if _is_of_a_map(loader):
@@ -105,6 +112,28 @@ def deal(loader: Any, strategy: Strategy, *, own_shards: bool = False, limit: in
         own = list(islice(batches, rank, None, world_size))
         return Dealt(_of(loader, own) if own else (), len(batches))
     return Dealt(loader if limit is None else First(loader, limit), take=(rank, world_size), compare=True)
+
+
+def whole(loader: Any) -> Any:
+    """Of a loader that accelerate has prepared for several processes, one that yields all samples, once; any other as it is."""
+    if not is_accelerates_loader(loader) or num_processes() == 1 or not hasattr(loader, "base_dataloader"):
+        return loader
+    part = loader.base_dataloader
+    settings = _settings_of(part, part.num_workers)
+    if isinstance(part.dataset, IterableDataset):
+        dataset: Any = part.dataset
+        dataset = dataset.dataset if _is_accelerates(dataset) else dataset
+        return DataLoader(dataset, part.batch_size, drop_last=part.drop_last, **settings)
+    name = "sampler" if part.batch_sampler is None else "batch_sampler"
+    sampler = getattr(part, name)
+    sampler = sampler.batch_sampler if _is_accelerates(sampler) else sampler
+    settings |= {"batch_size": None} if name == "sampler" else {}
+    return DataLoader(part.dataset, **{name: sampler}, **settings)
+
+
+def _is_accelerates(thing: Any) -> bool:
+    """One of accelerate's shards, around the batch sampler or the dataset."""
+    return type(thing).__module__.startswith("accelerate.") and hasattr(thing, "process_index")
 
 
 def check_reports(reports: Sequence[Report], desc: str) -> None:
@@ -149,22 +178,27 @@ def _plain(indices: Any) -> Any:
 
 def _of(loader: DataLoader[Any], batches: list[Any]) -> DataLoader[Any]:
     """A DataLoader like the user's, of these batches."""
+    settings = _settings_of(loader, min(loader.num_workers, len(batches)))
+    with no_second_warning():
+        if loader.batch_sampler is None:
+            return DataLoader(loader.dataset, batch_size=None, sampler=batches, **settings)
+        return DataLoader(loader.dataset, batch_sampler=batches, **settings)
+
+
+def _settings_of(loader: DataLoader[Any], num_workers: int) -> dict[str, Any]:
     settings: dict[str, Any] = {
-        "num_workers": min(loader.num_workers, len(batches)),
+        "num_workers": num_workers,
         "pin_memory": loader.pin_memory,
         "collate_fn": loader.collate_fn,
     }
-    if settings["num_workers"] > 0:
+    if num_workers > 0:
         settings |= {
             "worker_init_fn": loader.worker_init_fn,
             "prefetch_factor": loader.prefetch_factor,
             "multiprocessing_context": loader.multiprocessing_context,
             "timeout": loader.timeout,
         }
-    with no_second_warning():
-        if loader.batch_sampler is None:
-            return DataLoader(loader.dataset, batch_size=None, sampler=batches, **settings)
-        return DataLoader(loader.dataset, batch_sampler=batches, **settings)
+    return settings
 
 
 def _digest(batch: Any) -> int:

@@ -18,6 +18,7 @@ from torch_frame.data.plan import splits_by_itself
 from torch_frame.data.source_base import BatchAndPosition, Source, StatelessSource, length_of
 from torch_frame.data.source_ordered import EndlessSource, OrderedSource
 from torch_frame.data.workers import no_second_warning, worker_settings
+from torch_frame.distributed.accelerate import is_accelerates_loader
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import SettingError
 from torch_frame.signals.blocking import signals_blocked
@@ -52,7 +53,7 @@ def source_of(
         last_epoch: nothing is fetched beyond it.
     """
     seed = operator.index(seed)
-    is_split = strategy is None or strategy.world_size == 1 or strategy.own_shards
+    is_split = strategy is None or strategy.world_size == 1 or strategy.own_shards or is_accelerates_loader(loader)
     rank, world_size = (0, 1) if is_split or strategy is None else (strategy.rank, strategy.world_size)
     part: dict[str, Any] = {
         "rank": rank,
@@ -91,7 +92,7 @@ def _check_can_be_split(loader: Any, takes_over: bool, world_size: int) -> None:
     raise SettingError(
         f"data_loader is {what}, of which each of the {world_size} ranks would train on all. Pass a plain DataLoader of a "
         "map-style dataset, whose samples are split over the ranks, or one with a DistributedSampler; if it gives each rank a "
-        "part of its own already, say so: strategy=DDP(own_shards=True)."
+        "part of its own already, say so: strategy=DDP(own_shards=True), or own_shards=True of AccelerateTrainer."
     )
 
 
@@ -138,6 +139,8 @@ class ReplaySource(StatelessSource):
         sampler = getattr(self._loader, "sampler", None)
         if isinstance(sampler, DistributedSampler):
             sampler.set_epoch(epoch)
+        if is_accelerates_loader(self._loader):  # it counts its iterations from 0 in a resumed run, too
+            self._loader.set_epoch(epoch)
         if not start:
             is_sent = isinstance(self._loader, DataLoader) and self._loader.num_workers > 0
             batches = _waited_for(iter(self._loader)) if is_sent else self._loader

@@ -5,15 +5,20 @@ accelerate itself is never imported here: what is needed comes with the `Acceler
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable, Sequence
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
-from torch_frame.distributed.ddp import DDP
+from torch_frame.distributed.ddp import DDP, WithMethods
 from torch_frame.distributed.launch import num_processes
 from torch_frame.distributed.strategy import SingleProcess
 
@@ -22,6 +27,27 @@ _RUN_HERE = ("NO", "MULTI_CPU")
 """accelerate's kinds of training that torch-frame's tests run."""
 _OWN_EXCHANGE = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA")
 """Those that exchange gradients, and partly step, in a way of their own; all others wrap the model in DistributedDataParallel."""
+_windows: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+"""Batches in an update that an Accelerator was made with, whose own accumulation is off by now."""
+
+
+class WindowSign:
+    """Shows the window under way as `accelerator.sync_gradients`, which hooks read to know whether a batch ends one.
+
+    Args:
+        accelerator: of the run.
+
+    Attributes:
+        is_used: False for steps of the script's own: accelerate's optimizers do not step while the sign is False.
+    """
+
+    def __init__(self, accelerator: Any) -> None:
+        self._accelerator = accelerator
+        self.is_used = True
+
+    def show(self, syncs: bool) -> None:
+        if self.is_used and self._accelerator.sync_gradients is not syncs:
+            self._accelerator.gradient_state._set_sync_gradients(syncs)
 
 
 class AcceleratedOne(SingleProcess):
@@ -33,15 +59,26 @@ class AcceleratedOne(SingleProcess):
 
     def __init__(self, accelerator: Any) -> None:
         self.accelerator = accelerator
+        self.window_sign = WindowSign(accelerator)
 
     def autocast(self, own: AbstractContextManager[Any]) -> AbstractContextManager[Any]:
         return _autocast(self.accelerator, own)
 
+    def accumulating(self, model: nn.Module) -> AbstractContextManager[Any]:
+        self.window_sign.show(False)
+        return super().accumulating(model)
+
     def backward(self, loss: Tensor, inputs: Sequence[Tensor] | None = None) -> None:
         _backward(self.accelerator, loss, inputs)
 
+    def reduce_gradients(self, parameters: Sequence[Tensor]) -> None:
+        self.window_sign.show(True)
+
     def adopt(self, model: nn.Module) -> None:
         """The model that was prepared; one process needs to know nothing of it."""
+
+    def begin_alike(self, model: nn.Module) -> None:
+        """There is one process."""
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         return _without_compiler(super().unwrap(_without_compiler(model)))
@@ -52,12 +89,20 @@ class AcceleratedRanks(DDP):
 
     Args:
         accelerator: whose own accumulation is off (gradient_accumulation_steps=1).
+        own_shards: the data loader gives each process a part of its own already.
+
+    Attributes:
+        exchanges_itself: DeepSpeed, FSDP and the like, whose saves and clipping need all processes.
+        is_alone: this process works without the others, which wait for it.
     """
 
-    def __init__(self, accelerator: Any) -> None:
-        super().__init__()
+    def __init__(self, accelerator: Any, *, own_shards: bool = False) -> None:
+        super().__init__(own_shards=own_shards)
         self.accelerator = accelerator
-        self._exchanges_itself = _kind(accelerator) in _OWN_EXCHANGE
+        self.window_sign = WindowSign(accelerator)
+        self.is_alone = False
+        self._calls = contextlib.ExitStack()
+        self.exchanges_itself = _kind(accelerator) in _OWN_EXCHANGE
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Nothing yet: `prepare_model` wraps the model when training begins, see `adopt`."""
@@ -69,46 +114,92 @@ class AcceleratedRanks(DDP):
         if isinstance(wrapped, DistributedDataParallel) and wrapped is not self._wrapped:
             super().prepare(wrapped)
             self._settings["find_unused_parameters"] = wrapped.find_unused_parameters
+            if type(wrapped) is DistributedDataParallel:  # a step that calls the model's methods runs as under `DDP`
+                wrapped.__class__ = WithMethods
+
+    def begin_alike(self, model: nn.Module) -> None:
+        """DistributedDataParallel gives all processes the main one's weights; so it is if `prepare_model` left the model bare."""
+        if not self.exchanges_itself and not isinstance(_without_compiler(model), DistributedDataParallel):
+            for tensor in (*model.parameters(), *model.buffers()):
+                self.share([tensor])  # one by one: no second copy of a large model
 
     def autocast(self, own: AbstractContextManager[Any]) -> AbstractContextManager[Any]:
         return _autocast(self.accelerator, own)
 
     def accumulating(self, model: nn.Module) -> AbstractContextManager[Any]:
-        if not self._exchanges_itself:
+        self.window_sign.show(False)
+        if not self.exchanges_itself:
             return super().accumulating(model)
         context: AbstractContextManager[Any] = self.accelerator.no_sync(model)
         return context
 
     @property
     def shares_gradients(self) -> bool:
-        return not self._exchanges_itself and super().shares_gradients
+        return not self.exchanges_itself and super().shares_gradients
 
     def run_backward(self, loss: Tensor, inputs: Sequence[Tensor] | None) -> None:
         _backward(self.accelerator, loss, inputs)
 
     def reduce_gradients(self, parameters: Sequence[Tensor]) -> None:
-        if not self._exchanges_itself:
+        self.window_sign.show(True)
+        if not self.exchanges_itself:
             super().reduce_gradients(parameters)
 
     def clip_grad_norm(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-        if not self._exchanges_itself:
+        if not self.exchanges_itself:
             return super().clip_grad_norm(parameters, max_norm)
         norm: Tensor = self.accelerator.clip_grad_norm_(parameters, max_norm)
         return norm
 
     def unwrap(self, model: nn.Module) -> nn.Module:
-        if self._exchanges_itself:
+        if self.exchanges_itself:
             model = self.accelerator.unwrap_model(model)
         return _without_compiler(super().unwrap(_without_compiler(model)))
 
     def model_state(self, model: nn.Module) -> dict[str, Any]:
-        if not self._exchanges_itself:
+        if not self.exchanges_itself:
             return super().model_state(model)
         state: dict[str, Any] = self.accelerator.get_state_dict(model)
         return state
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """accelerate sees one process meanwhile, too: `wait_for_everyone` and `gather` of a hook would wait for ever."""
+        if self.is_alone:  # inside another one
+            yield
+            return
+        self.is_alone = True
+        try:
+            with super().alone(), self.one_process():
+                yield
+        finally:
+            self.is_alone = False
 
-def accelerated(accelerator: Any) -> AcceleratedOne | AcceleratedRanks:
+    def one_process(self) -> AbstractContextManager[None]:
+        """accelerate sees one process inside: for what rank 0 does without the others."""
+        return contextlib.nullcontext() if self.exchanges_itself else _one_process(self.accelerator)
+
+    def surround(self, stages: Mapping[str, list[Callable[..., Any]]]) -> None:
+        """Let accelerate see one process while hooks work in the middle of an epoch, as in `alone`, on rank 0.
+
+        Args:
+            stages: name -> calls of the hooks. A call before and one behind them do it, so no frame stands above their errors.
+        """
+        for name in ("before_iter", "after_iter", "before_update", "after_update"):
+            calls = stages[name]
+            if calls and calls[0] != self._begin_call:
+                calls[:] = [self._begin_call, *calls, self._end_call]
+        if self._end_call not in stages["close"]:  # behind an error
+            stages["close"].insert(0, self._end_call)
+
+    def _begin_call(self) -> None:
+        self._calls.enter_context(self.one_process())
+
+    def _end_call(self) -> None:
+        self._calls.close()
+
+
+def accelerated(accelerator: Any, *, own_shards: bool = False) -> AcceleratedOne | AcceleratedRanks:
     """The strategy of an Accelerator, for one process or several; what torch-frame's tests have never run is told.
 
     Raises:
@@ -126,7 +217,35 @@ def accelerated(accelerator: Any) -> AcceleratedOne | AcceleratedRanks:
         _logger.log(
             level, "%s through Accelerate has never been run with torch-frame; compare the first run's losses.", kind
         )
-    return AcceleratedOne(accelerator) if accelerator.num_processes == 1 else AcceleratedRanks(accelerator)
+    if accelerator.num_processes == 1:
+        return AcceleratedOne(accelerator)
+    return AcceleratedRanks(accelerator, own_shards=own_shards)
+
+
+def own_window(accelerator: Any) -> int:
+    """Batches in an update that the script gave this Accelerator.
+
+    accelerate's own accumulation is off from now on: it would scale what is scaled already. accelerate keeps one number for all
+    Accelerators of a process.
+    """
+    given = int(accelerator.gradient_accumulation_steps)
+    if given == 1:
+        return _windows.get(accelerator, 1)  # it has been through here, for another trainer
+    _windows[accelerator] = given
+    accelerator.gradient_accumulation_steps = 1
+    return given
+
+
+def settings_without_effect(accelerator: Any) -> list[str]:
+    """What was set in accelerate's accumulation, which torch-frame does itself."""
+    plugin = accelerator.gradient_state.plugin_kwargs
+    defaults = {"sync_with_dataloader": True, "sync_each_batch": False, "adjust_scheduler": True}
+    return [f"{name}={plugin[name]}" for name, usual in defaults.items() if plugin.get(name, usual) != usual]
+
+
+def splits_loaders(accelerator: Any) -> bool:
+    """The script has told accelerate how to split loaders, which its own loaders do."""
+    return bool(accelerator.split_batches or accelerator.dispatch_batches)
 
 
 def bare_optimizer(optimizer: Any) -> Any:
@@ -137,9 +256,21 @@ def bare_optimizer(optimizer: Any) -> Any:
 def bare_scheduler(scheduler: Any) -> Any:
     """The schedule inside accelerate's wrapper, which would step it once for each process; of the bare optimizer."""
     bare = scheduler.scheduler if type(scheduler).__name__ == "AcceleratedScheduler" else scheduler
-    if bare_optimizer(getattr(bare, "optimizer", None)) is not getattr(bare, "optimizer", None):
-        bare.optimizer = bare_optimizer(bare.optimizer)
+    for one in (bare, *getattr(bare, "_schedulers", ())):  # SequentialLR and ChainedScheduler have others inside
+        given = getattr(one, "optimizer", None)
+        if bare_optimizer(given) is not given:
+            one.optimizer = bare_optimizer(given)
+            _note_steps(one.optimizer)
     return bare
+
+
+def _note_steps(optimizer: Optimizer) -> None:
+    """torch looks whether the optimizer has stepped before its schedule; it has marked accelerate's wrapper only."""
+    if not hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+        rates = [group["lr"] for group in optimizer.param_groups]
+        LambdaLR(optimizer, lambda step: 1.0)  # marks it, and sets the rates
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
 
 def is_accelerates_loader(loader: Any) -> bool:
@@ -165,8 +296,30 @@ def _autocast(accelerator: Any, own: AbstractContextManager[Any]) -> AbstractCon
     return given
 
 
+@contextlib.contextmanager
+def _one_process(accelerator: Any) -> Iterator[None]:
+    """accelerate sees one process inside: gathering gives back what it was given, nothing waits."""
+    module = sys.modules[type(accelerator.state).__module__]
+    states = [vars(accelerator.state), vars(module.PartialState())]  # one of each for the whole process
+    before = [(state, state["distributed_type"], state["num_processes"]) for state in states]
+    for state, kind, _ in before:
+        state.update(distributed_type=type(kind).NO, num_processes=1)
+    try:
+        yield
+    finally:
+        for state, kind, number in before:
+            state.update(distributed_type=kind, num_processes=number)
+
+
 def _backward(accelerator: Any, loss: Tensor, inputs: Sequence[Tensor] | None) -> None:
     """accelerate's backward; with fp16 the loss is scaled already, by the scaler that both share."""
+    if accelerator.gradient_accumulation_steps != 1:  # another Accelerator was made meanwhile, and all share the number
+        _logger.warning(
+            "An Accelerator with gradient_accumulation_steps=%d was made after the trainer. It is not used: the trainer's "
+            "gradient_accumulation_steps counts.",
+            accelerator.gradient_accumulation_steps,
+        )
+        accelerator.gradient_accumulation_steps = 1
     if accelerator.scaler is not None:
         loss.backward(inputs=inputs)
     elif inputs is None:

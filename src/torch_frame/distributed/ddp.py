@@ -142,7 +142,7 @@ class DDP(SingleProcess):
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         (device,) = devices if len(devices) == 1 else (torch.device("cpu"),)
         self._check_own_device(device)
-        return _Wrapper(model, None if device.type == "cpu" else [device], **self._settings)
+        return WithMethods(model, None if device.type == "cpu" else [device], **self._settings)
 
     def _check_unset(self) -> None:
         given = [name for name, value in self._settings.items() if value]
@@ -302,7 +302,7 @@ class DDP(SingleProcess):
         return self._channel.failure()
 
 
-class _Wrapper(DistributedDataParallel):
+class WithMethods(DistributedDataParallel):
     """Has the model's methods and attributes, so that a step written for the bare model runs."""
 
     def __getattr__(self, name: str) -> Any:

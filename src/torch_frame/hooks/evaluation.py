@@ -12,7 +12,7 @@ from torch import nn
 
 from torch_frame.data.move import move_to_device
 from torch_frame.data.rng import preserved_rng
-from torch_frame.data.shards import check_reports, deal
+from torch_frame.data.shards import check_reports, deal, whole
 from torch_frame.data.source import length_of
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import SettingError
@@ -317,7 +317,7 @@ def first_batch(dataloader: Iterable[Any]) -> Any:
     Raises:
         SettingError: if there is none.
     """
-    for batch in dataloader:
+    for batch in whole(dataloader):
         return batch
     raise SettingError("The evaluation's dataloader is empty.")
 

@@ -49,6 +49,11 @@ class Ranks:
         """What hooks do together: with all ranks, or alone if only rank 0 has them."""
         return self._strategy if self.hooks_on_all else SingleProcess()
 
+    @property
+    def has_hooks(self) -> bool:
+        """This rank has the run's hooks."""
+        return self.hooks_on_all or self._strategy.rank == 0
+
     def check_hooks(self, names: Sequence[str]) -> None:
         """Compare the hooks of all ranks.
 

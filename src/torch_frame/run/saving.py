@@ -118,12 +118,14 @@ class Saver:
         rollback: parts of the state that are saved as they were before `after_epoch`; None outside it.
         holds_last_state: the run has ended inside an epoch, and `latest.pth` holds where it goes on from there: it is
             not asked for again.
+        saves_own_way: a subclass's `save_checkpoint` is at work on whole states, at a safe point.
     """
 
     def __init__(self, strategy: Strategy) -> None:
         self.pending = False
         self.rollback: State | None = None
         self.holds_last_state = False
+        self.saves_own_way = False
         self._watch: Watch | None = None
         self._strategy = strategy
         self._saved_here: list[str] = []
@@ -190,8 +192,12 @@ class Saver:
         states, self._states = self._strategy.broadcast(self._states), []
         state = None
         if states and contents.own_save is not None:  # a subclass of 1.7 saves its own way
-            for file_name in states:
-                contents.own_save(file_name, False)
+            self.saves_own_way = True  # on all ranks, so it may call the trainer's own method
+            try:
+                for file_name in states:
+                    contents.own_save(file_name, False)
+            finally:
+                self.saves_own_way = False
         elif states:
             self._prepare(contents)
             state = capture(contents.parts(), self.rollback)  # here, for the same reason

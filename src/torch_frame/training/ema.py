@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from torch_frame.errors import SettingError
@@ -169,6 +170,18 @@ class EMA:
             slots[name][0][slots[name][1]] = None
         self._empty = list(empty_slots(bare).values())
         self._buffers = Follower(buffers.values(), [slots[name] for name in buffers]) if buffers else None
+
+    def equals(self, model: nn.Module) -> bool:
+        """The averages are the weights and buffers of `model`, to the bit: nothing has been averaged yet."""
+        bare = _bare(model)
+        pairs = [(self.model.parameters(), bare.parameters()), (self.model.buffers(), bare.buffers())]
+        return not any(map(is_lazy, bare.parameters())) and all(
+            torch.equal(own, other) for owns, others in pairs for own, other in zip(owns, others, strict=False)
+        )
+
+    def of(self, model: nn.Module, shared: Iterable[nn.Parameter] = ()) -> EMA:
+        """A new average with these settings, of another model."""
+        return EMA(model, self._limit, shared=shared, ramp=self._ramp, optimizers=self._optimizers)
 
     def reset(self, model: nn.Module) -> None:
         """Begin anew from the weights of `model`; n stays."""

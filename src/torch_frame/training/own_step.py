@@ -34,6 +34,7 @@ class OwnStep:
         function: the override; None: the trainer's own step trains.
         batch: the one under way.
         values: that are recorded with the step's: norms of gradients.
+        model_casts: the model computes its forward pass in the run's precision by itself.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class OwnStep:
     ) -> None:
         self.function: Callable[..., Any] | None = None
         self.values: dict[str, Any] = {}
+        self.model_casts = False
         self._optimization = optimization
         self._precision = precision
         self._strategy = strategy
@@ -63,6 +65,7 @@ class OwnStep:
         if self.function is not None and self.function is not self._seen:
             self._seen = self.function
             self._look = Look(self._optimization, _names_in(step, standard))
+            self._look.used_autocast = self.model_casts
 
     def beginning(self, placed: Iterator[tuple[Any, int]]) -> Iterator[tuple[Any, int]]:
         """The same batches; each begins here."""
