@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -89,6 +90,7 @@ class Training:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.num_events = len(events(folder))
+        self._started = time.time()
         self.output = folder / f"output_{len(list(folder.glob('output_*')))}.txt"
         command = [sys.executable, "-W", "error", str(SCRIPT), str(folder), *options]
         if by_shell:  # which must outlive a signal to the group, and have its child begin with the default handlers
@@ -125,6 +127,11 @@ class Training:
         """Of the training process itself."""
         pid: int = self.wait_for("begin")["pid"]
         return pid
+
+    @property
+    def slowness(self) -> float:
+        """How many times longer than on a quiet machine things take here: by the time until the training began."""
+        return max(1.0, (self.wait_for("begin")["time"] - self._started) / 4.0)
 
     def send(self, number: int, *, to_group: bool = False) -> None:
         if to_group:

@@ -58,13 +58,13 @@ def killed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield ahead
 
 
-def orphans(folder: Path, context: str) -> tuple[int, float]:
-    """Kill a training process alone; returns the number of its workers then, and the seconds until all had ended."""
+def orphans(folder: Path, context: str) -> tuple[int, float, float]:
+    """Kill a training process alone: the number of its workers then, the seconds until all had ended, how slow the machine is."""
     with Training(folder, *Config("infinite", 2, context).options, "--at", "forward:9") as training:
         assert training.wait() == -signal.SIGKILL
         num_workers, killed_at = len(training.members()), time.monotonic()
-        assert wait_until(lambda: not training.members(), 30), f"{training.members()} still run"
-        return num_workers, time.monotonic() - killed_at
+        assert wait_until(lambda: not training.members(), 120), f"{training.members()} still run"
+        return num_workers, time.monotonic() - killed_at, training.slowness
 
 
 CASES = [
@@ -156,6 +156,6 @@ def test_the_run_is_the_same_without_workers_and_with_them(reference: Uninterrup
 
 @pytest.mark.parametrize("orphaned", ["fork", "spawn"])
 def test_workers_end_by_themselves_when_the_training_process_is_killed(orphaned: str, killed: Ahead) -> None:
-    num_workers, seconds = killed.result(orphaned)
+    num_workers, seconds, slowness = killed.result(orphaned)
     assert num_workers >= 2
-    assert seconds < 12  # torch's workers look for their parent every 5 s
+    assert seconds < 12 * slowness  # torch's workers look for their parent every 5 s

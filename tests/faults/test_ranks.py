@@ -80,7 +80,9 @@ class Fault(HookBase):
                 self.trainer.should_stop = True
                 return
             (self.folder / f"waits_{self.trainer.strategy.rank}").touch()
-            time.sleep(2.0)  # python handles the signal when the sleep is interrupted, and goes on sleeping
+            trainer: Any = self.trainer
+            while trainer.stop_signals.received is None:
+                time.sleep(0.01)
 
 
 class Seen(HookBase):

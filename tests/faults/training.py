@@ -179,7 +179,7 @@ class Stages(HookBase):
 
     def before_train(self) -> None:
         trainer = self.trainer
-        self.events.add("begin", resumed_iter=trainer.resumed_iter, iter=trainer.progress.iter)
+        self.events.add("begin", resumed_iter=trainer.resumed_iter, iter=trainer.progress.iter, time=time.time())
         self.fault.reached("before_train")
 
     def before_epoch(self) -> None:
@@ -416,6 +416,13 @@ def outcome(trainer: Trainer) -> dict[str, str]:
     return {name: sha256(part) for name, part in parts.items()}
 
 
+def note_the_first_signal(trainer: Trainer, events: Events) -> None:
+    """An event when it has been handled: two that the system holds at once are one."""
+    while trainer.stop_signals.received is None:
+        time.sleep(0.01)
+    events.add("asked to end")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
@@ -441,6 +448,8 @@ def main() -> None:
     run = options.folder / "run"
     watch_files(fault, run / "checkpoints", str(run / "metrics.jsonl"), str(run / "tb_logs"))
     trainer = make_trainer(options, fault, events)
+    if options.block is not None:
+        threading.Thread(target=note_the_first_signal, args=(trainer, events), daemon=True).start()
     trainer.train()
     parts = outcome(trainer)
     (options.folder / "result.json").write_text(json.dumps({"sha256": sha256(parts), "parts": parts}))
