@@ -110,6 +110,23 @@ def test_a_new_folder_is_made_beside_one_that_another_process_holds(tmp_path: Pa
     assert trainer.work_dir == str(tmp_path / "run_0")
 
 
+@pytest.mark.parametrize("mode", [None, "count", "time_s"])
+def test_a_folder_that_cannot_be_written_is_an_error_and_not_a_reason_for_another_one(
+    mode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = os.open
+
+    def full(path: Any, *arguments: Any, **settings: Any) -> int:
+        if os.fspath(path).endswith(NAME):
+            raise OSError(28, "No space left on device")
+        return opened(path, *arguments, **settings)
+
+    monkeypatch.setattr(os, "open", full)
+    error = raised_by(make_trainer(tmp_path / "run", create_new_dir=mode).train, WorkDirError)
+    assert "cannot be written: No space left on device" in str(error)
+    assert os.listdir(tmp_path) == ["run"]
+
+
 def test_a_lock_that_a_copy_of_the_folder_has_lost_is_taken_again_at_a_save(tmp_path: Path) -> None:
     """POSIX lets a lock go when any handle of the file is closed in the process."""
     refused: list[bool] = []
@@ -128,14 +145,15 @@ def test_a_lock_that_a_copy_of_the_folder_has_lost_is_taken_again_at_a_save(tmp_
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="fcntl")
+@pytest.mark.parametrize("name", ["ENOLCK", "EIO", "EPERM", "ENOTTY"])
 def test_a_file_system_without_locks_is_told_and_the_run_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     import errno
     import fcntl
 
     def refuse(*arguments: Any) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(getattr(errno, name), "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
     make_trainer(tmp_path / "run").train()
@@ -148,6 +166,36 @@ def test_a_lock_can_be_taken_again_and_again(tmp_path: Path) -> None:
         assert FolderLock.if_free(str(tmp_path)) is None
         lock.release()
     assert not os.listdir(tmp_path)
+
+
+def test_a_lock_whose_file_was_removed_is_taken_again_at_a_save(tmp_path: Path) -> None:
+    refused: list[bool] = []
+
+    def tidy_up(trainer: Trainer) -> None:
+        shutil.rmtree(trainer.work_dir)
+        trainer.save_checkpoint("mine.pth")
+        code = f"from torch_frame.run.lock import FolderLock\nFolderLock({trainer.work_dir!r})"
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False
+        )
+        refused.append(f"is in use: process {os.getpid()} on " in done.stderr)
+
+    make_trainer(tmp_path / "run", max_epochs=1, hooks=[On(after_epoch=tidy_up)]).train()
+    assert refused == [True]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="permissions")
+@pytest.mark.parametrize(("folder", "lock"), [(0o2775, 0o664), (0o755, 0o644), (0o700, 0o600)])
+def test_who_may_write_to_the_folder_may_lock_it(folder: int, lock: int, tmp_path: Path) -> None:
+    """What a killed run leaves does not keep another member of its group out, whatever its umask was."""
+    tmp_path.chmod(folder)
+    before = os.umask(0o022)
+    try:
+        held = FolderLock(str(tmp_path))
+    finally:
+        os.umask(before)
+    assert (tmp_path / NAME).stat().st_mode & 0o777 == lock
+    held.release()
 
 
 # ---------------------------------------------------------------- the folder

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.small_runs import make_trainer, raised_by
 from tests.tracking.pseudo_terminal import script_environment
 from torch_frame.errors import TorchFrameError, WorkDirError
-from torch_frame.run.work_dir import claim_work_dir, find_checkpoint, get_workspace
+from torch_frame.run.work_dir import WorkDir, claim_work_dir, find_checkpoint, get_workspace
 
 MODES = {
     "time_s": r"_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d",
@@ -169,3 +170,30 @@ def test_a_checkpoint_that_is_nowhere_gets_the_list_of_places() -> None:
     assert [line.strip() for line in str(caught.value).splitlines()[1:-1]] == places
     with pytest.raises(FileNotFoundError, match=r"/nowhere/latest\.pth"):
         find_checkpoint("/nowhere/latest.pth", "run")
+
+
+def test_only_what_create_new_dir_makes_is_a_sibling(tmp_path: Path) -> None:
+    own = [
+        "_0",
+        "_12",
+        "_2026-01-31",
+        "_2026-01-31_12",
+        "_2026-01-31_12-00_1",
+        "_2026-01-31_12-00-59",
+        "_2023-01-31 12_00_00",
+    ]
+    for suffix in [*own, "_3d", "_18-layers", "_0.1", "_2026", "_2026-01-31-b", "s_1", "_large"]:
+        (tmp_path / f"exp{suffix}").mkdir()
+    found = {os.path.basename(folder) for folder in WorkDir(tmp_path / "exp", None).candidates()}
+    assert found == {"exp", "exp_2026", *(f"exp{suffix}" for suffix in own)}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="symbolic links")
+def test_links_to_nothing_and_files_in_the_way_are_told_with_their_names(tmp_path: Path) -> None:
+    (tmp_path / "run").symlink_to(tmp_path / "gone")
+    error = raised_by(make_trainer(tmp_path / "run", create_new_dir=None).train, WorkDirError)
+    assert f"is a link to {str(tmp_path / 'gone')!r}, which is not there" in str(error)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "checkpoints").touch()
+    error = raised_by(make_trainer(tmp_path / "other", create_new_dir=None).train, WorkDirError)
+    assert str(tmp_path / "other" / "checkpoints") in str(error)

@@ -30,3 +30,12 @@ def test_a_record_that_fits_no_format_is_still_shown(tmp_path: Path, capfd: pyte
     handler.emit(logging.LogRecord("a", logging.INFO, "", 0, "%d", ("no number",), None))
     handler.close()
     assert "no number" in capfd.readouterr().err
+
+
+def test_a_file_that_cannot_be_opened_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Another member of the group has made it, say."""
+    (tmp_path / "log.txt").mkdir()
+    trainer = make_trainer(tmp_path, create_new_dir=None)
+    trainer.train()
+    assert trainer.progress.epoch == 2
+    assert len([line for line in caplog.messages if "log.txt cannot be written" in line]) == 1

@@ -17,11 +17,16 @@ from torch_frame.errors import WorkDirError
 
 _logger = logging.getLogger("torch_frame")
 NAME = ".torch_frame.lock"
-_UNKNOWN_TO_THE_FILE_SYSTEM = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
+"""What the system says of a lock that another process has; anything else is a file system that cannot lock."""
 _BYTE = 1 << 30  # Windows locks bytes; one far behind those that others are to read
 
 _held: dict[str, int] = {}
 """Folders that a trainer of this process holds -> pid: the system's lock is the process's, and tells its trainers nothing."""
+
+
+class _InUse(WorkDirError):
+    """Another run holds the folder."""
 
 
 class FolderLock:
@@ -40,17 +45,21 @@ class FolderLock:
         self._key = os.path.realpath(folder)
         self._path = os.path.join(folder, NAME)
         if _held.get(self._key) == os.getpid():
-            raise WorkDirError(_in_use(folder, "another trainer of this process"))
+            raise _InUse(_in_use(folder, "another trainer of this process"))
         self._handle = self._open()
         _held[self._key] = os.getpid()
         self._sign()
 
     @classmethod
     def if_free(cls, folder: str) -> Self | None:
-        """The lock, or None if another run holds it."""
+        """The lock, or None if another run holds it.
+
+        Raises:
+            WorkDirError: if the folder cannot be written.
+        """
         try:
             return cls(folder)
-        except WorkDirError:
+        except _InUse:
             return None
 
     def release(self) -> None:
@@ -65,19 +74,31 @@ class FolderLock:
             os.close(self._handle)
 
     def renew(self) -> None:
-        """Take it again, if it has been lost."""
-        if not _lock(self._handle, self.folder):
+        """Take it again, if it has been lost, or if its file has been removed."""
+        if not _lock(self._handle, self.folder) or not (self._is_there(self._handle) or self._taken_anew()):
             _logger.warning("Another process has taken the lock of %s: two runs write there.", self.folder)
+
+    def _taken_anew(self) -> bool:
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+            handle = self._open()
+        except OSError:
+            return False
+        os.close(self._handle)
+        self._handle = handle
+        self._sign()
+        return True
 
     def _open(self) -> int:
         while True:
             try:
                 handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+                _share(handle, self.folder)
             except OSError as error:
                 raise WorkDirError(f"work_dir {self.folder!r} cannot be written: {error.strerror}.") from error
             if not _lock(handle, self.folder):
                 os.close(handle)
-                raise WorkDirError(_in_use(self.folder, _holder(self._path)))
+                raise _InUse(_in_use(self.folder, _holder(self._path)))
             if self._is_there(handle):
                 return handle
             os.close(handle)  # removed by the one that held it, just now
@@ -95,6 +116,13 @@ class FolderLock:
             os.ftruncate(self._handle, 0)
             os.lseek(self._handle, 0, os.SEEK_SET)
             os.write(self._handle, json.dumps(holder).encode())
+
+
+def _share(handle: int, folder: str) -> None:
+    """Who may write to the folder may lock it: after a kill another member of its group finds this file, whatever the umask."""
+    if sys.platform != "win32":
+        with contextlib.suppress(OSError):  # the file of another member
+            os.fchmod(handle, os.stat(folder).st_mode & 0o666)
 
 
 def _holder(path: str) -> str:
@@ -130,7 +158,7 @@ def _lock(handle: int, folder: str) -> bool:
 
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno not in _UNKNOWN_TO_THE_FILE_SYSTEM:
+        if error.errno in _HELD:
             return False
         _logger.warning(
             "The file system of %s has no locks, so nothing keeps another run out of it: %s.", folder, error

@@ -8,6 +8,7 @@ import glob
 import itertools
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 
 from torch_frame.distributed.strategy import Strategy
@@ -24,6 +25,9 @@ _TIME_FORMATS = {
     "time_h": "%Y-%m-%d_%H",
     "time_d": "%Y-%m-%d",
 }
+
+_SUFFIX = re.compile(r"(_\d{4}-\d\d-\d\d([_ ]\d\d([-:_]\d\d){0,2})?)?(_\d+)?")
+"""What `create_new_dir` puts behind a name, and 1.7's did, with a blank; exp_large and exp_3d are other experiments than exp."""
 
 
 class WorkDir:
@@ -128,9 +132,10 @@ class WorkDir:
         return [self._given, *_siblings(self._given)]
 
     def take(self, folder: str) -> bool:
-        """Keep other processes out of one of the candidates; False if another run trains there."""
+        """Keep other processes out of one of the candidates; False if another run trains there, or it cannot be written."""
         self.leave()
-        self._lock = FolderLock.if_free(folder)
+        with contextlib.suppress(WorkDirError):
+            self._lock = FolderLock.if_free(folder)
         return self._lock is not None
 
     def move_to(self, checkpoint_path: str) -> None:
@@ -167,7 +172,8 @@ class WorkDir:
         if self._lock is None:
             self._make_and_lock()
         self._claimed = True
-        os.makedirs(self.checkpoints, exist_ok=True)
+        with _in_words(self.path):
+            os.makedirs(self.checkpoints, exist_ok=True)
         if anew and not self._begun and self._create_new_dir is None and self._leftovers.folder == self.path:
             aside = self._leftovers.put_aside()
             if aside:
@@ -315,6 +321,10 @@ def _make(path: str) -> bool:
 
 
 def _use(path: str) -> str:
+    if os.path.islink(path) and not os.path.exists(path):
+        raise WorkDirError(
+            f"work_dir {path!r} is a link to {os.readlink(path)!r}, which is not there. Make that folder, or remove the link."
+        )
     if not _make(path) and not os.path.isdir(path):
         raise WorkDirError(f"work_dir {path!r} is a file, not a folder. Remove it, or choose another work_dir.")
     if not os.access(path, os.W_OK | os.X_OK):
@@ -324,8 +334,8 @@ def _use(path: str) -> str:
 
 def _siblings(work_dir: str) -> list[str]:
     """The folders that `create_new_dir` has made beside a work dir."""
-    # What it puts behind a name begins with a digit; exp_large is another experiment than exp.
-    return sorted(glob.glob(f"{glob.escape(work_dir)}_[0-9]*"))
+    found = glob.glob(f"{glob.escape(work_dir)}_[0-9]*")
+    return sorted(path for path in found if _SUFFIX.fullmatch(path[len(work_dir) :]))
 
 
 def _modified_s(path: str) -> float:

@@ -12,16 +12,20 @@ class LogTxt(logging.FileHandler):
 
     Args:
         path: of the file; records are appended.
+        delay: open it at the first record, so that one that cannot be opened does not end the run either.
     """
 
-    def __init__(self, path: str) -> None:
-        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+    def __init__(self, path: str, *, delay: bool = False) -> None:
+        super().__init__(path, encoding="utf-8", errors="backslashreplace", delay=delay)
         self._failure: OSError | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record; a record that fits no format is the caller's mistake, which `logging` shows."""
         told = self._failure
-        super().emit(record)
+        try:
+            super().emit(record)
+        except OSError as error:  # it cannot be opened
+            self._failure = error
         if self._failure is not None and told is None:
             text = "%s cannot be written, and the run goes on without: %s."
             logging.getLogger("torch_frame").warning(text, self.baseFilename, self._failure)
