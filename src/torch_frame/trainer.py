@@ -37,7 +37,7 @@ from torch_frame.run.plateau import step_by_metric
 from torch_frame.run.ranks import Ranks
 from torch_frame.run.resume import Found, Resumption, load_best
 from torch_frame.run.run import Run
-from torch_frame.run.saving import ASKED_BY_RANK_0, Contents, Saver
+from torch_frame.run.saving import ASKED_BY_RANK_0, Contents, Saver, remove
 from torch_frame.run.script_settings import AllSettings, Choice
 from torch_frame.run.session import ended_by_signals, log_end_inside, phase_of
 from torch_frame.run.skipped import tell_of_left_out
@@ -611,12 +611,18 @@ class Trainer:
     ) -> None:
         """Ask for a save. Weights are copied now; a whole state is, when all hooks of the event have run and no window is open.
 
+        Outside `train()` no safe point comes: the file is written there and then.
+
         Args:
             file_name: below `ckpt_dir`.
             save_single_model: the weights only; False: the whole state.
             then_remove: files that are not needed any more once this one, and the state asked for beside it, are written; a
                 path that ends with a separator is a folder's.
         """
+        if not self._saver.has_safe_points:
+            self.save_checkpoint(file_name, save_single_model)
+            remove(then_remove)
+            return
         with self.schedule_free.shown() if save_single_model else nullcontext():
             self._saver.request(file_name, save_single_model, then_remove, self._contents())
 

@@ -109,6 +109,39 @@ def test_no_best_is_written_where_the_metric_was_never_a_number(tmp_path: Path) 
     assert files_of(trainer) == {"latest.pth", "previous.pth"}
 
 
+def test_a_metric_that_is_nan_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(tmp_path, scoring("acc", [math.nan, 0.5, math.nan]), epochs=3)
+    told = [line for line in caplog.messages if "is NaN, which is never the best" in line]
+    assert len(told) == 1
+    assert "acc" in told[0]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_best_value_whose_file_is_gone_begins_anew(
+    own: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only latest.pth was copied to another machine, say. A hook that saves under names of its own is left alone."""
+
+    class Own(CheckpointerHook):
+        def save_model(self) -> None:
+            if self._is_new_best():
+                self.trainer.save_at_safe_point("mine.pth")
+
+    def run(epochs: int, scores: list[float]) -> CheckpointerHook:
+        hook = Own(save_metric="score") if own else CheckpointerHook(save_metric="score")
+        state = CheckpointerHook()
+        train(tmp_path, Snapshots(scores), hook, state, epochs=epochs, create_new_dir=None, resume="auto")
+        return hook
+
+    run(1, [0.9])
+    assert run(2, [0.9, 0.5]).cur_best == 0.9
+    (tmp_path / "checkpoints" / ("mine.pth" if own else "best.pth")).unlink()
+    assert run(3, [0.9, 0.5, 0.7]).cur_best == (0.9 if own else 0.7)
+    told = [line for line in caplog.messages if "the best value begins anew" in line]
+    assert len(told) == (0 if own else 1)
+    assert own or (tmp_path / "checkpoints" / "best.pth").exists()
+
+
 def test_best_follows_a_training_loss(tmp_path: Path) -> None:
     rows: list[float] = []
     look = On(after_epoch=lambda trainer: rows.append(trainer.value("total_loss")))

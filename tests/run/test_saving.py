@@ -300,3 +300,18 @@ def test_a_state_that_cannot_be_written_is_an_error_of_the_run(tmp_path: Path) -
 
     trainer = make_trainer(tmp_path, hooks=[On(before_train=block), CheckpointerHook()])
     raised_by(trainer.train, CheckpointError)
+
+
+# ---------------------------------------------------------------- outside train()
+
+
+def test_a_save_that_is_asked_for_outside_train_is_written_at_once(tmp_path: Path) -> None:
+    """No safe point will come."""
+    trainer = make_trainer(tmp_path, hooks=[])
+    trainer.save_at_safe_point("before.pth")
+    assert differences(dict(load(trainer, "before.pth")), weights_of(trainer.model)) == []
+    trainer.train()
+    outdated = os.path.join(trainer.ckpt_dir, "before.pth")
+    trainer.save_at_safe_point("after.pth", save_single_model=False, then_remove=[outdated])
+    assert os.listdir(trainer.ckpt_dir) == ["after.pth"]
+    assert load(trainer, "after.pth")["progress"]["epoch"] == 2

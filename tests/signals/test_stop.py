@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import queue
 import random
@@ -25,6 +26,7 @@ from tests.small_runs import Net, differences, environment, make_batches, make_t
 from torch_frame import CheckpointerHook, EvalHook, RepeatDataset, Trainer
 from torch_frame.data.rng_guard import LoadingRng
 from torch_frame.data.source import source_of
+from torch_frame.distributed.strategy import SingleProcess
 from torch_frame.signals.interruption import INTERRUPTION, StopRequested
 from torch_frame.signals.stop import StopSignals
 
@@ -111,6 +113,92 @@ def test_from_the_first_signal_on_a_dead_worker_is_no_error(signals: StopSignals
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGCHLD)
         assert signal.getsignal(signal.SIGCHLD) is as_torch_does
+
+
+def test_a_handler_that_is_set_during_the_run_stays(signals: StopSignals) -> None:
+    def own(number: int, frame: Any) -> None:
+        pass
+
+    before = signal.getsignal(signal.SIGTERM)
+    with handler_of(signal.SIGUSR1, signal.SIG_DFL):
+        with signals.listening():
+            signal.signal(signal.SIGUSR1, own)
+        assert signal.getsignal(signal.SIGUSR1) is own
+        assert signal.getsignal(signal.SIGTERM) is before
+
+
+class Others(SingleProcess):
+    """Rank 0 of two; the other one has got a Ctrl-C 5 s ago."""
+
+    def agree(self, flag: bool) -> bool:
+        return True
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, (int(signal.SIGINT), 5.0, "in epoch 1")]
+
+
+def test_a_ctrl_c_of_which_another_rank_has_told_is_no_second_one(signals: StopSignals) -> None:
+    with signals.listening():
+        assert signals.agree(Others())
+        assert "SIGINT came 5." in signals.told()
+        assert "on rank 1, in epoch 1" in signals.told()
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_under_torchrun_a_ctrl_c_that_comes_twice_at_once_is_one(
+    signals: StopSignals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the terminal or from SLURM, and passed on."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with signals.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1.1)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    with signals.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("order", [("SIGTERM", "SIGUSR2"), ("SIGUSR1", "SIGUSR2")])
+def test_a_users_handler_is_called_if_its_signal_came_behind_another_one(
+    order: tuple[str, str], signals: StopSignals
+) -> None:
+    """SLURM sends SIGTERM too, and submitit's handler of SIGUSR2 queues the job again."""
+    called: list[int] = []
+    with handler_of(signal.SIGUSR2, lambda number, frame: called.append(number)):
+        with signals.listening():
+            for name in order:
+                os.kill(os.getpid(), getattr(signal, name))
+        assert called == []
+        with pytest.raises(SystemExit) as ended:
+            signals.end()
+    assert called == [signal.SIGUSR2]
+    assert ended.value.code == 128 + getattr(signal, order[0])
+
+
+def test_workers_of_an_evaluation_outlive_a_signal_to_the_group(tmp_path: Path) -> None:
+    def signal_all(model: Any, batch: Any) -> dict[str, Any]:
+        for worker in multiprocessing.active_children():
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+                os.kill(int(worker.pid or 0), number)
+        seen.append(len(multiprocessing.active_children()))
+        return {"loss": model(batch).reshape(1)}
+
+    seen: list[int] = []
+    dataset = Hangs()
+    dataset.hangs = False
+    for persistent in (False, True):
+        loader = DataLoader(dataset, 2, num_workers=2, prefetch_factor=1, persistent_workers=persistent)
+        trainer = make_trainer(tmp_path / str(persistent), Net(), hooks=[EvalHook(loader, signal_all)])
+        trainer.train()
+        assert loader.worker_init_fn is None
+    assert seen.count(2) >= 2 * 2 * 8  # not in the look at names
 
 
 def test_an_evaluation_whose_workers_the_signal_has_ended_is_gone_through_again(tmp_path: Path) -> None:

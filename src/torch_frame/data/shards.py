@@ -17,7 +17,7 @@ from torch_frame.data.infinite import InfiniteDataLoader
 from torch_frame.data.move import leaves
 from torch_frame.data.plan import splits_by_itself
 from torch_frame.data.source_base import length_of
-from torch_frame.data.workers import no_second_warning
+from torch_frame.data.workers import iterate, no_second_warning
 from torch_frame.distributed.accelerate import is_accelerates_loader
 from torch_frame.distributed.launch import num_processes
 from torch_frame.distributed.strategy import Strategy
@@ -41,7 +41,7 @@ class First:
         return min(length, self._limit)
 
     def __iter__(self) -> Iterator[Any]:
-        return islice(self._loader, self._limit)
+        return islice(iterate(self._loader), self._limit)
 
 
 class Dealt:
@@ -75,7 +75,7 @@ class Dealt:
         return len(range(self._rank, length, self._world_size))
 
     def __iter__(self) -> Iterator[Any]:
-        noted = map(self._note, self._batches)  # no generator: it would stand above a dataset's error
+        noted = map(self._note, iterate(self._batches))  # no generator: it would stand above a dataset's error
         return islice(noted, self._rank, None, self._world_size)
 
     def _note(self, batch: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The worker processes of a loader: their settings."""
+"""The worker processes of loaders: their settings, and how an evaluation starts those of the user's own loader."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, get_worker_info
 
 from torch_frame.data.rng import numpy_random
+from torch_frame.signals.blocking import signals_blocked
 from torch_frame.signals.workers import WorkerShutdown
 
 _logger = logging.getLogger("torch_frame")
@@ -91,5 +92,43 @@ class WorkerInit:
         np.random.seed(info.seed % 2**32)
         wrapped: Any = info.dataset  # Loading or Streaming; a user's function and dataset look for their own there
         object.__setattr__(info, "dataset", wrapped.dataset)
+        if self._users is not None:
+            self._users(worker_id)
+
+
+def iterate(loader: Any) -> Iterator[Any]:
+    """Begin to iterate the loader of an evaluation. If it starts workers, a signal to the whole process group does not end them.
+
+    The workers of training are started so, too (`worker_settings`). A loader that iterates in its own way is left as it is.
+    """
+    if not _starts_workers(loader):
+        return iter(loader)
+    users = loader.worker_init_fn
+    with signals_blocked(loader) as blocked:
+        shutdown = WorkerShutdown(loader, blocked)
+        loader.worker_init_fn = _InitOfEvaluation(users, shutdown)
+        try:
+            batches: Iterator[Any] = iter(loader)
+        finally:
+            loader.worker_init_fn = users
+        shutdown.workers = getattr(batches, "_workers", ())
+    weakref.finalize(batches, shutdown.announce)  # persistent workers live as long as their loader
+    return batches
+
+
+def _starts_workers(loader: Any) -> bool:
+    is_torchs = isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__
+    return is_torchs and loader.num_workers > 0 and getattr(loader, "_iterator", None) is None
+
+
+class _InitOfEvaluation:
+    """Runs first in a worker of an evaluation, then the user's `worker_init_fn`."""
+
+    def __init__(self, users: Callable[[int], None] | None, shutdown: WorkerShutdown) -> None:
+        self._users = users
+        self._shutdown = shutdown
+
+    def __call__(self, worker_id: int) -> None:
+        self._shutdown.worker_started(worker_id)
         if self._users is not None:
             self._users(worker_id)

@@ -43,8 +43,8 @@ def assign_best_files(hooks: Sequence[Follower], saving_method: Any) -> None:
     undecided = [hook for hook in following if hook.best_file is None]
     if not undecided:
         return
-    claiming = [hook for hook in following if not _replaces(hook, saving_method)]
-    plain = [hook for hook in hooks if hook.save_metric is None and not _replaces(hook, saving_method)]
+    claiming = [hook for hook in following if writes_by_itself(hook, saving_method)]
+    plain = [hook for hook in hooks if hook.save_metric is None and writes_by_itself(hook, saving_method)]
     taken = {hook.best_file for hook in following}
     first = [hook for hook in claiming if hook in undecided and hook.evaluates]
     first += [hook for hook in claiming if hook in undecided]
@@ -62,12 +62,12 @@ def assign_best_files(hooks: Sequence[Follower], saving_method: Any) -> None:
         _logger.info("Several hooks follow a metric: %s.", "; ".join(sorted(files)))
 
 
-def _replaces(hook: Follower, saving_method: Any) -> bool:
-    """Whether the hook has a `save_model` of its own that does not call the inherited one."""
+def writes_by_itself(hook: Follower, saving_method: Any) -> bool:
+    """Whether the hook has no `save_model` of its own that does not call the inherited one."""
     methods = [vars(kind)["save_model"] for kind in type(hook).__mro__ if "save_model" in vars(kind)]
     own = [vars(hook)["save_model"]] if "save_model" in vars(hook) else []
     own += methods[: methods.index(saving_method)]
-    return any("save_model" not in getattr(getattr(method, "__code__", None), "co_names", ()) for method in own)
+    return all("save_model" in getattr(getattr(method, "__code__", None), "co_names", ()) for method in own)
 
 
 def _free_name(metric: str, taken: set[str | None]) -> str:

@@ -16,7 +16,7 @@ from torch_frame.errors import SettingError
 from torch_frame.hooks import written
 from torch_frame.hooks.attributes import Attributes
 from torch_frame.hooks.base import HookBase, is_ours
-from torch_frame.hooks.best import BEST, assign_best_files
+from torch_frame.hooks.best import BEST, assign_best_files, writes_by_itself
 from torch_frame.scalars import is_whole
 from torch_frame.tracking.history import HistoryBuffer
 
@@ -77,6 +77,7 @@ class CheckpointerHook(HookBase):
             "_as_registered",
             "_resume_notes",
             "_begun_run",
+            "_has_told_nan",
         }
     )
     """Attributes that are not looked at for a change."""
@@ -90,6 +91,7 @@ class CheckpointerHook(HookBase):
     _tells_of_nothing_written: bool = True
     _as_registered: Attributes | None = None
     _resume_notes: tuple[str, ...] = ()
+    _has_told_nan = False
 
     def __init__(
         self,
@@ -201,6 +203,9 @@ class CheckpointerHook(HookBase):
     def _is_new_best(self) -> bool:
         assert self.save_metric is not None
         value = self.trainer.hook_strategy.broadcast(self._metric_value(self.save_metric))  # rank 0's decides for all
+        if value is not None and math.isnan(value) and not self._has_told_nan:
+            self._has_told_nan = True
+            _logger.warning("%s is NaN, which is never the best: no file of weights is written.", self.save_metric)
         if value is None or not self.is_better(value):
             return False
         self.cur_best = value
@@ -311,6 +316,27 @@ class CheckpointerHook(HookBase):
                 f"{_in_words(*was)}, now it is of {_in_words(*now)}.",
             )
 
+    def _look_for_best(self) -> None:
+        """A state may have been copied without its weights: a best value without a file would keep out those that are worse."""
+        if self.best_file is None or math.isinf(self.cur_best):
+            return
+        path = Path(self.trainer.ckpt_dir, self.best_file)
+        if self.trainer.hook_strategy.broadcast(path.exists()) or not self._writes_by_itself():
+            return
+        _logger.warning(
+            "%s is not there, of which the state says that it is the best by %r (%.6g): the best value begins anew.",
+            path,
+            self.save_metric,
+            self.cur_best,
+        )
+        self.cur_best = float("-inf") if self.max_first else float("inf")
+
+    def _writes_by_itself(self) -> bool:
+        """Neither the hook nor the trainer saves in a way of the user's, under other names perhaps."""
+        save_checkpoint: Any = self.trainer.__class__.save_checkpoint
+        is_ours = save_checkpoint.__module__ == "torch_frame.trainer"
+        return is_ours and writes_by_itself(self, CheckpointerHook.save_model)
+
     def _note_attributes(self) -> None:
         """Called when the hook is registered: what a subclass keeps in attributes is compared with this moment."""
         if not is_ours(type(self)):
@@ -321,6 +347,7 @@ class CheckpointerHook(HookBase):
         for text in self._resume_notes:
             _logger.warning(text)
         self._resume_notes = ()
+        self._look_for_best()
         unseen = [] if self._as_registered is None else self._as_registered.opaque(self)
         if unseen:
             _logger.info(

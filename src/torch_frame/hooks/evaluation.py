@@ -14,6 +14,7 @@ from torch_frame.data.move import move_to_device
 from torch_frame.data.rng import preserved_rng
 from torch_frame.data.shards import check_reports, deal, whole
 from torch_frame.data.source import length_of
+from torch_frame.data.workers import iterate
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import SettingError
 from torch_frame.hooks.base import HookBase
@@ -317,7 +318,7 @@ def first_batch(dataloader: Iterable[Any]) -> Any:
     Raises:
         SettingError: if there is none.
     """
-    for batch in whole(dataloader):
+    for batch in iterate(whole(dataloader)):
         return batch
     raise SettingError("The evaluation's dataloader is empty.")
 

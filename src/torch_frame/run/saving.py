@@ -116,6 +116,7 @@ class Saver:
     Attributes:
         pending: there is something to do at the next safe point: a request, a stop signal, a save that has failed.
         rollback: parts of the state that are saved as they were before `after_epoch`; None outside it.
+        has_safe_points: a run is under way, so a safe point will come.
         holds_last_state: the run has ended inside an epoch, and `latest.pth` holds where it goes on from there: it is
             not asked for again.
         saves_own_way: a subclass's `save_checkpoint` is at work on whole states, at a safe point.
@@ -124,8 +125,7 @@ class Saver:
     def __init__(self, strategy: Strategy) -> None:
         self.pending = False
         self.rollback: State | None = None
-        self.holds_last_state = False
-        self.saves_own_way = False
+        self.holds_last_state = self.has_safe_points = self.saves_own_way = False
         self._watch: Watch | None = None
         self._strategy = strategy
         self._saved_here: list[str] = []
@@ -141,6 +141,15 @@ class Saver:
     def wake(self) -> None:
         """There is something to do at the next safe point. Called in signal handlers and from the writing thread too."""
         self.pending = True
+
+    @contextlib.contextmanager
+    def under_way(self) -> Iterator[None]:
+        """A run is under way inside."""
+        self.has_safe_points = True
+        try:
+            yield
+        finally:
+            self.has_safe_points = False
 
     # ---------------------------------------------------------------- requests
 

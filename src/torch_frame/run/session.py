@@ -6,8 +6,12 @@ Context managers, because they add no frame to a traceback.
 from __future__ import annotations
 
 import logging
+import os
+import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from torch_frame._version import __version__
@@ -57,6 +61,7 @@ class Session:
         self._open = ExitStack()
 
     def __enter__(self) -> None:
+        self._open.enter_context(self._saver.under_way())
         for context in self._around:
             self._open.enter_context(context)
         self._open.enter_context(self._signals.listening())
@@ -94,15 +99,34 @@ def ended_by_signals(save: Callable[[], None]) -> Iterator[None]:
         save()
 
 
-def phase_of(progress: Progress) -> str:
-    """Where the run is, in words. Called in the handler of a signal, so it only looks."""
+_LIBRARIES = (
+    str(Path(__file__).parents[1]) + os.sep,
+    *(path + os.sep for name, path in sysconfig.get_paths().items() if name in ("stdlib", "purelib", "platlib")),
+    "<frozen",
+)
+
+
+def phase_of(progress: Progress, frame: FrameType | None) -> str:
+    """Where the run is, in words, and the user's code. Called in the handler of a signal, so it only looks."""
     epoch, iteration = progress.current_epoch + 1, progress.current_iter
     place = f"epoch {epoch}, iteration {iteration} of the run"
     if INTERRUPTION.allowed:
-        return f"while a batch was waited for in {place}"
-    if progress.epoch_trained:
-        return f"behind the last batch of epoch {epoch}"
-    return f"in {place}"
+        phase = f"while a batch was waited for in {place}"
+    elif progress.epoch_trained:
+        phase = f"behind the last batch of epoch {epoch}"
+    else:
+        phase = f"in {place}"
+    return phase + _users_place(frame)
+
+
+def _users_place(frame: FrameType | None) -> str:
+    """The line of the user's code that the main thread was in: of the innermost file that is in no library."""
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if not path.startswith(_LIBRARIES):
+            return f" ({os.path.basename(path)}, line {frame.f_lineno}, in {frame.f_code.co_name})"
+        frame = frame.f_back
+    return ""
 
 
 def _report(error: BaseException, where: str, tell: Sequence[Callable[[BaseException], None]]) -> None:

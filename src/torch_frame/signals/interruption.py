@@ -17,10 +17,7 @@ class Interruption:
         came: a signal has come.
     """
 
-    __slots__ = ("allowed", "came", "here")
-
-    def __init__(self) -> None:
-        self.reset()
+    allowed = here = came = False
 
     def reset(self) -> None:
         """No flag is set."""

@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 import sys
-import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,12 +20,10 @@ SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
 )  # SIGUSR1 and SIGUSR2 are what SLURM sends some time before the end: --signal=USR1@120
 _OF_USERS = ("SIGUSR1", "SIGUSR2")
-_SIGCHLD: Any = getattr(signal, "SIGCHLD", None)  # None on Windows
-_LIBRARIES = (
-    str(Path(__file__).parents[1]) + os.sep,
-    *(path + os.sep for name, path in sysconfig.get_paths().items() if name in ("stdlib", "purelib", "platlib")),
-    "<frozen",
+_PASSED_ON_S = (
+    1.0  # torchrun passes a Ctrl-C on that its processes may have got already: within this time it is the same one
 )
+_SIGCHLD: Any = getattr(signal, "SIGCHLD", None)  # None on Windows
 
 
 class StopSignals:
@@ -38,25 +35,25 @@ class StopSignals:
 
     Args:
         on_first: called in the handler, so that the trainer looks at its next safe point.
-        phase: says in words where the run is; called in the handler.
+        phase: says in words where the run, and the frame that was interrupted, is; called in the handler.
 
     Attributes:
         received: the first signal of this run, or None.
     """
 
-    def __init__(self, on_first: Callable[[], None], phase: Callable[[], str] = str) -> None:
+    def __init__(self, on_first: Callable[[], None], phase: Callable[[FrameType | None], str] = str) -> None:
         self.received: signal.Signals | None = None
         self._on_first = on_first
         self._phase = phase
-        self._came: tuple[float, str] | None = None  # when, and where the run was; None: another rank got it
-        self._users: dict[int, Any] = {}  # the handlers before
-        self._sigchld: tuple[Any, Any] = (None, None)  # our handler, and the one before
+        self._came: tuple[float, str] | None = None  # when, and where the run was
+        self._got: list[int] = []  # by this process, in their order
+        self._replaced: dict[int, tuple[Any, Any]] = {}  # our handler, and the one before
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Handlers of ours inside, in the main thread; elsewhere python allows none, and nothing is done."""
         self.received = self._came = None
-        self._users = {}
+        self._replaced, self._got = {}, []
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -64,15 +61,16 @@ class StopSignals:
         try:
             for number in SIGNALS:
                 if signal.getsignal(number) not in (signal.SIG_IGN, None) and not _is_handled_by_c(number):
-                    self._users[number] = signal.signal(number, self._handle)
+                    self._replace(number, self._handle)
             yield
         finally:
             INTERRUPTION.reset()
-            for number, handler in self._users.items():
-                signal.signal(number, handler)
-            ours, before = self._sigchld
-            if ours is not None and signal.getsignal(_SIGCHLD) is ours:
-                signal.signal(_SIGCHLD, before)
+            for number, (ours, before) in self._replaced.items():
+                if signal.getsignal(number) == ours:  # a hook may have set another one, for what comes after the run
+                    signal.signal(number, before)
+
+    def _replace(self, number: int, handler: Callable[[int, FrameType | None], None]) -> None:
+        self._replaced[number] = handler, signal.signal(number, handler)
 
     def begin_wait(self, may_interrupt: bool) -> None:
         """A wait for data begins; `may_interrupt` says whether the run may end here and now.
@@ -92,50 +90,62 @@ class StopSignals:
         """Whether a signal came on any rank; it counts as received on all of them then."""
         if not strategy.agree(self.received is not None):
             return False
-        received = strategy.gather(0 if self.received is None else int(self.received))
-        self.received = self.received or signal.Signals(max(received))
+        when, where = self._came or (time.monotonic(), "")
+        of_ranks = strategy.gather((int(self.received or 0), time.monotonic() - when, where))
+        rank, (number, seconds, where) = next((rank, told) for rank, told in enumerate(of_ranks) if told[0])
+        if self.received is None:
+            self._came = time.monotonic() - seconds, f"on rank {rank}, {where}"
+            self.received = signal.Signals(number)
         return True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._got.append(number)
         if self.received is not None:
-            if number == signal.SIGINT:
+            if number == signal.SIGINT and not self._is_the_same():
                 raise KeyboardInterrupt
             return
+        self._came = time.monotonic(), self._phase(frame)
         self.received = signal.Signals(number)
-        self._came = time.monotonic(), self._phase() + _users_place(frame)
         self._let_workers_die()
         self._on_first()
         INTERRUPTION.came = True
         INTERRUPTION.end_if_wanted()
 
+    def _is_the_same(self) -> bool:
+        """A Ctrl-C of which another rank has told already, or which torchrun has passed on, is no second one."""
+        assert self._came is not None
+        is_soon = time.monotonic() - self._came[0] < _PASSED_ON_S and "TORCHELASTIC_RUN_ID" in os.environ
+        return len(self._got) == 1 or (is_soon and self.received == signal.SIGINT)
+
     def _let_workers_die(self) -> None:
         """torch raises in its handler of SIGCHLD, wherever the process is, in the middle of the last save too."""
         told = None if _SIGCHLD is None else signal.getsignal(_SIGCHLD)
         if callable(told):  # not one of SIG_DFL, SIG_IGN, None
-            self._sigchld = (_without_errors(told), told)
-            signal.signal(_SIGCHLD, self._sigchld[0])
+            self._replace(_SIGCHLD, _without_errors(told))
 
     def told(self) -> str:
-        """Which signal came, how long ago, and where the run was: phase, file and line of the user's code."""
+        """Which signal came, how long ago, and where the run was."""
         assert self.received is not None
-        if self._came is None:
-            return f"{self.received.name} came on another rank"
+        assert self._came is not None
         when, where = self._came
         return f"{self.received.name} came {time.monotonic() - when:.1f} s ago, {where}"
 
     def end(self) -> None:
         """End as the signal would have ended the process: 130 for Ctrl-C, 143 for SIGTERM, 138 for SIGUSR1, 140 for SIGUSR2.
 
-        A user's own handler of SIGUSR1 or SIGUSR2 (which queues the job again, say) is called instead.
+        A user's own handler of SIGUSR1 or SIGUSR2 (which queues the job again, say) is called instead; before the end, if that
+        signal came behind another one, as SLURM's time limit sends SIGTERM as well.
         """
         assert self.received is not None
         number, self.received = self.received, None
-        handler = self._users.get(number)
-        if number.name in _OF_USERS and callable(handler):
-            handler(number, sys._getframe())
-        elif number == signal.SIGINT:
+        before = {number: handler for number, (_, handler) in self._replaced.items()}
+        users = {n: h for n, h in before.items() if signal.Signals(n).name in _OF_USERS and callable(h)}
+        for asked in dict.fromkeys([number, *self._got]):
+            if asked in users:
+                users[asked](asked, sys._getframe())
+        if number == signal.SIGINT:
             raise KeyboardInterrupt
-        else:
+        if number not in users:
             raise SystemExit(128 + number)
 
 
@@ -148,16 +158,6 @@ def _is_handled_by_c(number: int) -> bool:
         caught = next(line.split()[1] for line in lines if line.startswith("SigCgt:"))
         return bool(int(caught, 16) >> (number - 1) & 1)
     return False
-
-
-def _users_place(frame: FrameType | None) -> str:
-    """The line of the user's code that the main thread was in: of the innermost file that is in no library."""
-    while frame is not None:
-        path = frame.f_code.co_filename
-        if not path.startswith(_LIBRARIES):
-            return f" ({os.path.basename(path)}, line {frame.f_lineno}, in {frame.f_code.co_name})"
-        frame = frame.f_back
-    return ""
 
 
 def _without_errors(handler: Callable[[int, FrameType | None], Any]) -> Callable[[int, FrameType | None], None]:
