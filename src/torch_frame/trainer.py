@@ -320,7 +320,7 @@ class Trainer:
             attributes,
             Modes(bare, self.progress, attributes, prepared),
             self._feed,
-            WorkDir(work_dir, None if resume == "auto" else create_new_dir),
+            WorkDir(work_dir, None if resume == "auto" else create_new_dir, strategy),
             self._saver,
             self.stop_signals,
             Resumption(checks.checked_resume(resume)),

@@ -87,6 +87,26 @@ def train_in(folder: Path, **settings: Any) -> int:
     return trainer.start_epoch
 
 
+def train_in_folders_of_their_own(folder: Path) -> list[str]:
+    """The work dir of this rank before and after the training, and what is in its own folder."""
+    own = folder / str(dist.get_rank())
+    own.mkdir()
+    os.chdir(own)
+    trainer = make(Path(), [CheckpointerHook()])
+    before = trainer.work_dir
+    trainer.train()
+    return [before, trainer.work_dir, *os.listdir(own)]
+
+
+def test_all_ranks_have_rank_0s_folder_from_the_constructor_on(tmp_path: Path) -> None:
+    """Hydra gives each process a working directory of its own, named by its time."""
+    run = str(tmp_path / "0" / "run")
+    assert on_processes(train_in_folders_of_their_own, tmp_path / "results", 2, tmp_path) == [
+        [run, run, "run"],
+        [run, run],
+    ]
+
+
 def test_a_folder_that_another_process_holds_is_refused_on_all_ranks(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with Other(tmp_path / "run"), pytest.raises(Failed, match="is in use: process"):

@@ -11,6 +11,7 @@ import pytest
 
 from tests.small_runs import make_trainer, raised_by
 from tests.tracking.pseudo_terminal import script_environment
+from torch_frame.distributed.strategy import SingleProcess
 from torch_frame.errors import TorchFrameError, WorkDirError
 from torch_frame.run.work_dir import WorkDir, claim_work_dir, find_checkpoint, get_workspace
 
@@ -184,7 +185,7 @@ def test_only_what_create_new_dir_makes_is_a_sibling(tmp_path: Path) -> None:
     ]
     for suffix in [*own, "_3d", "_18-layers", "_0.1", "_2026", "_2026-01-31-b", "s_1", "_large"]:
         (tmp_path / f"exp{suffix}").mkdir()
-    found = {os.path.basename(folder) for folder in WorkDir(tmp_path / "exp", None).candidates()}
+    found = {os.path.basename(folder) for folder in WorkDir(tmp_path / "exp", None, SingleProcess()).candidates()}
     assert found == {"exp", "exp_2026", *(f"exp{suffix}" for suffix in own)}
 
 

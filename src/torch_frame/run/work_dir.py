@@ -36,14 +36,15 @@ class WorkDir:
     Args:
         work_dir: as the user gave it; a later change of the working directory does not matter.
         create_new_dir: what to do if it exists; see `Trainer`.
+        strategy: all ranks have rank 0's path, whatever their clocks and working directories are.
 
     Attributes:
         path: absolute; final once `claim` or `enter` has been called.
     """
 
-    def __init__(self, work_dir: str | os.PathLike[str], create_new_dir: str | None) -> None:
+    def __init__(self, work_dir: str | os.PathLike[str], create_new_dir: str | None, strategy: Strategy) -> None:
         self._given = os.path.abspath(_clean(work_dir))
-        self.path = get_workspace(self._given, create_new_dir)
+        self.path: str = strategy.broadcast(get_workspace(self._given, create_new_dir))
         self._create_new_dir = create_new_dir
         self._claimed = False
         self._begun = False  # a run of this trainer's is in it

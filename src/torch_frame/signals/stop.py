@@ -45,14 +45,14 @@ class StopSignals:
         self.received: signal.Signals | None = None
         self._on_first = on_first
         self._phase = phase
-        self._came: tuple[float, str] | None = None  # when, and where the run was
+        self._came = 0.0, ""  # when, and where the run was
         self._got: list[int] = []  # by this process, in their order
         self._replaced: dict[int, tuple[Any, Any]] = {}  # our handler, and the one before
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Handlers of ours inside, in the main thread; elsewhere python allows none, and nothing is done."""
-        self.received = self._came = None
+        self.received = None
         self._replaced, self._got = {}, []
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -90,7 +90,7 @@ class StopSignals:
         """Whether a signal came on any rank; it counts as received on all of them then."""
         if not strategy.agree(self.received is not None):
             return False
-        when, where = self._came or (time.monotonic(), "")
+        when, where = self._came
         of_ranks = strategy.gather((int(self.received or 0), time.monotonic() - when, where))
         rank, (number, seconds, where) = next((rank, told) for rank, told in enumerate(of_ranks) if told[0])
         if self.received is None:
@@ -113,7 +113,6 @@ class StopSignals:
 
     def _is_the_same(self) -> bool:
         """A Ctrl-C of which another rank has told already, or which torchrun has passed on, is no second one."""
-        assert self._came is not None
         is_soon = time.monotonic() - self._came[0] < _PASSED_ON_S and "TORCHELASTIC_RUN_ID" in os.environ
         return len(self._got) == 1 or (is_soon and self.received == signal.SIGINT)
 
@@ -126,7 +125,6 @@ class StopSignals:
     def told(self) -> str:
         """Which signal came, how long ago, and where the run was."""
         assert self.received is not None
-        assert self._came is not None
         when, where = self._came
         return f"{self.received.name} came {time.monotonic() - when:.1f} s ago, {where}"
 
