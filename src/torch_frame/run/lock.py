@@ -25,10 +25,6 @@ _held: dict[str, int] = {}
 """Folders that a trainer of this process holds -> pid: the system's lock is the process's, and tells its trainers nothing."""
 
 
-class _InUse(WorkDirError):
-    """Another run holds the folder."""
-
-
 class FolderLock:
     """Held while a run trains in a folder; the system lets it go with the process, however that ends.
 
@@ -45,7 +41,7 @@ class FolderLock:
         self._key = os.path.realpath(folder)
         self._path = os.path.join(folder, NAME)
         if _held.get(self._key) == os.getpid():
-            raise _InUse(_in_use(folder, "another trainer of this process"))
+            raise WorkDirError(_in_use(folder, "another trainer of this process"))
         self._handle = self._open()
         _held[self._key] = os.getpid()
         self._sign()
@@ -59,7 +55,9 @@ class FolderLock:
         """
         try:
             return cls(folder)
-        except _InUse:
+        except WorkDirError as error:
+            if error.__cause__ is not None:  # of the system: nobody holds it
+                raise
             return None
 
     def release(self) -> None:
@@ -98,7 +96,7 @@ class FolderLock:
                 raise WorkDirError(f"work_dir {self.folder!r} cannot be written: {error.strerror}.") from error
             if not _lock(handle, self.folder):
                 os.close(handle)
-                raise _InUse(_in_use(self.folder, _holder(self._path)))
+                raise WorkDirError(_in_use(self.folder, _holder(self._path)))
             if self._is_there(handle):
                 return handle
             os.close(handle)  # removed by the one that held it, just now
