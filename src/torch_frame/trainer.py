@@ -237,9 +237,8 @@ class Trainer:
         names_before = set(vars(self)) - self._own_attributes
         checks.check_given(locals())
         checks.check_names_of_17(type(self))
-        self.strategy = strategy = checks.checked_strategy(
-            strategy
-        )  # before the device: "cuda" is this rank's own GPU then
+        # Before the device: "cuda" is this rank's own GPU then.
+        self.strategy = strategy = checks.checked_strategy(strategy)
         self.rank = strategy.rank
         self.device = checks.device_of(model) if device is None else resolve_device(device)
         self.precision = Precision(choose_precision(precision, enable_amp, self.device), self.device)
@@ -348,9 +347,8 @@ class Trainer:
         self._prepare()
         run, steps = self._run, (self.train_one_iter, Trainer.train_one_iter)
         levels = console_log_level, file_log_level
-        with opening.opened(
-            run, levels, self.load_checkpoint, steps
-        ):  # restored, checked, logged; closed whatever happens
+        # Restored, checked, logged inside; reported and closed whatever happens.
+        with opening.opened(run, levels, self.load_checkpoint, steps):
             opening.begin(run)
             self._prepare_for_training(console_log_level, file_log_level)
             with self._ranks.alone():
@@ -362,10 +360,10 @@ class Trainer:
                     self.progress.begin_epoch()
                     if not self.progress.epoch_trained:
                         self.train_one_epoch()
-                    roll_back = partial(
-                        self._saver.rolled_back_if_stopped, parts_of_hooks(run), partial(beside_hooks, run)
-                    )
-                    with self.schedule_free.shown(), roll_back():
+                    with (
+                        self.schedule_free.shown(),
+                        self._saver.rolled_back_if_stopped(parts_of_hooks(run), partial(beside_hooks, run)),
+                    ):
                         self._ranks.share_values(self.metric_storage.state_dict, self.metric_storage.load_state_dict)
                         with self._ranks.alone():
                             for call in self.stages["after_epoch"]:  # not by `call`: a frame less above errors

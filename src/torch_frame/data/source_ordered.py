@@ -51,9 +51,8 @@ class OrderedSource(StatelessSource):
         self._shutdown: WorkerShutdown | None = None
         self._iteration = 0
         self._drawn: int | None = None  # the generators that the dataset has been seen to draw from
-        self._hashes: dict[
-            int, int
-        ] = {}  # position -> of the indices up to there, of the last batches that were fetched
+        # position -> of the indices up to there, of the last batches that were fetched
+        self._hashes: dict[int, int] = {}
         self._expected: int | None = None  # that hash in a state that is resumed, until the first batch
 
     @property

@@ -121,9 +121,8 @@ class CheckpointerHook(HookBase):
         self._every_n_iters = int(every_n_iters or 0)
         self._keep_steps = _checked_keep_steps(keep_steps, every_n_iters)
         self._recent_steps: list[str] = []
-        self._written: dict[
-            str, list[str]
-        ] = {}  # file of the two lists -> what the trainer's own save_checkpoint wrote for it
+        # file of the two lists -> what the trainer's own save_checkpoint wrote for it
+        self._written: dict[str, list[str]] = {}
         self._step_is_due = False
         self._every_n_seconds = math.inf if every_n_minutes is None else 60.0 * every_n_minutes
         self._next_save_s = math.inf

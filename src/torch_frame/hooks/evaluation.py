@@ -190,9 +190,8 @@ class EvaluationHook(CheckpointerHook):
     def after_iter(self) -> None:
         if self.period_unit == "iter":
             self._is_due = self._is_due or self.every_n_iters(self._period) or self.is_last_iter()
-            if (
-                not self.trainer.window_open and self._begins()
-            ):  # inside one, other weights would be saved than those scored
+            # Inside a window other weights would be saved than those scored.
+            if not self.trainer.window_open and self._begins():
                 self._do_eval()
                 self.save_model()
 

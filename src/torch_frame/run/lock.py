@@ -64,10 +64,9 @@ class FolderLock:
         """Let it go, and remove its file."""
         if _held.get(self._key) == os.getpid():
             del _held[self._key]
+        # Removed before it is free: a process that holds it knows whether the file is still the one of this name.
         with contextlib.suppress(OSError):
-            os.remove(
-                self._path
-            )  # before it is free: who holds it knows whether the file is still the one of this name
+            os.remove(self._path)
         with contextlib.suppress(OSError):
             os.close(self._handle)
 

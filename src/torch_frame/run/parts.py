@@ -97,9 +97,8 @@ class AveragePart:
         if self._ema is None:
             return
         self._ema.follow_modes(self._model)
-        if (
-            state is None
-        ):  # 1.7 kept none: begin anew from the model, restored before, as far into the ramp as the run is
+        if state is None:
+            # 1.7 kept none: begin anew from the model, restored before, as far into the ramp as the run is.
             self._ema.reset(self._model)
             self._ema.updates = self._progress.num_updates
         else:
