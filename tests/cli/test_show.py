@@ -95,8 +95,9 @@ def test_a_folder_without_a_run_is_told(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_columns_of_late_scores_stand_where_the_run_had_them(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     hooks = [
         EvalHook([0], lambda model, batch: {"acc": [math.inf]}, 2, prefix=name, progress_bar=False)
         for name in ("b", "a")

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +290,19 @@ def test_event_files_end_where_they_ended_and_later_ones_of_the_run_are_removed(
         again.close()
     assert _points(tmp_path, "eval_acc") == [(0, pytest.approx(0.1)), (1, pytest.approx(0.4))]
     assert _points(tmp_path, "other") == [(9, 9.0)]
+
+
+def test_files_of_one_second_are_read_in_the_order_they_were_made(tmp_path: Path) -> None:
+    script = f"""
+from torch_frame.tracking.log_files import EventFiles
+for number in range(12):  # TensorBoard numbers the files of a process from 0, and reads them in the order of their names
+    files = EventFiles({str(tmp_path)!r}, run_id="run")
+    files.write("number", number, number)
+    files.close()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert len(list(tmp_path.iterdir())) == 12
+    assert [value for _, value in _points(tmp_path, "number")] == list(range(12))
 
 
 def test_of_a_folder_that_is_not_to_be_seen_no_file_is_known_or_removed(tmp_path: Path) -> None:

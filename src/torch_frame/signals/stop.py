@@ -68,6 +68,7 @@ class StopSignals:
             for number, (ours, before) in self._replaced.items():
                 if signal.getsignal(number) == ours:  # a hook may have set another one, for what comes after the run
                     signal.signal(number, before)
+            self._replaced = {number: (None, before) for number, (_, before) in self._replaced.items()}  # no circle
 
     def _replace(self, number: int, handler: Callable[[int, FrameType | None], None]) -> None:
         self._replaced[number] = handler, signal.signal(number, handler)

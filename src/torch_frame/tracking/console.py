@@ -189,10 +189,10 @@ def _detach(stream: Any) -> None:
         os.close(null)
 
 
-def _open_file(path: str, level: int, *, delay: bool = False) -> logging.FileHandler:
+def _open_file(path: str, level: int, *, may_fail: bool = False) -> logging.FileHandler:
     path = os.path.abspath(path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    handler = LogTxt(path, delay=delay)
+    handler = LogTxt(path, may_fail=may_fail)
     handler.setLevel(level)
     handler.setFormatter(_FileFormatter())
     return handler
@@ -303,7 +303,7 @@ def open_run_log(path: str | os.PathLike[str] | None, console_log_level: int, fi
     console_level = _check_level("console_log_level", console_log_level)
     file_level = _check_level("file_log_level", file_log_level)
     path = None if path is None else os.fspath(path)
-    file_handler = None if path is None else _open_file(path, file_level, delay=True)
+    file_handler = None if path is None else _open_file(path, file_level, may_fail=True)
     if not _open_runs:
         _attach(console_level)
     run = RunLog(path, file_handler)

@@ -5,12 +5,17 @@ import hashlib
 import json
 import math
 import os
+import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+
+_EVENTS = "events.out.tfevents."
+"""How the names of TensorBoard's files begin."""
 
 
 def _plain(value: Any, where: str) -> Any:
@@ -232,7 +237,25 @@ class EventFiles:
         self._suffix = f"{filename_suffix}.{run_id}" if run_id else filename_suffix
         if keep is not None:
             self._cut(keep)
-        self._writer = summary_writer(self._log_dir, purge_step=purge_step, filename_suffix=self._suffix, **kwargs)
+        make = partial(summary_writer, self._log_dir, purge_step=purge_step, filename_suffix=self._suffix, **kwargs)
+        before = set(self._names())
+        self._writer = make()
+        for name in set(self._names()) - before:
+            if name < max(before, default=""):
+                self._writer = self._made_again(name, make)
+
+    def _names(self) -> list[str]:
+        try:
+            return [name for name in os.listdir(self._log_dir) if name.startswith(_EVENTS)]
+        except OSError:
+            return []
+
+    def _made_again(self, name: str, make: Callable[[], Any]) -> Any:
+        """TensorBoard reads a folder's files by their names: second, host, process, number; 10 of a process is before its 9."""
+        self._writer.close()
+        os.remove(os.path.join(self._log_dir, name))
+        time.sleep(1.0 - time.time() % 1.0)
+        return make()
 
     def _cut(self, keep: Mapping[str, int]) -> None:
         for name, size in (self.sizes() or {}).items():
@@ -249,7 +272,7 @@ class EventFiles:
                 return {
                     entry.name: entry.stat().st_size
                     for entry in entries
-                    if entry.name.startswith("events.out.tfevents.") and entry.name.endswith(self._suffix)
+                    if entry.name.startswith(_EVENTS) and entry.name.endswith(self._suffix)
                 }
         except OSError:
             return None

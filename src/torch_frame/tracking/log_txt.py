@@ -12,12 +12,17 @@ class LogTxt(logging.FileHandler):
 
     Args:
         path: of the file; records are appended.
-        delay: open it at the first record, so that one that cannot be opened does not end the run either.
+        may_fail: one that cannot be opened is tried again, and told, at the first record, and does not end the run either.
     """
 
-    def __init__(self, path: str, *, delay: bool = False) -> None:
-        super().__init__(path, encoding="utf-8", errors="backslashreplace", delay=delay)
+    def __init__(self, path: str, *, may_fail: bool = False) -> None:
+        super().__init__(path, encoding="utf-8", errors="backslashreplace", delay=True)
         self._failure: OSError | None = None
+        try:
+            self.stream = self._open()
+        except OSError:
+            if not may_fail:
+                raise
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record; a record that fits no format is the caller's mistake, which `logging` shows."""
