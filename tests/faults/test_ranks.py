@@ -181,7 +181,8 @@ def test_a_stopped_run_resumes_bitwise(world_size: int, hooks_on_all: bool, tmp_
     expected = on_processes(train, tmp_path / "whole", world_size, tmp_path / "whole", **settings)
     folder = tmp_path / "cut"
     wait(start(train, folder, world_size, folder, fault=((0,), "stop"), **settings))
-    assert torch.load(folder / STATE, weights_only=True)["progress"]["epoch"] in (1, 2)
+    stopped_at = torch.load(folder / STATE, weights_only=True)["progress"]["iter"]
+    assert stopped_at == KILLED_AT + 1  # where its window of two batches ends
     check_equal(on_processes(train, folder, world_size, folder, resume=True, **settings), expected)
 
 
