@@ -21,8 +21,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from tests.small_data import wait_until
 from tests.small_runs import environment, run_python
+from torch_frame import InfiniteDataLoader
 from torch_frame.data.source import source_of
 from torch_frame.signals.blocking import signals_blocked
+from torch_frame.signals.interruption import INTERRUPTION
 from torch_frame.signals.stop import SIGNALS
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="no signal masks")
@@ -84,6 +86,55 @@ def test_workers_outlive_signals_that_come_while_they_start(kind: Any, context: 
     source.close()
     assert pids == set(killed)
     assert len(pids) == 2
+
+
+class Numbers(SlowToStart):
+    """A sample is its index and a random number."""
+
+    def __getitem__(self, index: int) -> Any:
+        return index, torch.rand(()).item()
+
+
+@pytest.fixture
+def _asked_to_end() -> Iterator[None]:
+    INTERRUPTION.came = True  # a signal has asked the run to end, and a window of gradients is open
+    yield
+    INTERRUPTION.reset()
+
+
+@pytest.mark.usefixtures("_asked_to_end")
+@pytest.mark.parametrize(
+    ("kind", "persistent"),
+    [
+        (DataLoader, False),
+        pytest.param(DataLoader, True, marks=pytest.mark.slow),
+        pytest.param(InfiniteDataLoader, False, marks=pytest.mark.slow),
+    ],
+)
+def test_workers_that_a_ctrl_c_ends_while_they_start_are_replaced(kind: Any, persistent: bool, tmp_path: Path) -> None:
+    def loader(name: str) -> Any:
+        (tmp_path / name).mkdir()
+        dataset = Numbers(tmp_path / name, 3.0 if name == "ended" else 0.0)
+        settings: Any = {} if kind is InfiniteDataLoader else {"persistent_workers": persistent}
+        return kind(dataset, batch_size=2, shuffle=True, num_workers=2, multiprocessing_context="spawn", **settings)
+
+    def batches(source: Any) -> list[Any]:
+        return [[part.tolist() for part in batch] for epoch in (0, 1) for batch, _ in source.epoch(epoch)]
+
+    def kill() -> None:
+        wait_until(lambda: len(pids_in(tmp_path / "ended")) == 2, 60)
+        os.kill(max(pids_in(tmp_path / "ended")), signal.SIGINT)
+
+    undisturbed = source_of(loader("whole"), seed=0)
+    expected = batches(undisturbed)
+    undisturbed.close()
+    source = source_of(loader("ended"), seed=0)
+    thread = threading.Thread(target=kill)
+    thread.start()
+    assert batches(source) == expected
+    thread.join()
+    source.close()
+    assert len(pids_in(tmp_path / "ended")) >= 4, "no worker was replaced"
 
 
 class Masks(torch.utils.data.Dataset[Any]):
@@ -209,6 +260,7 @@ def test_the_resource_tracker_outlives_a_sigusr1(tmp_path: Path) -> None:
 import os, signal, time
 from multiprocessing.resource_tracker import _resource_tracker
 from tests.signals.test_blocking import Masks, loader_of
+from torch_frame import InfiniteDataLoader
 from torch_frame.data.source import source_of
 
 assert _resource_tracker._fd is None, "it was started by something else"

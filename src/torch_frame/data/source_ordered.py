@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -46,6 +48,7 @@ class OrderedSource(StatelessSource):
         self._short = short
         self._has_told = False
         self._places: Iterator[BatchPlace] = iter(())
+        self._sent: deque[BatchPlace] = deque()  # of them those that workers were asked for, and have not brought yet
         self._inner: DataLoader[Any] | None = None
         self._stream: Iterator[Fetched] | None = None
         self._shutdown: WorkerShutdown | None = None
@@ -100,11 +103,18 @@ class OrderedSource(StatelessSource):
                 self._check_iteration(iteration)
                 if is_sent:
                     INTERRUPTION.begin()
-                fetched = next(stream, None)
+                try:
+                    fetched = next(stream, None)
+                except RuntimeError:
+                    if not self._has_lost_workers():
+                        raise
+                    stream = self._start_again(epoch)
+                    continue
                 INTERRUPTION.here = False
                 if fetched is None:
                     self._check_open(stream)
                     break
+                self._forget_sent(fetched.place)
                 self._note(fetched)
                 yield fetched.batch, fetched.place.stop
         except GeneratorExit:
@@ -125,6 +135,7 @@ class OrderedSource(StatelessSource):
         if not self._loader.persistent_workers:
             self.close()
         self._places = self.plan_of_epoch(epoch).places(epoch, start)
+        self._sent.clear()
         return self._start_stream(epoch)
 
     def _start_stream(self, epoch: int) -> Iterator[Fetched]:
@@ -141,6 +152,19 @@ class OrderedSource(StatelessSource):
             assert self._shutdown is not None
             self._shutdown.workers = getattr(self._stream, "_workers", ())
         return self._stream
+
+    def _has_lost_workers(self) -> bool:
+        """A Ctrl-C that asks the run to end has ended workers that were only being started: it is not blocked in them."""
+        workers = () if self._shutdown is None else self._shutdown.workers
+        return INTERRUPTION.came and any(worker.exitcode is not None for worker in workers)
+
+    def _start_again(self, epoch: int) -> Iterator[Fetched]:
+        """Go on with new workers where those that have ended stood, so that the window under way can be completed."""
+        INTERRUPTION.here = False
+        self.close()
+        self._places = chain(list(self._sent), self._places)
+        self._sent.clear()
+        return self._start_stream(epoch)
 
     def _inner_loader(self, epoch: int, shutdown: WorkerShutdown) -> DataLoader[Any]:
         """A DataLoader with the user's workers and settings that loads by our places."""
@@ -171,6 +195,12 @@ class OrderedSource(StatelessSource):
         expected, self._expected = self._expected, None
         if expected is not None and before != expected:
             self._warn_of_other_indices()
+
+    def _forget_sent(self, place: BatchPlace) -> None:
+        for index, sent in enumerate(self._sent):  # the first one, unless the loader has in_order=False
+            if (sent.stop, sent.epoch, sent.generation) == (place.stop, place.epoch, place.generation):
+                del self._sent[index]
+                return
 
     def _warn_of_other_indices(self) -> None:
         _logger.warning(
@@ -224,7 +254,7 @@ class _Places:
     def __iter__(self) -> Iterator[BatchPlace]:
         source = self._source()
         assert source is not None
-        return _Whole(source._places)
+        return _Whole(source._places, source._sent)
 
 
 class _Whole(Iterator[BatchPlace]):
@@ -232,14 +262,17 @@ class _Whole(Iterator[BatchPlace]):
 
     Args:
         places: one after the other.
+        sent: those that workers have been asked for are added to it.
     """
 
-    def __init__(self, places: Iterator[BatchPlace]) -> None:
+    def __init__(self, places: Iterator[BatchPlace], sent: deque[BatchPlace]) -> None:
         self._places = places
+        self._sent = sent
 
     def __next__(self) -> BatchPlace:
         may_be_interrupted, INTERRUPTION.here = INTERRUPTION.here, False
         place = next(self._places)
+        self._sent.append(place)
         if may_be_interrupted:
             INTERRUPTION.begin()
         return place
@@ -278,12 +311,19 @@ class EndlessSource(OrderedSource):
                 self._check_iteration(iteration)
                 if is_sent:
                     INTERRUPTION.begin()
-                fetched = next(stream, None)
+                try:
+                    fetched = next(stream, None)
+                except RuntimeError:
+                    if not self._has_lost_workers():
+                        raise
+                    stream = self._start_again(epoch)
+                    continue
                 INTERRUPTION.here = False
                 if fetched is None:  # the epoch has no batch
                     self._check_open(stream)
                     break
                 place = fetched.place
+                self._forget_sent(place)
                 if place.generation != generation:  # it was fetched before a jump
                     continue
                 self._next = (epoch + 1, 0) if place.is_last else (epoch, place.stop)
@@ -315,6 +355,7 @@ class EndlessSource(OrderedSource):
             source = weakref.proxy(self)
             self._cursor = _EndlessPlaces(lambda epoch: source.plan_of_epoch(epoch), epoch, start, self._last_epoch)
             self._places = iter(self._cursor)
+            self._sent.clear()
             self._start_stream(epoch)
         assert self._stream is not None
         self._next = (epoch, start)
