@@ -42,7 +42,9 @@ def test_trainer_snapshot_and_weights_are_freed_without_the_collector(tmp_path: 
         return [weakref.ref(thing) for thing in (trainer, trainer.model, trainer._saver, buffers, *held)]
 
     run(0)  # the first run of a process imports on its way
-    assert [reference() for reference in run(1)] == [None] * len(run(2))
+    references = run(1)
+    run(2)
+    assert [reference() for reference in references] == [None] * len(references)
 
 
 class Raises(HookBase):

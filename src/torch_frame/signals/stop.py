@@ -20,9 +20,7 @@ SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
 )  # SIGUSR1 and SIGUSR2 are what SLURM sends some time before the end: --signal=USR1@120
 _OF_USERS = ("SIGUSR1", "SIGUSR2")
-_PASSED_ON_S = (
-    1.0  # torchrun passes a Ctrl-C on that its processes may have got already: within this time it is the same one
-)
+_PASSED_ON_S = 1.0  # torchrun passes a Ctrl-C on that its processes may have got already: so soon it is the same one
 _SIGCHLD: Any = getattr(signal, "SIGCHLD", None)  # None on Windows
 
 
@@ -47,13 +45,13 @@ class StopSignals:
         self._phase = phase
         self._came = 0.0, ""  # when, and where the run was
         self._got: list[int] = []  # by this process, in their order
-        self._replaced: dict[int, tuple[Any, Any]] = {}  # our handler, and the one before
+        self._before: dict[int, Any] = {}  # the handlers that ours have replaced
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Handlers of ours inside, in the main thread; elsewhere python allows none, and nothing is done."""
         self.received = None
-        self._replaced, self._got = {}, []
+        self._before, self._got = {}, []
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -65,13 +63,14 @@ class StopSignals:
             yield
         finally:
             INTERRUPTION.reset()
-            for number, (ours, before) in self._replaced.items():
-                if signal.getsignal(number) == ours:  # a hook may have set another one, for what comes after the run
+            for number, before in self._before.items():
+                is_ours = getattr(signal.getsignal(number), "__self__", None) is self
+                if is_ours:  # a hook may have set another one, for what comes after the run
                     signal.signal(number, before)
-            self._replaced = {number: (None, before) for number, (_, before) in self._replaced.items()}  # no circle
 
     def _replace(self, number: int, handler: Callable[[int, FrameType | None], None]) -> None:
-        self._replaced[number] = handler, signal.signal(number, handler)
+        self._before[number] = signal.getsignal(number)
+        signal.signal(number, handler)
 
     def begin_wait(self, may_interrupt: bool) -> None:
         """A wait for data begins; `may_interrupt` says whether the run may end here and now.
@@ -119,9 +118,12 @@ class StopSignals:
 
     def _let_workers_die(self) -> None:
         """torch raises in its handler of SIGCHLD, wherever the process is, in the middle of the last save too."""
-        told = None if _SIGCHLD is None else signal.getsignal(_SIGCHLD)
-        if callable(told):  # not one of SIG_DFL, SIG_IGN, None
-            self._replace(_SIGCHLD, _without_errors(told))
+        if _SIGCHLD is not None and callable(signal.getsignal(_SIGCHLD)):  # not one of SIG_DFL, SIG_IGN, None
+            self._replace(_SIGCHLD, self._see_worker_die)
+
+    def _see_worker_die(self, number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(RuntimeError):  # who waits for that worker's batch is told by the loader itself
+            self._before[number](number, frame)
 
     def told(self) -> str:
         """Which signal came, how long ago, and where the run was."""
@@ -137,8 +139,7 @@ class StopSignals:
         """
         assert self.received is not None
         number, self.received = self.received, None
-        before = {number: handler for number, (_, handler) in self._replaced.items()}
-        users = {n: h for n, h in before.items() if signal.Signals(n).name in _OF_USERS and callable(h)}
+        users = {n: h for n, h in self._before.items() if signal.Signals(n).name in _OF_USERS and callable(h)}
         for asked in dict.fromkeys([number, *self._got]):
             if asked in users:
                 users[asked](asked, sys._getframe())
@@ -157,11 +158,3 @@ def _is_handled_by_c(number: int) -> bool:
         caught = next(line.split()[1] for line in lines if line.startswith("SigCgt:"))
         return bool(int(caught, 16) >> (number - 1) & 1)
     return False
-
-
-def _without_errors(handler: Callable[[int, FrameType | None], Any]) -> Callable[[int, FrameType | None], None]:
-    def quiet(number: int, frame: FrameType | None) -> None:
-        with contextlib.suppress(RuntimeError):  # who waits for that worker's batch is told by the loader itself
-            handler(number, frame)
-
-    return quiet
