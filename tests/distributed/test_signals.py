@@ -110,7 +110,7 @@ def saved_iter(folder: Path) -> int:
 @pytest.mark.parametrize(
     ("name", "to"),
     [
-        ("USR2", (1,)),
+        pytest.param("USR2", (1,), marks=pytest.mark.slow),
         pytest.param("USR1", (0, 1), marks=pytest.mark.slow),
         pytest.param("TERM", (1,), marks=pytest.mark.slow),
         pytest.param("INT", (0, 1), marks=pytest.mark.slow),

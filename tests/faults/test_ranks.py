@@ -172,10 +172,9 @@ def check_no_half_written_file(folder: Path) -> None:
     assert 0 < state["progress"]["iter"] <= KILLED_AT
 
 
-@pytest.mark.parametrize("hooks_on_all", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "world_size", [3, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("hooks_on_all", [True, False])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_a_stopped_run_resumes_bitwise(world_size: int, hooks_on_all: bool, tmp_path: Path) -> None:
     settings: Any = {"hooks_on_all": hooks_on_all}
     expected = on_processes(train, tmp_path / "whole", world_size, tmp_path / "whole", **settings)
