@@ -137,6 +137,22 @@ def test_workers_that_a_ctrl_c_ends_while_they_start_are_replaced(kind: Any, per
     assert len(pids_in(tmp_path / "ended")) >= 4, "no worker was replaced"
 
 
+class Deadly(SlowToStart):
+    """Ends each worker that loads a sample."""
+
+    def __getitem__(self, index: int) -> Any:
+        os._exit(1)
+
+
+@pytest.mark.usefixtures("_asked_to_end")
+@pytest.mark.timeout(120)
+def test_workers_that_die_again_are_an_error(tmp_path: Path) -> None:
+    source = source_of(loader_of(Deadly(tmp_path, 0.0), "fork", 1), seed=0)
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        list(source.epoch(0))
+    assert len(pids_in(tmp_path)) == 2
+
+
 class Masks(torch.utils.data.Dataset[Any]):
     """A sample is what is blocked in the worker."""
 

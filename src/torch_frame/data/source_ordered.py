@@ -53,6 +53,7 @@ class OrderedSource(StatelessSource):
         self._stream: Iterator[Fetched] | None = None
         self._shutdown: WorkerShutdown | None = None
         self._iteration = 0
+        self._has_started_again = False
         self._drawn: int | None = None  # the generators that the dataset has been seen to draw from
         # position -> of the indices up to there, of the last batches that were fetched
         self._hashes: dict[int, int] = {}
@@ -103,7 +104,7 @@ class OrderedSource(StatelessSource):
                 self._check_iteration(iteration)
                 if is_sent:
                     INTERRUPTION.begin()
-                try:
+                try:  # here and in EndlessSource: a method for both would be a frame more above a dataset's error
                     fetched = next(stream, None)
                 except RuntimeError:
                     if not self._has_lost_workers():
@@ -156,11 +157,15 @@ class OrderedSource(StatelessSource):
     def _has_lost_workers(self) -> bool:
         """A Ctrl-C that asks the run to end has ended workers that were only being started: it is not blocked in them."""
         workers = () if self._shutdown is None else self._shutdown.workers
-        return INTERRUPTION.came and any(worker.exitcode is not None for worker in workers)
+        may_be = (
+            INTERRUPTION.came and not self._has_started_again
+        )  # once: workers may die of something else, again and again
+        return may_be and any(worker.exitcode is not None for worker in workers)
 
     def _start_again(self, epoch: int) -> Iterator[Fetched]:
         """Go on with new workers where those that have ended stood, so that the window under way can be completed."""
         INTERRUPTION.here = False
+        self._has_started_again = True
         self.close()
         self._places = chain(list(self._sent), self._places)
         self._sent.clear()

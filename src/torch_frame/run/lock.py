@@ -56,7 +56,7 @@ class FolderLock:
         try:
             return cls(folder)
         except WorkDirError as error:
-            if error.__cause__ is not None:  # of the system: nobody holds it
+            if error.__cause__ is not None:  # of the system: no process holds it
                 raise
             return None
 

@@ -16,7 +16,7 @@ from torch_frame.tracking.history import HistoryBuffer, Trained
 from torch_frame.types import Number
 
 ROWS_KEPT_UNREAD = 50
-"""Rows of device values are read in one transfer when so many are waiting, or when somebody looks."""
+"""Rows of device values are read in one transfer when so many are waiting, or when one is asked for."""
 
 
 class MetricStorage(dict[str, HistoryBuffer]):
