@@ -101,6 +101,7 @@ def test_the_new_one_is_complete_before_an_old_one_goes(tmp_path: Path) -> None:
 
     class Watched(Folders):
         def save_checkpoint(self, file_name: str, save_single_model: bool = True, print_info: bool = False) -> None:
+            self.wait_for_saves()  # old ones go in a thread
             super().save_checkpoint(file_name, save_single_model, print_info)
             if file_name.startswith("epoch"):
                 seen.append(sorted(name for name in os.listdir(self.ckpt_dir) if name.startswith("epoch")))
