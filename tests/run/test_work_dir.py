@@ -197,4 +197,8 @@ def test_links_to_nothing_and_files_in_the_way_are_told_with_their_names(tmp_pat
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "checkpoints").touch()
     error = raised_by(make_trainer(tmp_path / "other", create_new_dir=None).train, WorkDirError)
-    assert str(tmp_path / "other" / "checkpoints") in str(error)
+    assert f"{str(tmp_path / 'other' / 'checkpoints')!r} is a file, not a folder" in str(error)
+    (tmp_path / "other" / "checkpoints").unlink()
+    (tmp_path / "other" / "checkpoints").symlink_to(tmp_path / "gone")  # on a disk that is not mounted, say
+    error = raised_by(make_trainer(tmp_path / "other", create_new_dir=None).train, WorkDirError)
+    assert f"checkpoints' is a link to {str(tmp_path / 'gone')!r}, which is not there" in str(error)

@@ -91,9 +91,8 @@ def _timed(work: Any, num_images: int, flops: int, device: torch.device) -> dict
     from torch_frame.bench.suite import rate
     from torch_frame.bench.timing import clock_of, time_calls
 
-    few: dict[str, Any] = (
-        {"warm_up": 1, "min_calls": 2} if device.type == "cpu" else {}
-    )  # a CPU needs seconds for a batch
+    # a CPU needs seconds for a batch
+    few: dict[str, Any] = {"warm_up": 1, "min_calls": 2} if device.type == "cpu" else {}
     timing = time_calls(work, clock_of(device), SECONDS, at_most_s=AT_MOST_S, **few)
     return {
         "images_s": rate(timing, num_images),

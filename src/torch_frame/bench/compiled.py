@@ -49,9 +49,8 @@ def time_compiled(device: torch.device, batch_size: int, seconds: float, *, limi
             text=True,
             start_new_session=True,
         )
-        atexit.register(
-            _end, process
-        )  # Ctrl-C reaches neither this thread nor the process, which has a session of its own
+        # Ctrl-C reaches neither this thread nor the process, which has a session of its own.
+        atexit.register(_end, process)
         try:
             status = process.wait(max(limit_s, 0.1))
         except subprocess.TimeoutExpired:

@@ -39,9 +39,8 @@ def bench(*, as_json: bool = False, limit_s: float = LIMIT_S) -> int:
 def process_age_s() -> float:
     """Seconds since this process was started; where the system has no /proc to tell, those for which it had a processor."""
     try:
-        ticks = int(
-            Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
-        )  # proc(5): starttime
+        fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        ticks = int(fields[19])  # proc(5): starttime
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, AttributeError, ValueError, IndexError):
         return time.process_time()

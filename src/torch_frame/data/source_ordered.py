@@ -141,9 +141,8 @@ class OrderedSource(StatelessSource):
 
     def _start_stream(self, epoch: int) -> Iterator[Fetched]:
         if self._loader.num_workers == 0 and not self._loader.pin_memory:
-            self._stream = map(
-                self._loading().__getitems__, self._places
-            )  # a DataLoader around it would take 8 us a batch
+            # A DataLoader around it would take 8 us a batch.
+            self._stream = map(self._loading().__getitems__, self._places)
             return self._stream
         with no_second_warning(), signals_blocked(self._loader) as blocked:
             if self._inner is None:
@@ -157,9 +156,7 @@ class OrderedSource(StatelessSource):
     def _has_lost_workers(self) -> bool:
         """A Ctrl-C that asks the run to end has ended workers that were only being started: it is not blocked in them."""
         workers = () if self._shutdown is None else self._shutdown.workers
-        may_be = (
-            INTERRUPTION.came and not self._has_started_again
-        )  # once: workers may die of something else, again and again
+        may_be = INTERRUPTION.came and not self._has_started_again  # once: workers may die of something else, too
         return may_be and any(worker.exitcode is not None for worker in workers)
 
     def _start_again(self, epoch: int) -> Iterator[Fetched]:
@@ -387,9 +384,8 @@ class _EndlessPlaces:
             generation = self.generation
             epoch, start = self._target
             self._target = (epoch + 1, 0)
-            places = self._plan(epoch).places(
-                epoch, start
-            )  # as the loader is when its next epoch is begun to be fetched
+            # The plan of the loader as it is when fetching of this epoch begins.
+            places = self._plan(epoch).places(epoch, start)
             place = next(places, None)
             if place is None:  # the stream ends with an epoch that has no batch
                 self.exhausted = True

@@ -167,10 +167,9 @@ class DDP(SingleProcess):
 
     def accumulating(self, model: nn.Module) -> AbstractContextManager[Any]:
         wrapped = self._wrapped
+        # DDP learns a static graph in a pass that exchanges; averaging twice does no harm.
         if wrapped is None or (wrapped.static_graph and not self._has_exchanged):
-            return (
-                contextlib.nullcontext()
-            )  # DDP learns a static graph in a pass that exchanges; averaging twice does no harm
+            return contextlib.nullcontext()
         return wrapped.no_sync()
 
     def run_backward(self, loss: Tensor, inputs: Sequence[Tensor] | None) -> None:

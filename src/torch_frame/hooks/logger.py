@@ -101,17 +101,15 @@ class LoggerHook(HookBase):
     def before_train(self) -> None:
         self._writes = self.trainer.check_main()
         prefixes = [prefix for hook in self.trainer.hooks for prefix in hook.metric_prefixes()]
-        self._groups = sorted(
-            {*self.modes, *prefixes}, key=lambda group: (-len(group), group)
-        )  # "val_ood" before "val"
+        # "val_ood" before "val"
+        self._groups = sorted({*self.modes, *prefixes}, key=lambda group: (-len(group), group))
         if self._writes:
             self._error = None
             with self._without_lines_after_an_error():
                 saved = self._saved_lines if self.trainer.resumed_iter is not None else {}
                 self._lines = RunLines(self.trainer, saved)
-            self._until_write = self._batches_until_write(
-                self.trainer.progress.inner_iter
-            )  # inside a resumed epoch, too
+            # inside a resumed epoch, too
+            self._until_write = self._batches_until_write(self.trainer.progress.inner_iter)
             self._open_writers()
 
     def before_epoch(self) -> None:

@@ -174,7 +174,7 @@ class WorkDir:
             self._make_and_lock()
         self._claimed = True
         with _in_words(self.path):
-            os.makedirs(self.checkpoints, exist_ok=True)
+            _use(self.checkpoints, "The folder")
         if anew and not self._begun and self._create_new_dir is None and self._leftovers.folder == self.path:
             aside = self._leftovers.put_aside()
             if aside:
@@ -321,15 +321,15 @@ def _make(path: str) -> bool:
     return True
 
 
-def _use(path: str) -> str:
+def _use(path: str, name: str = "work_dir") -> str:
     if os.path.islink(path) and not os.path.exists(path):
         raise WorkDirError(
-            f"work_dir {path!r} is a link to {os.readlink(path)!r}, which is not there. Make that folder, or remove the link."
+            f"{name} {path!r} is a link to {os.readlink(path)!r}, which is not there. Make that folder, or remove the link."
         )
     if not _make(path) and not os.path.isdir(path):
-        raise WorkDirError(f"work_dir {path!r} is a file, not a folder. Remove it, or choose another work_dir.")
+        raise WorkDirError(f"{name} {path!r} is a file, not a folder. Remove it, or choose another work_dir.")
     if not os.access(path, os.W_OK | os.X_OK):
-        raise WorkDirError(f"work_dir {path!r} is a folder that you may not write to. {_ADVICE}")
+        raise WorkDirError(f"{name} {path!r} is a folder that you may not write to. {_ADVICE}")
     return path
 
 

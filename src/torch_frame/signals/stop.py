@@ -16,9 +16,8 @@ from typing import Any
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.signals.interruption import INTERRUPTION, StopRequested
 
-SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
-)  # SIGUSR1 and SIGUSR2 are what SLURM sends some time before the end: --signal=USR1@120
+# SIGUSR1 and SIGUSR2 are what SLURM sends some time before the end: --signal=USR1@120
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name))
 _OF_USERS = ("SIGUSR1", "SIGUSR2")
 _PASSED_ON_S = 1.0  # torchrun passes a Ctrl-C on that its processes may have got already: so soon it is the same one
 _SIGCHLD: Any = getattr(signal, "SIGCHLD", None)  # None on Windows

@@ -30,9 +30,8 @@ class FiniteCheck:
         kinds = {(p.device, p.dtype) for p in parameters}
         self._uniform = len(kinds) == 1 and not any(p.is_complex() for p in parameters)
         device = parameters[0].device if parameters else torch.device("cpu")
-        self._found = torch.zeros(
-            1, device=device, dtype=torch.float32
-        )  # as the function wants, whatever the default dtype
+        # float32 as the function wants, whatever the default dtype
+        self._found = torch.zeros(1, device=device, dtype=torch.float32)
         self._one = torch.ones(1, device=device, dtype=torch.float32)
 
     def __call__(self, gradients: list[Tensor]) -> bool:

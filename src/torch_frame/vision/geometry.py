@@ -325,15 +325,13 @@ def _random_matrix(
 
 def _warped_boxes(columns: Rows, matrix: npt.NDArray[np.float64]) -> Rows:
     """(n, 4) xyxy -> the boxes around their moved corners. Edges lie half a pixel beside the pixels that the matrix moves."""
-    points = np.stack(
-        [columns[:, [0, 2, 2, 0]], columns[:, [1, 1, 3, 3]], np.ones((len(columns), 4))], axis=-1
-    )  # (n, 4, 3)
+    # (n, 4, 3)
+    points = np.stack([columns[:, [0, 2, 2, 0]], columns[:, [1, 1, 3, 3]], np.ones((len(columns), 4))], axis=-1)
     half = np.array([0.5, 0.5, 0])
     ends = (points - half) @ matrix.T
     depth = ends[..., 2:]
-    ends = (
-        ends[..., :2] / np.where(depth > 0, depth, np.nan) + 0.5
-    )  # behind the viewer: no place, so that the box is left out
+    # behind the viewer: no place, so that the box is left out
+    ends = ends[..., :2] / np.where(depth > 0, depth, np.nan) + 0.5
     return np.concatenate([ends.min(axis=1), ends.max(axis=1)], axis=1)
 
 
