@@ -336,6 +336,7 @@ def test_an_id_that_another_process_cannot_know_is_told():
         (pred(scores=[float("nan")]), target(), "prediction of image img7 has a number that is NaN"),
         (pred(), target([[0.0, float("-inf"), 1.0, 1.0]]), "target of image img7 has a number that is NaN"),
         (pred(), target(area=[float("nan")]), "target of image img7 has a number that is NaN"),
+        (pred(), target() | {"iscrowd": torch.tensor([float("nan")])}, "target of image img7 has a number that is NaN"),
         (pred(labels=[2]), target(), "prediction of image img7 has a label that is not listed"),
         (pred(), target(labels=[-1]), "target of image img7 has a label that is not listed"),
         (pred() | {"boxes": torch.zeros(1, 5)}, target(), r"prediction of image img7 have shape \(1, 5\)"),
@@ -443,6 +444,44 @@ def test_arrays_and_lists_are_taken_as_tensors_are():
     assert first.to_bytes() == second.to_bytes()
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (torch.bfloat16, torch.int64),
+        (torch.float16, torch.int32),
+        (torch.float32, torch.int64),
+        (torch.int64, torch.float16),
+        (torch.uint16, torch.int64),
+        (torch.bfloat16, torch.float16),
+    ],
+)
+def test_images_of_a_batch_may_be_of_several_types_and_none_is_rounded(first, second):
+    of_types = {
+        dtype: [
+            pred() | {"boxes": torch.tensor([[257, 1023, 2049, 2051]]).to(dtype), "scores": torch.ones(1).to(dtype)},
+            target() | {"area": torch.tensor([16_777_217])},
+        ]
+        for dtype in (first, second)
+    }
+    both, one_by_one = MeanAveragePrecision(["a"]), MeanAveragePrecision(["a"])
+    both.update([0, 1, 2], *zip(of_types[first], of_types[second], [pred(), target()], strict=True))
+    one_by_one.update([0], *([entry] for entry in of_types[first]))
+    one_by_one.update([1], *([entry] for entry in of_types[second]))
+    one_by_one.update([2], [pred()], [target()])
+    assert both.to_bytes() == one_by_one.to_bytes()
+
+
+def test_arrays_may_be_reversed_read_only_and_of_another_byte_order():
+    boxes = np.array([[30.0, 30.0, 40.0, 40.0], BOX], np.float32)
+    frozen = np.frombuffer(np.array([0.5, 0.9]).tobytes())
+    given = {"boxes": boxes[::-1], "scores": frozen[::-1], "labels": np.array([0, 0], ">i4")}
+    same = {"boxes": torch.tensor([BOX, [30.0, 30.0, 40.0, 40.0]]), "labels": torch.zeros(2).long()}
+    first, second = MeanAveragePrecision(["a"]), MeanAveragePrecision(["a"])
+    first.update([0], [given], [target()])
+    second.update([0], [same | {"scores": torch.tensor([0.9, 0.5], dtype=torch.float64)}], [target()])
+    assert first.to_bytes() == second.to_bytes()
+
+
 def test_a_batch_is_kept_as_it_was_though_its_tensors_change():
     rows = pred()
     metric = MeanAveragePrecision(["a"], box_format="xywh")
@@ -469,6 +508,9 @@ def test_reset_forgets_and_the_results_follow_new_data():
         ({"classes": []}, "list of the names"),
         ({"classes": "ab"}, "list of the names"),
         ({"classes": ["a", "a"]}, "'a' twice"),
+        ({"classes": {"a"}}, "a set, .*list of the names, the one of label 0 first"),
+        ({"classes": {"b": 1, "a": 0}}, "a dict, .*list of the names, the one of label 0 first"),
+        ({"classes": {0: "a", 1: "b"}}, "a dict, .*list of the names"),
         ({"box_format": "yxyx"}, "box_format is 'yxyx'"),
         ({"iou_thresholds": []}, "iou_thresholds"),
         ({"iou_thresholds": [0.5, 1.5]}, "numbers from 0 to 1"),
@@ -481,6 +523,10 @@ def test_reset_forgets_and_the_results_follow_new_data():
         ({"max_dets": (1.5,)}, "whole numbers"),
         ({"area_ranges": {"small": (0, 1)}}, "'all'"),
         ({"area_ranges": {"all": (1, 0)}}, "from 1.0 to 0.0"),
+        ({"area_ranges": {"all": (0, 9), "50": (0, 1)}}, "'50', but map_50 or mar_50 is the name of another result"),
+        ({"area_ranges": {"all": (0, 9), 75: (0, 1)}}, "map_75 or mar_75"),
+        ({"area_ranges": {"all": (0, 9), "7": (0, 1)}, "max_dets": (1, 7)}, "map_7 or mar_7"),
+        ({"area_ranges": {"all": (0, 9), "per_class": (0, 1)}}, "map_per_class"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_errors(settings, message):

@@ -159,6 +159,11 @@ GOOD = {"size": [64, 64], "counts": [4096]}
     [
         ({"labels": torch.zeros(1).long(), "scores": torch.ones(1)}, "has no 'masks', only 'labels', 'scores'"),
         (entry(FLOATS), r"float32; they have to be bool, .* masks > 0.5"),
+        (entry(FLOATS.bfloat16()), "they have to be bool, .* masks > 0.5"),
+        (entry([FLOATS[0].bfloat16()]), "they have to be bool, .* masks > 0.5"),
+        (entry([[[1, 0], [1]]]), "cannot be read as an array: .*inhomogeneous"),
+        (entry((FLOATS > 0.5).to_sparse()), "cannot be read as an array: .*Sparse"),
+        (entry([GOOD, FLOATS[0] > 0.5]), "place 1 .* is no run-length code: TypeError: it is a Tensor"),
         (entry(FLOATS[None] > 0.5), r"shape \(1, 1, 64, 64\), with a channel, .* masks\[:, 0\] > 0.5"),
         (entry([[[1.0, 1.0, 9.0, 1.0, 9.0, 9.0]]]), "Of polygons pycocotools.mask.frPyObjects"),
         (entry([[]]), r"shape \(1, 0\); they have to be \(N, height, width\).* of polygons"),

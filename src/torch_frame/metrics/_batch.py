@@ -57,9 +57,10 @@ def truth_tables(
     table = np.empty((source.num_rows, 7))
     table[:, :4] = source.boxes()
     table[:, 4] = source.column("area", default=0.0)
-    table[:, 5] = source.column("iscrowd", default=0.0) != 0
+    table[:, 5] = source.column("iscrowd", default=0.0)
     table[:, 6] = source.labels()
     source.check(table, TRUTH_COLUMNS, num_classes, box_format)
+    table[:, 5] = table[:, 5] != 0
     without = ~source.has("area")
     table[without, 4] = table[without, 2] * table[without, 3]
     return source.by_image(table)
@@ -186,10 +187,10 @@ def _as_tensor(values: Any) -> Tensor:
     """Of lists too, whose parts may be tensors, with gradients or on a device."""
     if isinstance(values, list | tuple) and any(isinstance(part, Tensor) for part in values):
         return torch.stack([torch.as_tensor(part).detach() for part in values])
-    array = np.asarray(values)
+    array = np.array(values)  # a copy: torch takes no negative strides, and warns of what is read-only
     if array.dtype.kind in "OUSV":
         raise ValueError(f"{'texts' if array.dtype.kind in 'US' else 'objects'} are no numbers")
-    return torch.as_tensor(array)
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
 
 
 def _shortened(values: Any) -> str:
@@ -209,6 +210,12 @@ def _has_its_area(boxes: Table) -> Claims:
 
 
 def _to_numpy(parts: list[Tensor]) -> Table:
-    """The parts that are not empty (those may be of any type) one after the other, in float64 on the CPU: one transfer."""
+    """The parts that are not empty (those may be of any type) one after the other, in float64 on the CPU.
+
+    One transfer, unless they differ in type or device: joined as they are, bfloat16 beside integers would round these.
+    """
     with torch.no_grad():
-        return torch.cat([part for part in parts if part.shape[0]]).to("cpu", torch.float64).numpy()
+        filled = [part for part in parts if part.shape[0]]
+        if len({(part.dtype, part.device) for part in filled}) > 1:
+            filled = [part.to("cpu", torch.float64) for part in filled]
+        return torch.cat(filled).to("cpu", torch.float64).numpy()

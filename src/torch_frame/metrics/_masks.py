@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from torch_frame.metrics._batch import Entry
@@ -146,9 +147,9 @@ def _encoded(whose: str, masks: Any) -> tuple[Size | None, tuple[bytes, ...]]:
 
 def _as_array(whose: str, masks: Any) -> npt.NDArray[Any]:
     if isinstance(masks, Tensor):
-        return masks.detach().cpu().numpy()
+        return _read(whose, masks)
     if isinstance(masks, Sequence):
-        masks = [mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask) for mask in masks]
+        masks = [_read(whose, mask) for mask in masks]
         if len({mask.shape for mask in masks}) > 1:
             raise ValueError(
                 f"The masks of {whose} have several shapes: {', '.join(sorted({str(mask.shape) for mask in masks}))}."
@@ -156,10 +157,23 @@ def _as_array(whose: str, masks: Any) -> npt.NDArray[Any]:
     return np.asarray(masks)
 
 
+def _read(whose: str, masks: Any) -> npt.NDArray[Any]:
+    try:
+        if not isinstance(masks, Tensor):
+            return np.asarray(masks)
+        on_cpu = masks.detach().cpu()
+        return np.asarray(on_cpu.float() if on_cpu.dtype == torch.bfloat16 else on_cpu)  # NumPy has no bfloat16
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0].removesuffix(".")
+        raise ValueError(f"The masks of {whose} cannot be read as an array: {reason}.") from error
+
+
 def _given_codes(whose: str, masks: Sequence[Any]) -> tuple[Size, tuple[bytes, ...]]:
     sizes, codes = [], []
     for place, mask in enumerate(masks):
         try:
+            if not isinstance(mask, Mapping):
+                raise TypeError(f"it is a {type(mask).__name__}")
             height, width = (int(side) for side in mask["size"])
             codes.append(_canonical(height, width, mask["counts"]))
         except (KeyError, TypeError, ValueError, OverflowError) as error:

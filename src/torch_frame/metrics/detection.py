@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, KeysView, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -87,7 +87,8 @@ class MeanAveragePrecision:
         iou_thresholds: in [0, 1], each once. None: 0.5, 0.55, ..., 0.95.
         rec_thresholds: in [0, 1], growing. None: 0, 0.01, ..., 1.
         max_dets: how many detections of an image and class count, best scores first; whole numbers from 1, each once.
-        area_ranges: name -> (lowest, highest) area in square pixels, both inside; `all` has to be among them. None: COCO's.
+        area_ranges: name -> (lowest, highest) area in square pixels, both inside; `all` has to be among them. No name may make
+            that of another result, as "50" would (`map_50`). None: COCO's.
         iou_type: what is compared: "bbox", the boxes, or "segm", the masks.
 
     Raises:
@@ -131,7 +132,7 @@ class MeanAveragePrecision:
         if (np.diff(self.rec_thresholds) <= 0).any():
             raise SettingError(f"rec_thresholds are {self.rec_thresholds.tolist()}; they have to grow.")
         self.max_dets = _checked_max_dets(max_dets)
-        self.area_ranges = _checked_ranges(AREA_RANGES if area_ranges is None else area_ranges)
+        self.area_ranges = _checked_ranges(AREA_RANGES if area_ranges is None else area_ranges, self.max_dets)
         self._images = self._no_images()
         self._evaluated: tuple[PrecisionRecall, VocAP | None] | None = None
 
@@ -313,6 +314,10 @@ def _mean(values: Array) -> float:
 def _checked_classes(classes: Sequence[Any]) -> tuple[Any, ...]:
     if isinstance(classes, str | int) or len(classes) == 0:
         raise SettingError(f"classes is {classes!r}; it has to be a list of the names of the classes.")
+    if isinstance(classes, Mapping | Set) and not isinstance(classes, KeysView):
+        raise SettingError(
+            f"classes is a {type(classes).__name__}, {classes!r}; it has to be a list of the names, the one of label 0 first."
+        )
     if len(set(classes)) < len(classes):
         twice = next(name for i, name in enumerate(classes) if name in classes[:i])
         raise SettingError(f"classes has {twice!r} twice. Give each class its own name.")
@@ -333,13 +338,21 @@ def _checked_max_dets(max_dets: Sequence[int]) -> tuple[int, ...]:
     return tuple(limits)
 
 
-def _checked_ranges(area_ranges: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+def _checked_ranges(
+    area_ranges: Mapping[str, tuple[float, float]], max_dets: tuple[int, ...]
+) -> dict[str, tuple[float, float]]:
     ranges = {name: (float(low), float(high)) for name, (low, high) in area_ranges.items()}
     if "all" not in ranges:
         raise SettingError(
             f"area_ranges has {', '.join(map(repr, ranges)) or 'nothing'}, but not 'all', which map is over. Add it."
         )
+    taken = {"50", "75", "per_class", *(f"{limit}{end}" for limit in max_dets for end in ("", "_per_class"))}
     for name, (low, high) in ranges.items():
+        if str(name) in taken:
+            raise SettingError(
+                f"area_ranges has {name!r}, but map_{name} or mar_{name} is the name of another result. Choose another name, "
+                f"such as 'area_{name}'."
+            )
         if not low <= high:
             raise SettingError(f"area_ranges has {name!r} from {low} to {high}; the lower end has to come first.")
     return ranges
