@@ -115,6 +115,19 @@ def test_the_yolo_head_is_the_default():
     assert metric.evaluate() == {"ap_a": 1.0, "ap_b": 1.0, "map": 1.0}
 
 
+def test_the_head_has_a_score_for_each_index_though_classes_have_gaps():
+    rows = torch.tensor([[10.0, 10, 10, 10, 1.0, 0.1, 0.1, 0.9], [50.0, 50, 20, 20, 1.0, 0.1, 0.9, 0.1]])
+    truth = torch.tensor([[[2.0, 10, 10, 10, 10], [1.0, 50, 50, 20, 20]]])
+    metric = ObjDetMAPMetric({"bird": 2})
+    metric.update(lambda images: images, (rows[None], truth))
+    assert metric.evaluate() == {"ap_bird": 1.0, "map": 1.0}
+    from_one = ObjDetMAPMetric({"dog": 1, "bird": 2})
+    from_one.update(lambda images: images, (rows[None], truth))
+    assert from_one.evaluate() == {"ap_dog": 1.0, "ap_bird": 1.0, "map": 1.0}
+    with pytest.raises(ValueError, match="for 3 classes"):
+        from_one.update(lambda images: images, (rows[None, :, :7], truth))
+
+
 def test_what_cannot_be_counted_is_told():
     metric = ObjDetMAPMetric({"a": 0}, postprocess=lambda outputs: outputs)
     for class2idx in ({}, {"a": 0, "b": 0}):

@@ -86,6 +86,19 @@ def test_every_float_dtype_works_and_class_numbers_are_exact(dtype):
     assert rows[0, :4].tolist() == [40, 40, 60, 60]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_heads_of_half_precision_are_computed_in_float32(dtype):
+    """A corner of bfloat16 beyond 256 is rounded to even pixels, and a product of scores to three digits."""
+    prediction = (head(4) * torch.tensor([6.0] * 4 + [1.0] * 5)).to(dtype)
+    for ours, expected in zip(
+        det_postprocess(prediction, 4, 0.3), det_postprocess(prediction.float(), 4, 0.3), strict=True
+    ):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, expected)
+    (rows,) = det_postprocess(torch.tensor([[[302.0, 302, 21, 21, 0.9375, 0.9375]]], dtype=dtype), 1, merge_score=True)
+    assert rows[0, :5].tolist() == [291.5, 291.5, 312.5, 312.5, 0.9375**2]
+
+
 def test_further_columns_are_no_classes_and_too_few_are_told():
     prediction = head(2, num_classes=4)
     wider = torch.cat([prediction, torch.full((3, 60, 2), 9.0)], dim=2)

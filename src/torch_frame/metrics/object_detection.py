@@ -31,7 +31,8 @@ class ObjDetMAPMetric(ModelMetric):
         is_xyxy: whether truth's boxes are x1, y1, x2, y2; else centre x, centre y, w, h.
         ovthresh: the IoU from which on a detection is right.
         postprocess: what the model returned -> for each image None or (n, 6) rows x1, y1, x2, y2, score, class index.
-            None: `torch_frame.vision.det_postprocess`, whatever the classes, with the two thresholds below.
+            None: `torch_frame.vision.det_postprocess`, whatever the classes, with the two thresholds below; the head has a class
+            score for each index up to the highest one in `class2idx`.
         confthre: lowest score that counts. nmsthre: highest IoU of two boxes that are both kept. For postprocess=None alone.
 
     >>> truth = torch.tensor([[[0.0, 5.0, 5.0, 10.0, 10.0]]])
@@ -61,7 +62,7 @@ class ObjDetMAPMetric(ModelMetric):
         self.ovthresh = ovthresh
         self.postprocess = postprocess or partial(
             det_postprocess,
-            num_classes=len(class2idx),
+            num_classes=int(max(class2idx.values())) + 1,  # the indices may have gaps
             conf_thre=confthre,
             nms_thre=nmsthre,
             class_agnostic=True,

@@ -26,6 +26,7 @@ def det_postprocess(
 
     Args:
         prediction: (B, N, 5 + num_classes or more) cx, cy, w, h in pixels, objectness, class scores; any float dtype, any device.
+            float16 and bfloat16 are computed in float32.
         num_classes: how many class scores there are.
         conf_thre: lowest objectness * best class score that is kept.
         nms_thre: highest IoU of two boxes that are both kept.
@@ -51,6 +52,8 @@ def det_postprocess(
         raise ValueError(
             f"The prediction is of shape {shape}; for {num_classes} classes it has to be (B, N, {wanted})."
         )
+    if prediction.is_floating_point() and prediction.element_size() < 4:
+        prediction = prediction.float()  # corners of bfloat16 would lie whole pixels off
     results = [
         _image_boxes(rows[:, : 5 + num_classes], conf_thre, nms_thre, class_agnostic, merge_score)
         for rows in prediction
