@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.distributed.threads import ThreadStrategy, on_ranks
 from tests.small_runs import differences, make_batches, make_trainer, raised_by, seed_everything, weights_of
 from torch_frame import CheckpointerHook, EvalHook, EvalTotalHook, LoggerHook, SettingError, Trainer
+from torch_frame.distributed.strategy import SingleProcess
+from torch_frame.hooks.evaluate_total import check_can_merge, merge_over_ranks
 from torch_frame.metrics import BaseMetric, MeanAveragePrecision
 
 with warnings.catch_warnings():
@@ -330,6 +333,11 @@ def test_a_wrong_argument_is_told_when_the_hook_is_made(name: str) -> None:
     assert words in str(raised_by(make, error))
 
 
+class TwoNames(OfOld):
+    def evaluate(self) -> dict[str, Any]:
+        return {"acc": 0.5, "ood_acc": 0.25}
+
+
 BEFORE_THE_FIRST_STEP: dict[str, tuple[Any, str]] = {
     "a wrong name": (
         lambda: EvalTotalHook(labelled(), {"acc": ACC}, save_metric="accuracy", inputs=predictions),
@@ -352,6 +360,14 @@ BEFORE_THE_FIRST_STEP: dict[str, tuple[Any, str]] = {
         lambda: EvalTotalHook(labelled(), [OfOld(), OfOld()]),
         "Two metrics",
     ),
+    "two of one name that one of them follows": (
+        lambda: EvalTotalHook(labelled(), [OfOld(), OfOld()], save_metric="acc"),
+        "Two metrics",
+    ),
+    "two loaders whose values have one name": (
+        lambda: EvalTotalHook({"val": labelled(), "val_ood": labelled()}, TwoNames(), save_metric="val_acc"),
+        "Two dataloaders of one evaluation yield 'val_ood_acc'",
+    ),
     "an empty loader": (lambda: EvalTotalHook([], OfOld(), save_metric="acc"), "empty"),
 }
 
@@ -364,6 +380,60 @@ def test_a_mistake_is_told_before_or_at_the_first_evaluation(name: str, tmp_path
     assert words in str(error)
     if name != "two of one name":
         assert trainer.progress.iter == 0
+
+
+class OwnModule(nn.Module):
+    """Looks like a torchmetrics metric, but does not know of other ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def reset(self) -> None:
+        self.count.zero_()
+
+    def update(self, num: int) -> None:
+        self.count += num
+
+    def compute(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+
+class OwnModuleThatMerges(OwnModule):
+    def merge(self, other: OwnModule) -> None:
+        self.count += other.count
+
+
+class WithoutState(OwnModuleThatMerges):
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.count = torch.zeros(())
+
+
+def test_a_module_of_ones_own_counts_on_all_ranks_or_is_refused() -> None:
+    def count(strategy: ThreadStrategy) -> float:
+        metric = OwnModuleThatMerges()
+        check_can_merge([metric], strategy)
+        metric.update(10**strategy.rank)
+        merge_over_ranks([metric], strategy)
+        return float(metric.count)
+
+    assert on_ranks(count, 3)[0] == 111
+    refused = {
+        "has no merge()": OwnModule(),
+        "state_dict() is empty": WithoutState(),
+        "sync_on_compute=False": torchmetrics.MeanMetric(sync_on_compute=False),
+    }
+    for words, metric in refused.items():
+        check_can_merge([metric], SingleProcess())
+        for error in on_ranks(lambda strategy, metric=metric: check_can_merge([metric], strategy)):
+            assert isinstance(error, SettingError)
+            assert words in str(error)
+
+
+def test_two_loaders_whose_values_have_one_name_are_told_without_a_save_metric_too(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, EvalTotalHook({"val": labelled(), "val_ood": labelled()}, TwoNames()))
+    assert "yield 'val_ood_acc'" in str(raised_by(trainer.train, SettingError))
 
 
 def test_a_metric_that_one_batch_is_too_little_for_is_tried_in_earnest(tmp_path: Path) -> None:

@@ -53,6 +53,18 @@ def images_of(trainer: Trainer) -> dict[str, list[int]]:
     return {tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]}
 
 
+def test_a_figure_stands_with_the_values_of_its_own_loader(tmp_path: Path) -> None:
+    hook = EvalTotalHook(
+        {"val": LOADER, "val_ood": LOADER},
+        MeanAveragePrecision(["cat", "dog"]),
+        inputs=lambda model, batch: (batch[0], [FOUND], batch[1]),
+        progress_bar=False,
+        figures={"curves": plot_precision_recall},
+    )
+    trainer = train(tmp_path, hook, LoggerHook(progress_bar=False), max_epochs=1)
+    assert images_of(trainer) == {"val/val_curves": [0], "val_ood/val_ood_curves": [0]}
+
+
 def test_tensorboard_gets_the_figure_of_each_evaluation(tmp_path: Path) -> None:
     hook = evaluation(figures={"curves": plot_precision_recall})
     trainer = train(tmp_path, hook, LoggerHook(progress_bar=False), max_epochs=3)

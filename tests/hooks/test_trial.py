@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,82 @@ def test_a_metric_that_cannot_forget_has_not_seen_the_trial(tmp_path: Path) -> N
         trainer = make_trainer(tmp_path / str(save_metric), max_epochs=2, hooks=[hook, logger()])
         trainer.train(5, 2)
         assert trainer.metric_storage["eval_count"].latest == 4
+
+
+class Remembers(BaseMetric):
+    """Keeps a best value, a history and a counter over evaluations, which `reset` does not touch."""
+
+    def __init__(self) -> None:
+        self.best, self.history, self.by_name = 0.0, torch.zeros(()), {"evaluations": [defaultdict(int)]}
+        self.scores: list[float] = []
+
+    def reset(self) -> None:
+        self.scores.clear()
+
+    def update(self, model: Any, batch: Any) -> None:
+        self.scores.append(float(batch))
+
+    def evaluate(self) -> dict[str, float]:
+        score = sum(self.scores) / len(self.scores)
+        self.best = max(self.best, score)
+        self.history += score
+        self.by_name["evaluations"][0]["all"] += 1
+        return {
+            "score": score,
+            "best": self.best,
+            "sum": float(self.history),
+            "num": self.by_name["evaluations"][0]["all"],
+        }
+
+
+class RemembersInAModule(nn.Module):
+    """The same, in a buffer and in a module inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Identity()
+        self.inside.num, self.scores = 0, []
+        self.register_buffer("best", torch.zeros(()))
+
+    def reset(self) -> None:
+        self.scores = []
+
+    def update(self, batch: float) -> None:
+        self.scores.append(batch)
+
+    def compute(self) -> dict[str, Any]:
+        score = sum(self.scores) / len(self.scores)
+        self.best = torch.maximum(self.best, torch.tensor(score))
+        self.inside.num += 1
+        return {"score": score, "best": self.best, "num": self.inside.num}
+
+
+@pytest.mark.parametrize("kind", [Remembers, RemembersInAModule])
+def test_what_a_metric_keeps_over_evaluations_does_not_know_the_trial(kind: Any, tmp_path: Path) -> None:
+    """The trial's batch has the best score: 9, where all data have 5."""
+    metric = kind()
+    scores = metric.scores
+    inputs = None if kind is Remembers else lambda model, batch: batch
+    hook = EvalTotalHook([9.0, 1.0], metric, save_metric="score", inputs=inputs, **QUIET)
+    trainer = make_trainer(tmp_path, max_epochs=1, hooks=[hook])
+    trainer.train(5, 2)
+    found = {name: value.latest for name, value in trainer.metric_storage.items() if name.startswith("eval_")}
+    assert found == {
+        "eval_score": 5.0,
+        "eval_best": 5.0,
+        "eval_num": 1.0,
+        **({"eval_sum": 5.0} if kind is Remembers else {}),
+    }
+    assert kind is not Remembers or metric.scores is scores
+
+
+def test_torchmetrics_smallest_and_largest_value_do_not_know_the_trial(tmp_path: Path) -> None:
+    torchmetrics = pytest.importorskip("torchmetrics")
+    metric = torchmetrics.MinMaxMetric(torchmetrics.MeanMetric())
+    hook = EvalTotalHook([9.0, 1.0], metric, save_metric="raw", inputs=lambda model, batch: batch, **QUIET)
+    trainer = make_trainer(tmp_path, max_epochs=1, hooks=[hook])
+    trainer.train(5, 2)
+    assert [trainer.metric_storage[f"eval_{name}"].latest for name in ("raw", "min", "max")] == [5.0, 5.0, 5.0]
 
 
 def test_an_evaluation_that_needs_what_training_makes_is_told_and_works(

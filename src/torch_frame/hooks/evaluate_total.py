@@ -17,7 +17,7 @@ from torch_frame.errors import SettingError
 from torch_frame.hooks.evaluation import EvaluationHook, check_dataloader, first_batch, same_buffers
 from torch_frame.hooks.figures import check_can_draw, check_figures, checked_figure
 from torch_frame.hooks.trial import leaving_no_trace
-from torch_frame.metrics.metric import Metric, is_torchmetrics, results_of
+from torch_frame.metrics.metric import Metric, is_torchmetrics, merges_by_itself, results_of
 
 _logger = logging.getLogger("torch_frame")
 
@@ -160,7 +160,9 @@ class EvalTotalHook(EvaluationHook):
                 try:
                     self._update(self.placed(first_batch(loader)))
                     try:
-                        names |= self._scalars(prefix, self._compute(merged=False))
+                        names = _joined(names, self._scalars(prefix, self._compute(merged=False)))
+                    except SettingError:
+                        raise
                     except Exception:  # one batch may be too little for it; a real evaluation will tell
                         return None
                     if self.save_metric is not None:
@@ -192,7 +194,7 @@ class EvalTotalHook(EvaluationHook):
                 found = strategy.broadcast(self._scalars(prefix, self.results[prefix]))
                 if strategy.rank != 0:
                     self.results[prefix] = {name.removeprefix(f"{prefix}_"): value for name, value in found.items()}
-                scalars |= found
+                scalars = _joined(scalars, found)
         return scalars
 
     def _draw(self, prefix: str) -> None:
@@ -206,7 +208,8 @@ class EvalTotalHook(EvaluationHook):
     def _write_pictures(self, step: int) -> None:
         """Under the names that values of these names have."""
         for name, figure in self.pictures.items():
-            group = next(prefix for prefix in self.results if name.startswith(f"{prefix}_"))
+            groups = [prefix for prefix in self.results if name.startswith(f"{prefix}_")]  # val_ood before val
+            group = max(groups, key=len)
             self.trainer.add_figure(f"{group}/{name}", figure, step)
 
     def _update(self, batch: Any) -> None:
@@ -229,7 +232,7 @@ class EvalTotalHook(EvaluationHook):
         results: dict[str, Any] = {}
         strategy = self.trainer.hook_strategy
         for given, metric in self._metrics:
-            if merged and strategy.rank != 0 and not is_torchmetrics(metric):
+            if merged and strategy.rank != 0 and not merges_by_itself(metric):
                 continue
             for name, value in _renamed(given, metric, self._results_of(metric, merged=merged)).items():
                 if name in results:
@@ -241,7 +244,7 @@ class EvalTotalHook(EvaluationHook):
 
     def _results_of(self, metric: Any, *, merged: bool) -> dict[str, Any]:
         all_are_here = self.trainer.hook_strategy.world_size == self.trainer.strategy.world_size
-        if not is_torchmetrics(metric) or (merged and all_are_here):
+        if not merges_by_itself(metric) or (merged and all_are_here):
             return results_of(metric)
         parts = [part for part in metric.modules() if hasattr(part, "distributed_available_fn")]
         before = [part.distributed_available_fn for part in parts]
@@ -266,6 +269,21 @@ class EvalTotalHook(EvaluationHook):
                 metric.reset()
 
 
+def _joined(of_some: dict[str, float], of_another: Mapping[str, float]) -> dict[str, float]:
+    """The values of several dataloaders.
+
+    Raises:
+        SettingError: two of them yield one name.
+    """
+    both = sorted(of_some.keys() & of_another.keys())
+    if both:
+        raise SettingError(
+            f"Two dataloaders of one evaluation yield {', '.join(map(repr, both))}, so one value would hide the other. Give "
+            "one of them another name."
+        )
+    return {**of_some, **of_another}
+
+
 def check_can_merge(metrics: Iterable[Any], strategy: Strategy) -> None:
     """Metrics that see parts of the data on several ranks can be put together.
 
@@ -273,12 +291,27 @@ def check_can_merge(metrics: Iterable[Any], strategy: Strategy) -> None:
         SettingError: for a metric whose state cannot be merged.
     """
     for metric in metrics:
-        if strategy.world_size > 1 and not is_torchmetrics(metric) and not isinstance(metric, Metric):
+        missing = _missing_to_merge(metric) if strategy.world_size > 1 else ""
+        if missing:
             raise SettingError(
-                f"{type(metric).__name__} would see one of {strategy.world_size} parts of the data, and has no merge(), "
-                "state_dict() and load_state_dict() to put them together (see torch_frame.metrics.Metric). Write them, or give "
+                f"{type(metric).__name__} would see one of {strategy.world_size} parts of the data, and {missing}, or give "
                 "hooks to rank 0 and hooks=[] to the others: rank 0 then evaluates all of the data."
             )
+
+
+def _missing_to_merge(metric: Any) -> str:
+    """What keeps a metric's parts apart, and how to change it; empty if nothing does."""
+    if merges_by_itself(metric):
+        apart = any(getattr(part, "sync_on_compute", True) is False for part in metric.modules())
+        return "sync_on_compute=False keeps the parts apart. Leave it out" if apart else ""
+    if not isinstance(metric, Metric):
+        return (
+            "has no merge(), state_dict() and load_state_dict() to put them together (see torch_frame.metrics.Metric). "
+            "Write them"
+        )
+    if isinstance(metric, nn.Module) and type(metric).state_dict is nn.Module.state_dict and not metric.state_dict():
+        return "its state_dict() is empty. Write one, and load_state_dict(), or keep what it counts in buffers"
+    return ""
 
 
 def merge_over_ranks(metrics: Iterable[Any], strategy: Strategy) -> None:
@@ -288,7 +321,7 @@ def merge_over_ranks(metrics: Iterable[Any], strategy: Strategy) -> None:
     """
     if strategy.world_size == 1:
         return
-    own = [metric for metric in metrics if not is_torchmetrics(metric)]
+    own = [metric for metric in metrics if not merges_by_itself(metric)]
     for states in strategy.collect([metric.state_dict() for metric in own])[1:]:
         for metric, state in zip(own, states, strict=True):
             other = copy.deepcopy(metric)
