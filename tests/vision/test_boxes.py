@@ -146,6 +146,24 @@ def test_whole_numbers_neither_wrap_around_nor_lose_digits(dtype):
         assert box_candidates(boxes, boxes).tolist() == [True]
 
 
+@pytest.mark.parametrize("kind", ["array", "tensor"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint16, np.uint32])
+def test_sums_and_differences_of_small_and_unsigned_integers_do_not_wrap_around(dtype, kind):
+    top = int(np.iinfo(dtype).max)
+    numbers = np.array([[top - 1, 1, top, 3], [5, 9, 2, 14]], dtype=dtype)
+    boxes, exact = as_kind(numbers, kind), as_kind(numbers.astype(np.int64), kind)
+    for source, target in (("xywh", "xyxy"), ("xyxy", "xywh"), ("xywh", "cxcywh"), ("xyxy", "cxcywh")):
+        assert convert_boxes(boxes, source, target).tolist() == convert_boxes(exact, source, target).tolist()
+    assert clip_boxes(boxes, 2 * top, 3 * top).tolist() == exact.tolist()
+    assert filter_box(boxes, 1.0).tolist() == filter_box(exact, 1.0).tolist() == exact[:1].tolist()
+
+
+def test_clip_boxes_lets_gradients_flow_where_nothing_is_cut():
+    boxes = torch.tensor([[-5.0, 2, 50, 19]], requires_grad=True)
+    clip_boxes(boxes, 20, 10).sum().backward()
+    assert boxes.grad.tolist() == [[0, 1, 0, 1]]
+
+
 def test_half_is_computed_in_float32_and_stays_half():
     boxes = torch.tensor([[0.0, 0, 640, 640], [0, 0, 640, 320]])
     for dtype in (torch.float16, torch.bfloat16):

@@ -135,6 +135,13 @@ def test_every_picture_comes_back_new_and_of_its_kind(augmentation, kind):
     assert augment(one).shape == (1, 1, 3)
 
 
+def test_ranges_that_change_nothing_may_be_lists_too():
+    image = noise()
+    jitter = ColorJitter([0, 0], [1, 1], [1, 1], [0, 0], [1, 1], p=1.0)
+    random.seed(0)
+    assert (jitter(image) == image).all()  # nor through HSV and back, which rounds
+
+
 def test_draws_are_in_1_7s_order_and_from_the_generator_that_is_passed():
     image = noise()
     for augmentation, draw_values in (
@@ -166,7 +173,20 @@ def test_wrong_arguments_are_told():
     for augmentation in (*OLD, ColorJitter):
         with pytest.raises(ValueError, match=r"p is 1.5; a probability is 0..1"):
             augmentation(p=1.5)
+    for name, value in {"brightness": 20, "contrast": (1,), "hue": None, "saturation": (0.5, float("nan"))}.items():
+        with pytest.raises(ValueError, match=f"{name} is .* a pair of numbers, the lowest and the highest"):
+            ColorJitter(**{name: value})
+    for make in (
+        lambda: ColorJitter(gamma=(-0.1, 1)),
+        lambda: ColorJitter(saturation=(0.5, -1)),
+        lambda: RandomGammaCorrection(lower=-0.5),
+        lambda: RandomHueSaturation(sat_lower=-0.5),
+    ):
+        with pytest.raises(ValueError, match="neither below 0"):
+            make()
     image = noise("float32 3")
+    with pytest.raises(ValueError, match=r"levels 0..1; this one's are nan"):
+        adjust_contrast(np.where(image > 0.99, np.nan, image).astype(np.float32), 1.1)
     with pytest.raises(ValueError, match=r"levels 0..1; this one's are .*Divide it by 255"):
         adjust_contrast(image * 255, 1.1)
     with pytest.raises(ValueError, match="Divide it by 255"):

@@ -190,6 +190,8 @@ def test_what_is_given_is_left_as_it_is():
             ValueError,
             r"masks have shape \(1, 40, 32\).*\(N, 32, 40\)",
         ),
+        ((picture(), None, None, None, np.full((1, 32, 40), 0.2)), ValueError, "Choose a threshold: masks > 0.5"),
+        ((picture(), None, None, None, torch.rand(1, 32, 40).bfloat16()), ValueError, "Choose a threshold"),
     ],
 )
 def test_what_does_not_belong_together_is_told(arguments, error, message):

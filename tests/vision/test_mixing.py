@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.vision.pictures import KINDS, bounds, picture, with_a_rectangle
-from torch_frame.vision import mixup, mixup_boxes, mosaic
+from torch_frame.vision import crop, flip, mixup, mixup_boxes, mosaic
 
 some = settings(max_examples=50)
 
@@ -150,6 +150,21 @@ def test_whole_numbers_stay_whole_and_further_columns_come_along():
     assert (first[:, [1, 2, 3, 4, 0]] == last).all()
     with pytest.raises(ValueError, match="columns"):
         mixup_boxes(image, rows, image, rows[:, :5])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int16])
+def test_boxes_of_small_integers_do_not_wrap_around_on_a_large_canvas(dtype):
+    small, large = np.zeros((120, 120), np.uint8), np.zeros((900, 900), np.uint8)
+    rows = np.array([[3, 10, 20, 110, 120]], dtype=dtype)
+    wide = rows.astype(np.int64)
+    for make in (
+        lambda rows: mosaic([(small, rows)] * 4, (900, 900), rng=random.Random(1))[1],
+        lambda rows: mixup_boxes(small, rows, large, rows, rng=random.Random(3))[1],
+        lambda rows: flip(large, rows, class_first=True)[1],
+        lambda rows: crop(large, rows, (5, 5, 700, 800), class_first=True)[1],
+    ):
+        assert make(wide)[:, 1:].max() > 100
+        assert make(rows).tolist() == make(wide).tolist()
 
 
 def test_long_thin_pictures_are_at_least_a_pixel_wide():

@@ -16,7 +16,7 @@ Rows = npt.NDArray[Any]
 
 
 def rows_of(boxes: Any, *, class_first: bool) -> Rows:
-    """The boxes as a new array, float16 as float32; an empty list or array is (0, 5) or (0, 4).
+    """The boxes as a new array, float16 as float32, integers of less than 32 bits as int64; without boxes (0, 5) or (0, 4).
 
     Raises:
         ValueError: a shape that no boxes have, or NaN.
@@ -26,6 +26,8 @@ def rows_of(boxes: Any, *, class_first: bool) -> Rows:
         boxes = (boxes.float() if boxes.dtype == torch.bfloat16 else boxes).numpy()  # NumPy has no bfloat16
     rows = np.array(boxes)  # a copy
     rows = rows.astype(np.float32) if rows.dtype == np.float16 else rows  # which holds no half pixels beyond 1024
+    # what is moved may lie beyond the 255 of uint8
+    rows = rows.astype(np.int64) if rows.dtype.kind in "iu" and rows.dtype.itemsize < 4 else rows
     width = 5 if class_first else 4
     if rows.size == 0 and (rows.ndim != 2 or rows.shape[1] < width):
         return np.zeros((0, width))

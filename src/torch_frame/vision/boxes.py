@@ -30,8 +30,9 @@ MODES = ("iou", "iof", "giou", "ciou")
 def convert_boxes(boxes: Array, source: str, target: str) -> Array:
     """The boxes in another format, as a new array; further columns are copied.
 
-    Integers stay integers, exactly, between xyxy and xywh. A centre may lie between two pixels: from and to cxcywh they become
-    floats (float64; of a tensor torch's default dtype).
+    Integers stay integers, exactly, between xyxy and xywh (unsigned and small ones become int64, as sums and differences may lie
+    beyond them). A centre may lie between two pixels: from and to cxcywh they become floats (float64; of a tensor torch's default
+    dtype).
 
     Args:
         boxes: (..., 4 or more) in the format `source`.
@@ -50,6 +51,7 @@ def convert_boxes(boxes: Array, source: str, target: str) -> Array:
         raise ValueError(f"Boxes have at least 4 columns, the last dimension; these are of shape {tuple(boxes.shape)}.")
     if "cxcywh" in (source, target) and source != target:
         boxes = _floating(boxes)
+    boxes = _safe_integers(boxes)
     a, b, c, d = (boxes[..., k] for k in range(4))
     if source == "xyxy" != target:
         a, b, c, d = a, b, c - a, d - b
@@ -84,14 +86,17 @@ def xyxy2cxcywh(bboxes: Array) -> Array:
 def clip_boxes(boxes: Array, height: float, width: float) -> Array:
     """The part of each box that lies in a picture, as a new array; a box outside it becomes one without area, at its edge.
 
+    Gradients flow. Unsigned and small integers become int64.
+
     Args:
         boxes: (n, 4 or more) xyxy; further columns are copied.
         height: of the picture. width: likewise.
     """
-    clipped = boxes.clone() if isinstance(boxes, Tensor) else boxes.copy()
-    for column, limit in ((0, width), (1, height), (2, width), (3, height)):
-        clipped[:, column] = clipped[:, column].clip(0, limit)
-    return clipped
+    boxes = _safe_integers(boxes)
+    columns: Any = [boxes[:, k].clip(0, limit) for k, limit in enumerate((width, height, width, height))]
+    if isinstance(boxes, Tensor):
+        return torch.cat([torch.stack(columns, 1).to(boxes.dtype), boxes[:, 4:]], 1)
+    return np.concatenate([np.stack(columns, 1).astype(boxes.dtype, copy=False), boxes[:, 4:]], 1)
 
 
 def filter_box(boxes: Array, min_scale: float | None = None, max_scale: float | None = None) -> Array:
@@ -102,8 +107,8 @@ def filter_box(boxes: Array, min_scale: float | None = None, max_scale: float | 
         min_scale: side of a square, in the boxes' unit. None: 0, so that boxes without area are left out.
         max_scale: likewise. None: no limit.
     """
-    wide, high = _wide_integers(boxes[:, 2]) - boxes[:, 0], _wide_integers(boxes[:, 3]) - boxes[:, 1]
-    area = wide * high
+    sides = _wide_integers(boxes)
+    area = (sides[:, 2] - sides[:, 0]) * (sides[:, 3] - sides[:, 1])
     low = 0.0 if min_scale is None else min_scale * min_scale
     top = math.inf if max_scale is None else max_scale * max_scale
     kept: Array = boxes[(area > low) & (area < top)]
@@ -285,8 +290,17 @@ def _floating(boxes: Any) -> Any:
     return boxes if np.issubdtype(boxes.dtype, np.floating) else boxes.astype(np.float64)
 
 
+def _safe_integers(boxes: Any) -> Any:
+    """Unsigned integers, and those of less than 32 bits, as int64: sums and differences of coordinates would wrap around."""
+    if isinstance(boxes, Tensor):
+        is_safe = boxes.is_floating_point() or boxes.dtype in (torch.int32, torch.int64)
+        return boxes if is_safe else boxes.to(torch.int64)
+    is_safe = boxes.dtype.kind not in "iu" or (boxes.dtype.kind == "i" and boxes.dtype.itemsize >= 4)
+    return boxes if is_safe else boxes.astype(np.int64)
+
+
 def _wide_integers(boxes: Any) -> Any:
-    """Small and unsigned integers as int64: differences and areas would wrap around."""
+    """Integers as int64: areas would wrap around."""
     if isinstance(boxes, Tensor):
         return boxes if boxes.is_floating_point() else boxes.to(torch.int64)
     return boxes if np.issubdtype(boxes.dtype, np.floating) else boxes.astype(np.int64)

@@ -9,6 +9,7 @@ changing the picture.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -96,6 +97,9 @@ class ColorJitter:
         rng: the generator to draw from. None: python's `random`, which torch-frame seeds for each sample. A generator that is
             passed is copied into each of a DataLoader's workers, which then draw the same numbers.
 
+    Raises:
+        ValueError: something else than a pair of numbers, a gamma or a saturation below 0, or p outside of 0..1.
+
     >>> ColorJitter(brightness=(20, 20), p=1.0)(np.full((1, 1), 100, dtype=np.uint8))
     array([[120]], dtype=uint8)
     """
@@ -112,11 +116,11 @@ class ColorJitter:
         channel_order: str = "bgr",
         rng: Generator = None,
     ) -> None:
-        self.brightness = brightness
-        self.contrast = contrast
-        self.gamma = gamma
-        self.hue = hue
-        self.saturation = saturation
+        self.brightness = _pair("brightness", brightness)
+        self.contrast = _pair("contrast", contrast)
+        self.gamma = _pair("gamma", gamma, lowest=0)
+        self.hue = _pair("hue", hue)
+        self.saturation = _pair("saturation", saturation, lowest=0)
         self.p = probability(p)
         self.channel_order = channel_order
         self.rng = rng
@@ -203,8 +207,7 @@ class RandomGammaCorrection:
     """
 
     def __init__(self, lower: float = 0.666, upper: float = 1.5, p: float = 0.5, *, rng: Generator = None) -> None:
-        self.lower = lower
-        self.upper = upper
+        self.lower, self.upper = _pair("(lower, upper)", (lower, upper), lowest=0)
         self.p = probability(p)
         self.rng = rng
 
@@ -235,10 +238,8 @@ class RandomHueSaturation:
         channel_order: str = "bgr",
         rng: Generator = None,
     ) -> None:
-        self.hue_lower = hue_lower
-        self.hue_upper = hue_upper
-        self.sat_lower = sat_lower
-        self.sat_upper = sat_upper
+        self.hue_lower, self.hue_upper = _pair("(hue_lower, hue_upper)", (hue_lower, hue_upper))
+        self.sat_lower, self.sat_upper = _pair("(sat_lower, sat_upper)", (sat_lower, sat_upper), lowest=0)
         self.p = probability(p)
         self.channel_order = channel_order
         self.rng = rng
@@ -250,6 +251,19 @@ class RandomHueSaturation:
             return image
         hue, saturation = draw.uniform(self.hue_lower, self.hue_upper), draw.uniform(self.sat_lower, self.sat_upper)
         return adjust_hue_saturation(image, hue, saturation, channel_order=self.channel_order)
+
+
+def _pair(name: str, given: Any, lowest: float = -math.inf) -> tuple[float, float]:
+    """(lowest, highest) as they were given: a wrong one would be told only by some of the draws."""
+    try:
+        first, second = given
+        fits = first >= lowest and second >= lowest
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        limit = "" if lowest == -math.inf else f", neither below {lowest:g}"
+        raise ValueError(f"{name} is {given!r}; it has to be a pair of numbers, the lowest and the highest{limit}.")
+    return first, second
 
 
 def _by_chance(
@@ -271,7 +285,7 @@ def _by_level(image: Image, change: Any) -> Image:
 
 def _check_range(image: Image) -> None:
     lowest, highest = float(image.min()), float(image.max())
-    if lowest < -_SLACK or highest > 1 + _SLACK:
+    if not (lowest >= -_SLACK and highest <= 1 + _SLACK):  # NaN too
         raise ValueError(
             f"A picture of {image.dtype} has levels 0..1; this one's are {lowest:g}..{highest:g}. Divide it by 255, or change "
             "colours before it is normalised."

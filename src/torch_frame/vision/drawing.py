@@ -47,7 +47,7 @@ def draw(
         boxes: (N, 4) xyxy in pixels of the image; None: none.
         labels: (N,) indices into `classes`, or anything that has a text, such as names. None: none are written.
         scores: (N,), written behind the label with two digits.
-        masks: (N, H, W), bool or integers (0 is outside): painted over the picture.
+        masks: (N, H, W), bool, integers (0 is outside) or floats that are 0 or 1: painted over the picture.
         classes: names of the labels.
         min_score: what has a lower score is left out.
         channel_order: of the image: "rgb", as PIL and torchvision read it, or "bgr", as OpenCV does.
@@ -173,6 +173,11 @@ class _Found:
         if seen is not None and seen.size and seen.shape[1:] != (height, width):
             raise ValueError(
                 f"The masks have shape {seen.shape}; they have to be (N, {height}, {width}), as the image."
+            )
+        if seen is not None and seen.dtype.kind == "f" and not ((seen == 0) | (seen == 1)).all():
+            raise ValueError(
+                "The masks have values between 0 and 1, or others; they have to be bool, or integers (0 is outside). Choose a "
+                "threshold: masks > 0.5."
             )
         of_things = np.nan_to_num(given.get("scores", np.zeros(number)).astype(np.float64).reshape(-1), nan=-np.inf)
         order = np.argsort(of_things, kind="stable")

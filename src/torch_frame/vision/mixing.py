@@ -43,7 +43,7 @@ def mosaic(
         rng: the generator to draw from. None: python's `random`.
 
     Returns:
-        (2 * height, 2 * width[, C]) of the pictures' dtype, and (n, 5 or more) rows of the boxes' dtype.
+        (2 * height, 2 * width[, C]) of the pictures' dtype, and (n, 5 or more) rows of the boxes' dtype (small integers: int64).
 
     Raises:
         ValueError: not four pairs, or pictures that differ in dtype or number of channels. TypeError: no pictures.
