@@ -100,7 +100,18 @@ def test_a_file_cut_short_is_refused_as_damaged(part: float, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "content", [b"not a checkpoint", b"\x80\x02", b"PK\x03\x04" + bytes(100), bytes(1000)], ids=repr
+    "content",
+    [
+        b"not a checkpoint",
+        b"\x80\x02",
+        b"PK\x03\x04" + bytes(100),
+        bytes(1000),
+        b"hi\n",  # torch: KeyError
+        b"X\x01\x00\x00\x00\xff.",  # UnicodeDecodeError
+        b".",  # IndexError
+        b"J.",  # struct.error
+    ],
+    ids=repr,
 )
 def test_what_is_no_checkpoint_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "a.pth"

@@ -6,6 +6,7 @@ import contextlib
 import os
 import pickle
 import re
+import struct
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -185,6 +186,9 @@ def _load(path: Path) -> Any:
         ) from error
     except (OSError, RuntimeError, EOFError) as error:
         raise _damaged(path, _first_line(error)) from error
+    except (LookupError, ValueError, TypeError, AttributeError, AssertionError, struct.error, ArithmeticError) as error:
+        # torch's reader of pickles meets any bytes so; a text that begins with "hi" is a KeyError
+        raise _damaged(path, f"torch finds no sense in its bytes ({type(error).__name__})") from error
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:
