@@ -94,6 +94,17 @@ def test_attention_counts_on_the_cpu_too(device: str) -> None:
     assert count_flops(lambda: forward().sum().backward()) == {"cpu": 2 + 5, "meta": 2 + 4}[device] * product
 
 
+def test_attention_layers_count_the_same_without_gradients() -> None:
+    """torch's fast path for them is one kernel, of which its counter knows nothing."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    attention, inputs = layer.self_attn, torch.randn(1, 4, 8)
+    for work in (lambda: layer(inputs), lambda: attention(inputs, inputs, inputs, need_weights=False)):
+        with_gradients = count_flops(work)
+        with torch.no_grad():
+            assert count_flops(work) == with_gradients > 0
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_inference_mode_counts_as_well() -> None:
     with torch.inference_mode():
         assert forward_flops(nn.Linear(4, 4), (1, 3, 2, 4)) == 2 * 4 * 4 * 6

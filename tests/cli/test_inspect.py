@@ -62,6 +62,13 @@ def test_weights_are_told_with_or_without_a_digest(
     assert described["digest"] == ("valid" if name == "best.pth" else "none")
 
 
+def test_names_of_weights_may_be_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({1: torch.ones(2), "bias": torch.ones(3)}, tmp_path / "numbers.pth")
+    status, text = told(tmp_path / "numbers.pth", capsys, "--weights")
+    assert status == 0
+    assert "1     float32    [2]" in text
+
+
 def test_a_flipped_bit_is_told(ckpt_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = bytearray((ckpt_dir / "latest.pth").read_bytes())
     content[len(content) // 2] ^= 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,9 +24,21 @@ def count_flops(work: Callable[[], object]) -> int:
     """
     from torch.utils.flop_counter import FlopCounterMode  # not at import: training does not need it
 
-    with FlopCounterMode(display=False, custom_mapping=_attention_on_cpu()) as counter:
+    with _attention_in_parts(), FlopCounterMode(display=False, custom_mapping=_attention_on_cpu()) as counter:
         work()
     return int(counter.get_total_flops())
+
+
+@contextlib.contextmanager
+def _attention_in_parts() -> Iterator[None]:
+    """torch's attention and encoder layers without gradients are one kernel for all, which counts as nothing."""
+    mha = torch.backends.mha
+    before = mha.get_fastpath_enabled()
+    mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        mha.set_fastpath_enabled(before)
 
 
 def _attention_on_cpu() -> dict[Any, Any]:

@@ -82,10 +82,10 @@ def _state_rows(described: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _print_weights(weights: list[Mapping[str, Any]]) -> None:
-    width = max((len(tensor["name"]) for tensor in weights), default=0)
+    width = max((len(str(tensor["name"])) for tensor in weights), default=0)  # a name may be a number
     print()
     for tensor in weights:
-        print(f"{tensor['name']:<{width}}  {tensor['dtype']:<10} {tensor['shape']}")
+        print(f"{tensor['name']!s:<{width}}  {tensor['dtype']:<10} {tensor['shape']}")
 
 
 def _size(num_bytes: float) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from torch_frame.report.curves import short_names
 from torch_frame.tracking.console import console_encoding, console_width, show_lines
 from torch_frame.tracking.format import cells, duration, left, showable, value_text
 from torch_frame.tracking.line import Line
@@ -72,7 +71,7 @@ def _best_by_marks(run: RunFiles) -> dict[str, dict[str, Any]]:
 
 def _side_by_side(runs: Sequence[RunFiles], folders: Sequence[str]) -> Iterator[Line]:
     """A column for each run: how it stands, the settings that differ, and the value that is followed, epoch by epoch."""
-    names = _short_names(folders)
+    names = short_names(folders)
     blocks = {
         "": _standing(runs),
         "settings that differ": _differences([run.settings for run in runs]),
@@ -116,16 +115,6 @@ def _in_groups(widths: Sequence[int], room: int) -> Iterator[list[int]]:
         used += len(_GAP) + width
     if group:
         yield group
-
-
-def _short_names(folders: Sequence[str]) -> list[str]:
-    """The last parts of the paths, as many as tell them apart."""
-    paths = [Path(os.path.abspath(folder)).parts for folder in folders]
-    for count in range(1, max(map(len, paths)) + 1):
-        names = [os.path.join(*parts[-count:]) for parts in paths]
-        if len(set(names)) == len(names):
-            return names
-    return list(folders)
 
 
 def _standing(runs: Sequence[RunFiles]) -> dict[str, list[str]]:
