@@ -210,6 +210,12 @@ BAD = {
     "a_text_among_scores": lambda model, batch: {"acc": [0.5, "good"]},
     "a_dict": lambda model, batch: {"acc": {"a": 0.5}},
     "a_text": lambda model, batch: {"acc": "0.5"},
+    "a_set": lambda model, batch: {"acc": {0.5, 1.0}},
+    "complex_numbers": lambda model, batch: {"acc": torch.ones(3, dtype=torch.complex64)},
+    "an_array_of_complex_numbers": lambda model, batch: {"acc": np.ones(3, dtype=np.complex128)},
+    "a_masked_array": lambda model, batch: {"acc": np.ma.masked_array([0.5, 1.0], mask=[False, True])},
+    "an_array_of_objects": lambda model, batch: {"acc": np.array([0.5, None])},
+    "a_name_that_is_a_number": lambda model, batch: {1: [0.5]},
     "a_list": lambda model, batch: [0.5],
     "nothing": lambda model, batch: None,
 }
@@ -242,6 +248,12 @@ def test_scores_of_any_form_that_1_7_took(eval_func: Any, mean: float, save_metr
     trainer = make_trainer(tmp_path, hooks=[EvalHook(GRID, eval_func, save_metric=save_metric)], max_epochs=1)
     trainer.train()
     assert trainer.value("eval_acc") == pytest.approx(mean)
+
+
+def test_scores_of_several_types_are_not_rounded_to_one_another(tmp_path: Path) -> None:
+    parts = {0: torch.tensor([257, 259]), 1: torch.tensor([1.5], dtype=torch.bfloat16), 2: torch.tensor([4097.0])}
+    trainer = evaluate(tmp_path, list(parts), lambda model, batch: {"mean": parts[batch]})
+    assert trainer.metric_storage["eval_mean"].latest == (257 + 259 + 1.5 + 4097) / 4
 
 
 def test_batches_may_stay_where_the_loader_puts_them(tmp_path: Path) -> None:

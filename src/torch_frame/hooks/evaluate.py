@@ -96,18 +96,23 @@ def _checked(result: Any) -> Scores:
         )
     scores = dict(result)
     for name, of_samples in result.items():
+        if not isinstance(name, str):
+            raise TypeError(
+                f"eval_func returned a score called {name!r}, a {type(name).__name__}; names have to be texts."
+            )
         if isinstance(of_samples, Iterator):
             scores[name] = list(of_samples)
         elif isinstance(of_samples, Tensor | np.ndarray):
-            if of_samples.ndim == 0:
+            if of_samples.ndim == 0 or "complex" in str(of_samples.dtype):
                 raise TypeError(_not_of_samples(name, of_samples))
-        elif not isinstance(of_samples, Iterable) or isinstance(of_samples, str | bytes | Mapping):
+        # of a set's equal scores one is left
+        elif not isinstance(of_samples, Iterable) or isinstance(of_samples, str | bytes | Mapping | Set):
             raise TypeError(_not_of_samples(name, of_samples))
     return scores
 
 
 def _not_of_samples(name: str, scores: Any) -> str:
-    shape = f" of shape {tuple(scores.shape)}" if isinstance(scores, Tensor | np.ndarray) else ""
+    shape = f" of shape {tuple(scores.shape)} and {scores.dtype}" if isinstance(scores, Tensor | np.ndarray) else ""
     return (
         f"eval_func returned {name!r} as {type(scores).__name__}{shape}; it has to be a list "
         "(or a tensor or an array) with one score for each sample. A mean of the batch would "
@@ -118,16 +123,15 @@ def _not_of_samples(name: str, scores: Any) -> str:
 def _numbers(parts: list[Any], name: str) -> Tensor:
     """(N,) float64 on the CPU: the scores of all batches, sample by sample, those of two dimensions and lists of lists flat."""
     tensors = [part.reshape(-1) for part in parts if isinstance(part, Tensor)]
-    values = [torch.cat(tensors).double().cpu()] if tensors else []
+    if len({(part.dtype, part.device) for part in tensors}) > 1:  # joined as they are, bfloat16 would round integers
+        tensors = [part.cpu().double() for part in tensors]
+    values = [torch.cat(tensors).cpu().double()] if tensors else []
     others = [score for part in parts if not isinstance(part, Tensor) for score in _flat(part, name)]
     return torch.cat([*values, torch.tensor(others, dtype=torch.float64)])
 
 
 def _flat(scores: Any, name: str) -> Iterator[float]:
-    if isinstance(scores, Tensor | np.ndarray):
-        yield from map(float, scores.reshape(-1).tolist())
-        return
-    for score in scores:
+    for score in scores.reshape(-1).tolist() if isinstance(scores, Tensor | np.ndarray) else scores:
         if isinstance(score, list | tuple) or (isinstance(score, Tensor | np.ndarray) and score.ndim):
             yield from _flat(score, name)
             continue
