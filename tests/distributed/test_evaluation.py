@@ -167,6 +167,24 @@ class Seen(Counts):
         self.images = state["images"]
 
 
+def listed_images() -> Any:
+    """A metric of torchmetrics that keeps a list, which torchmetrics exchanges entry by entry."""
+    torchmetrics = pytest.importorskip("torchmetrics")
+
+    class Listed(torchmetrics.Metric):  # type: ignore[name-defined,misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_state("images", default=[], dist_reduce_fx=None)
+
+        def update(self, ids: Tensor) -> None:
+            self.images.extend(ids.unbind())
+
+        def compute(self) -> dict[str, Tensor]:
+            return {"count": torch.tensor(len(self.images)), "sum": torch.stack(self.images).sum()}
+
+    return Listed()
+
+
 def count_images(folder: Path, sizes: list[int]) -> dict[str, dict[str, float]]:
     """Evaluate all images of sets of several sizes, in training and by `evaluate()`."""
     values: dict[str, dict[str, float]] = {}
@@ -182,6 +200,12 @@ def count_images(folder: Path, sizes: list[int]) -> dict[str, dict[str, float]]:
             EvalTotalHook(loader, Seen(), prefix=name, inputs=lambda model, batch: batch[0], progress_bar=False)
             for name, loader in loaders.items()
         ]
+        listed = listed_images()
+        hooks.append(
+            EvalTotalHook(
+                loaders["whole"], listed, prefix="listed", inputs=lambda model, batch: batch[0], progress_bar=False
+            )
+        )
         trainer = make_trainer(folder / str(size), None, None, None, train_loader(), 1, hooks=hooks)
         trainer.train(5, 5)
         values[f"{size} in training"] = {n: b.latest for n, b in trainer.metric_storage.items() if "_" in n}
@@ -202,6 +226,7 @@ def test_no_image_counts_twice_or_not_at_all(world_size: int, sizes: list[int], 
         for size in sizes:
             for when in ("in training", "asked for"):
                 values = result[f"{size} {when}"]
+                assert (values["listed_count"], values["listed_sum"]) == (size, size * (size - 1) / 2)
                 for name in ("whole", "pairs", "padded", "list"):
                     of_rank = -(-size // 2) if name == "pairs" else size
                     assert values[f"{name}_count"] == values[f"{name}_distinct"] == size

@@ -18,7 +18,7 @@ from tests.small_runs import differences, make_batches, make_trainer, raised_by,
 from torch_frame import CheckpointerHook, EvalHook, EvalTotalHook, LoggerHook, SettingError, Trainer
 from torch_frame.distributed.strategy import SingleProcess
 from torch_frame.hooks.evaluate_total import check_can_merge, merge_over_ranks
-from torch_frame.metrics import BaseMetric, MeanAveragePrecision
+from torch_frame.metrics import BaseMetric, MeanAveragePrecision, results_of
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # its own, on import
@@ -419,16 +419,67 @@ def test_a_module_of_ones_own_counts_on_all_ranks_or_is_refused() -> None:
         return float(metric.count)
 
     assert on_ranks(count, 3)[0] == 111
-    refused = {
-        "has no merge()": OwnModule(),
-        "state_dict() is empty": WithoutState(),
-        "sync_on_compute=False": torchmetrics.MeanMetric(sync_on_compute=False),
-    }
+    refused = {"has no merge()": OwnModule(), "state_dict() is empty": WithoutState()}
     for words, metric in refused.items():
         check_can_merge([metric], SingleProcess())
         for error in on_ranks(lambda strategy, metric=metric: check_can_merge([metric], strategy)):
             assert isinstance(error, SettingError)
             assert words in str(error)
+
+
+class Lengths(torchmetrics.Metric):
+    """Keeps a list of tensors of any form, as torchmetrics' mAP and ROUGE do: `dist_reduce_fx=None`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("rows", default=[], dist_reduce_fx=None)
+
+    def update(self, scores: Tensor, labels: Tensor) -> None:
+        self.rows.extend(scores[: 1 + label] for label in labels.tolist())
+
+    def compute(self) -> dict[str, Tensor]:
+        return {
+            "num": torch.tensor(len(self.rows)),
+            "sum": torch.stack([rows.double().sum() for rows in self.rows]).sum(),
+        }
+
+
+OF_TORCHMETRICS: dict[str, Any] = {
+    "counts": lambda: MulticlassAccuracy(NUM_CLASSES),
+    "lists": lambda: MulticlassAUROC(NUM_CLASSES),
+    "lists without a reduction": Lengths,
+    "a metric inside": lambda: torchmetrics.MinMaxMetric(MulticlassAccuracy(NUM_CLASSES)),
+    "not synchronised by itself": lambda: MulticlassAccuracy(NUM_CLASSES, sync_on_compute=False),
+    "a collection whose metrics share states": lambda: torchmetrics.MetricCollection(
+        {"f1": torchmetrics.F1Score("multiclass", num_classes=NUM_CLASSES), "recall": MulticlassAccuracy(NUM_CLASSES)}
+    ),
+}
+
+
+@pytest.mark.parametrize("num_batches", [1, 2, 5], ids=lambda num: f"{num} batches")
+@pytest.mark.parametrize("kind", OF_TORCHMETRICS)
+def test_torchmetrics_on_ranks_with_other_numbers_of_batches_are_those_of_one_process(
+    kind: str, num_batches: int
+) -> None:
+    """One batch: the others have none. torchmetrics' own exchange waits for ever, or fails."""
+    data = [(scores[:, :NUM_CLASSES].softmax(1), labels) for scores, labels in labelled(num_batches)]
+    whole = OF_TORCHMETRICS[kind]()
+    for batch in data:
+        whole.update(*batch)
+
+    def merged(strategy: ThreadStrategy) -> Any:
+        metric = OF_TORCHMETRICS[kind]()
+        for _ in range(2):  # it can be used again
+            metric.reset()
+            for batch in data[strategy.rank :: 3]:
+                metric.update(*batch)
+            merge_over_ranks([metric], strategy)
+        return numbers_of(metric) if strategy.rank == 0 else None
+
+    def numbers_of(metric: Any) -> dict[str, float]:
+        return {name: float(value) for name, value in results_of(metric).items()}
+
+    assert on_ranks(merged, 3)[0] == pytest.approx(numbers_of(whole), abs=1e-7)
 
 
 def test_two_loaders_whose_values_have_one_name_are_told_without_a_save_metric_too(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from torch_frame.errors import SettingError
 from torch_frame.hooks.evaluation import EvaluationHook, check_dataloader, first_batch, same_buffers
 from torch_frame.hooks.figures import check_can_draw, check_figures, checked_figure
 from torch_frame.hooks.trial import leaving_no_trace
-from torch_frame.metrics.metric import Metric, is_torchmetrics, merges_by_itself, results_of
+from torch_frame.metrics._torchmetrics import alone, has_states, put_together, states_of
+from torch_frame.metrics.metric import Metric, is_torchmetrics, results_of
 
 _logger = logging.getLogger("torch_frame")
 
@@ -201,7 +202,8 @@ class EvalTotalHook(EvaluationHook):
         if self.trainer.hook_strategy.rank != 0:
             return
         for name, function in self._figures.items():
-            figure = checked_figure(name, function(self._given_metric))
+            with alone(metric for _, metric in self._metrics):
+                figure = checked_figure(name, function(self._given_metric))
             if figure is not None:
                 self.pictures[f"{prefix}_{name}"] = figure
 
@@ -228,33 +230,20 @@ class EvalTotalHook(EvaluationHook):
                 metric.update(arguments)
 
     def _compute(self, *, merged: bool) -> dict[str, Any]:
-        """The results by name; if merged, on ranks other than 0 only of metrics that merge by themselves."""
+        """The results by name; if merged, on rank 0 only."""
         results: dict[str, Any] = {}
-        strategy = self.trainer.hook_strategy
+        if merged and self.trainer.hook_strategy.rank != 0:
+            return results
         for given, metric in self._metrics:
-            if merged and strategy.rank != 0 and not merges_by_itself(metric):
-                continue
-            for name, value in _renamed(given, metric, self._results_of(metric, merged=merged)).items():
+            with alone([metric]):
+                found = results_of(metric)
+            for name, value in _renamed(given, metric, found).items():
                 if name in results:
                     raise SettingError(
                         f"Two metrics of one evaluation yield {name!r}. Name them: eval_metric={{'first': ..., 'second': ...}}."
                     )
                 results[name] = value
         return results
-
-    def _results_of(self, metric: Any, *, merged: bool) -> dict[str, Any]:
-        all_are_here = self.trainer.hook_strategy.world_size == self.trainer.strategy.world_size
-        if not merges_by_itself(metric) or (merged and all_are_here):
-            return results_of(metric)
-        parts = [part for part in metric.modules() if hasattr(part, "distributed_available_fn")]
-        before = [part.distributed_available_fn for part in parts]
-        for part in parts:
-            part.distributed_available_fn = lambda: False  # the other ranks are not here, or have nothing to add
-        try:
-            return results_of(metric)
-        finally:
-            for part, function in zip(parts, before, strict=True):
-                part.distributed_available_fn = function
 
     def _scalars(self, prefix: str, results: Mapping[str, Any]) -> dict[str, float]:
         is_of_1_7 = not any(hasattr(metric, "compute") for _, metric in self._metrics)
@@ -301,9 +290,8 @@ def check_can_merge(metrics: Iterable[Any], strategy: Strategy) -> None:
 
 def _missing_to_merge(metric: Any) -> str:
     """What keeps a metric's parts apart, and how to change it; empty if nothing does."""
-    if merges_by_itself(metric):
-        apart = any(getattr(part, "sync_on_compute", True) is False for part in metric.modules())
-        return "sync_on_compute=False keeps the parts apart. Leave it out" if apart else ""
+    if is_torchmetrics(metric) and has_states(metric):
+        return ""
     if not isinstance(metric, Metric):
         return (
             "has no merge(), state_dict() and load_state_dict() to put them together (see torch_frame.metrics.Metric). "
@@ -314,16 +302,18 @@ def _missing_to_merge(metric: Any) -> str:
     return ""
 
 
-def merge_over_ranks(metrics: Iterable[Any], strategy: Strategy) -> None:
-    """Give rank 0's metrics the state of all ranks; what a rank has seen counts once.
-
-    torchmetrics merge by themselves when they are computed.
-    """
+def merge_over_ranks(metrics: Sequence[Any], strategy: Strategy) -> None:
+    """Give rank 0's metrics the state of all ranks; what a rank has seen counts once."""
     if strategy.world_size == 1:
         return
-    own = [metric for metric in metrics if not merges_by_itself(metric)]
-    for states in strategy.collect([metric.state_dict() for metric in own])[1:]:
-        for metric, state in zip(own, states, strict=True):
+    of_torchmetrics = [is_torchmetrics(metric) and has_states(metric) for metric in metrics]
+    own = [states_of(m) if is_theirs else m.state_dict() for m, is_theirs in zip(metrics, of_torchmetrics, strict=True)]
+    of_metrics = zip(*strategy.collect(own), strict=True)  # none on the other ranks
+    for metric, is_theirs, of_ranks in zip(metrics, of_torchmetrics, of_metrics, strict=False):
+        if is_theirs:
+            put_together(metric, of_ranks)
+            continue
+        for state in of_ranks[1:]:
             other = copy.deepcopy(metric)
             other.reset()
             other.load_state_dict(state)

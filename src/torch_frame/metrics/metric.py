@@ -74,21 +74,6 @@ def is_torchmetrics(metric: Any) -> bool:
     return isinstance(metric, nn.Module) and all(has)
 
 
-def merges_by_itself(metric: Any) -> bool:
-    """Whether `compute()` puts the state of all ranks together, as that of torchmetrics' metrics and collections does.
-
-    A module of one's own with `update`, `compute` and `reset` does not.
-
-    >>> class Count(nn.Module):
-    ...     def update(self, *batch): ...
-    ...     def compute(self): ...
-    ...     def reset(self): ...
-    >>> is_torchmetrics(Count()), merges_by_itself(Count())
-    (True, False)
-    """
-    return is_torchmetrics(metric) and any(hasattr(part, "distributed_available_fn") for part in metric.modules())
-
-
 def results_of(metric: Any) -> dict[str, Any]:
     """A metric's results by name: of `compute()`, or of 1.7's `evaluate()` where there is no `compute`.
 
