@@ -317,6 +317,11 @@ MISTAKES: dict[str, tuple[Any, type[Exception], str]] = {
     "torchmetrics without inputs": (lambda: EvalTotalHook([], ACC), TypeError, "inputs=lambda model, batch"),
     "inputs that is no function": (lambda: EvalTotalHook([], ACC, inputs=3), TypeError, "inputs is 3"),
     "an iterator": (lambda: EvalTotalHook(iter([]), ACC, inputs=predictions), SettingError, "used up"),
+    "one object twice": (
+        lambda: EvalTotalHook([], {"a": ACC, "b": ACC}, inputs=predictions),
+        SettingError,
+        "would see each batch twice",
+    ),
     "no metric at all": (lambda: EvalTotalHook([], [], inputs=predictions), SettingError, "empty"),
     "which loader": (
         lambda: EvalTotalHook({"val": [], "test": []}, ACC, save_metric="acc", inputs=predictions),

@@ -359,6 +359,8 @@ def test_odd_pictures_work_and_no_pictures_are_told():
         random_perspective(np.zeros((4, 4), int), [])
     with pytest.raises(ValueError, match=r"this one is \(0, 4\)"):
         crop(np.zeros((0, 4), np.uint8), [], (0, 0, 1, 1))
+    with pytest.raises(ValueError, match=r"size is 640; it is \(height, width\)"):
+        letterbox(np.zeros((4, 4), np.uint8), 640)
     with pytest.raises(ValueError, match="size is"):
         letterbox(np.zeros((4, 4), np.uint8), (0, 5))
     with pytest.raises(ValueError, match="Boxes have NaN, first in row 1"):

@@ -180,6 +180,8 @@ def test_wrong_arguments_are_told():
         mosaic([(image, [])] * 3, (4, 4))
     with pytest.raises(ValueError, match="ouput_dim is"):
         mosaic([(image, [])] * 4, (4, 4, 3))
+    with pytest.raises(ValueError, match="ouput_dim is 4"):
+        mosaic([(image, [])] * 4, 4)
     with pytest.raises(ValueError, match="rows of numbers class"):
         mosaic([(image, [[0, 0, 1, 1]])] * 4, (4, 4))
     with pytest.raises(ValueError, match=r"mixup_scale is 0.6"):

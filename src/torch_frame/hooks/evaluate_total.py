@@ -349,6 +349,8 @@ def _with_names(eval_metric: Any, *, has_inputs: bool) -> list[tuple[str | None,
             )
     if not named:
         raise SettingError("eval_metric is empty; give at least one metric.")
+    if len({id(metric) for _, metric in named}) < len(named):
+        raise SettingError("eval_metric has one object twice, which would see each batch twice. Make two of them.")
     return named
 
 

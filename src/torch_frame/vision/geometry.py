@@ -336,6 +336,6 @@ def _warped_boxes(columns: Rows, matrix: npt.NDArray[np.float64]) -> Rows:
 
 
 def _whole_size(size: Sequence[int]) -> tuple[int, int]:
-    if len(size) != 2 or min(size) < 1:
+    if np.shape(size) != (2,) or min(size) < 1:
         raise ValueError(f"size is {size!r}; it is (height, width), in pixels.")
     return int(size[0]), int(size[1])

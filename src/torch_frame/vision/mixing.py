@@ -55,7 +55,7 @@ def mosaic(
     """
     if len(data) != 4:
         raise ValueError(f"A mosaic is made of 4 pairs (picture, boxes); these are {len(data)}.")
-    if len(ouput_dim) != 2 or min(ouput_dim) < 1:
+    if np.shape(ouput_dim) != (2,) or min(ouput_dim) < 1:
         raise ValueError(f"ouput_dim is {ouput_dim!r}; it is (height, width), in pixels.")
     height, width = (int(length) for length in ouput_dim)
     draw = draws(rng)
