@@ -167,6 +167,17 @@ def test_boxes_of_small_integers_do_not_wrap_around_on_a_large_canvas(dtype):
         assert make(rows).tolist() == make(wide).tolist()
 
 
+def test_a_share_that_no_box_can_be_above_is_told():
+    image, rows = np.zeros((20, 20), np.uint8), [[0, 2, 2, 9, 9]]
+    for make in (
+        lambda share: crop(image, rows, (0, 0, 12, 12), area_thr=share, class_first=True)[1],
+        lambda share: mixup_boxes(image, rows, image, [], area_thr=share)[1],
+    ):
+        assert len(make(0.999)) == 1
+        with pytest.raises(ValueError, match=r"area_thr is 1.0; .* Take 0.999"):
+            make(1.0)
+
+
 def test_long_thin_pictures_are_at_least_a_pixel_wide():
     for shape in ((1, 4000), (4000, 1), (1, 1)):
         image, boxes = mosaic([(np.full(shape, 9, np.uint8), [[0, 0, 0, *shape[::-1]]])] * 4, (16, 16))

@@ -43,6 +43,19 @@ def rows_of(boxes: Any, *, class_first: bool) -> Rows:
     return rows
 
 
+def check_share(area_thr: float) -> None:
+    """A threshold of the share of a box that is seen, which some share can be above.
+
+    Raises:
+        ValueError: it leaves whole boxes out too.
+    """
+    if area_thr >= 1:
+        raise ValueError(
+            f"area_thr is {area_thr}; the share of a box that is seen has to be above it, and a whole box has 1. Take 0.999 for "
+            "whole boxes only."
+        )
+
+
 def corners(rows: Rows, *, class_first: bool) -> Rows:
     """The (n, 4) xyxy columns: a view, so that what is written there is written into the rows."""
     return rows[:, 1:5] if class_first else rows[:, :4]

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from torch_frame.vision._images import Fill, Image, canvas, checked, resized, warped
 from torch_frame.vision._random import Draws, Generator, draws, probability
-from torch_frame.vision._rows import Rows, clip, corners, floating, moved, rows_of
+from torch_frame.vision._rows import Rows, check_share, clip, corners, floating, moved, rows_of
 from torch_frame.vision.boxes import box_candidates
 
 
@@ -165,12 +165,13 @@ def crop(
     Args:
         image: picture. boxes: (n, 4 or more) rows, pixels.
         window: x1, y1, x2, y2, whole pixels; cut to the picture.
-        wh_thr: `box_candidates`' threshold, as ar_thr and area_thr (0.3: at least 30 % of the box are still seen).
+        wh_thr: `box_candidates`' threshold, as ar_thr and area_thr (0.3: more than 30 % of the box are still seen).
         class_first: rows begin with the class; else with x1.
 
     Raises:
-        ValueError: no pixel of the picture is in the window.
+        ValueError: no pixel of the picture is in the window, or area_thr is 1 or more.
     """
+    check_share(area_thr)
     height, width = checked(image).shape[:2]
     x1, y1, x2, y2 = (int(edge) for edge in window)
     x1, y1, x2, y2 = max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)

@@ -12,7 +12,7 @@ import numpy as np
 
 from torch_frame.vision._images import Fill, Image, canvas, checked, resized, same_channels
 from torch_frame.vision._random import Draws, Generator, draws
-from torch_frame.vision._rows import Rows, clip, corners, moved, rows_of
+from torch_frame.vision._rows import Rows, check_share, clip, corners, moved, rows_of
 from torch_frame.vision.boxes import box_candidates
 
 
@@ -111,10 +111,12 @@ def mixup_boxes(
         rng: the generator to draw from. None: python's `random`.
 
     Raises:
-        ValueError: pictures that differ in dtype or number of channels, mixup_scale beyond its range. TypeError: no pictures.
+        ValueError: pictures that differ in dtype or number of channels, mixup_scale or area_thr beyond its range.
+        TypeError: no pictures.
     """
     if not 0 <= mixup_scale <= 0.5:
         raise ValueError(f"mixup_scale is {mixup_scale}; weights are 0..1, so it has to be within 0..0.5.")
+    check_share(area_thr)
     draw = draws(rng)
     alpha = draw.uniform(0.5 - mixup_scale, 0.5 + mixup_scale)
     images = same_channels([checked(img1), checked(img2)])
