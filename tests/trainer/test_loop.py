@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tests.small_hooks import Recorder
 from tests.small_runs import DictNet, Net, differences, make_batches, make_trainer, train_by_hand, weights_of
-from torch_frame import CheckpointerHook, EvalHook, LoggerHook, NonFiniteError
+from torch_frame import CheckpointerHook, EvalHook, HookBase, LoggerHook, NonFiniteError
 
 # ---------------------------------------------------------------- a hand-written loop
 
@@ -192,6 +192,28 @@ def test_log_param_is_in_the_log(tmp_path: Path) -> None:
     log = Path(trainer.log_file).read_text(encoding="utf-8")
     assert "a note" in log
     assert "batch_size: 32" in log
+
+
+@pytest.mark.parametrize("stage", ["before_train", "before_epoch"])
+def test_what_a_hook_gives_to_log_param_is_in_the_log(stage: str, tmp_path: Path) -> None:
+    class Tells(HookBase):
+        def before_train(self) -> None:
+            self._tell("before_train")
+
+        def before_epoch(self) -> None:
+            self._tell("before_epoch")
+
+        def _tell(self, now: str) -> None:
+            if now == stage and self.trainer.epoch == 0:
+                self.trainer.log_param("a note", depth=3)
+
+    trainer = make_trainer(tmp_path / "run", hooks=[Tells()])
+    trainer.train()
+    lines = Path(trainer.log_file).read_text(encoding="utf-8").splitlines()
+    assert [line.rpartition("]: ")[2] for line in lines if "a note" in line or "depth" in line] == [
+        "  a note",
+        "  depth: 3",
+    ]
 
 
 def test_a_trainer_and_its_model_are_freed_with_their_last_reference(tmp_path: Path) -> None:

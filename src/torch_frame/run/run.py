@@ -20,7 +20,7 @@ from torch_frame.run.ranks import Ranks
 from torch_frame.run.resume import Resumption
 from torch_frame.run.saving import Saver
 from torch_frame.run.script_settings import AllSettings
-from torch_frame.run.session import Stages
+from torch_frame.run.session import Stages, log_parameters
 from torch_frame.run.start_epoch import StartEpoch
 from torch_frame.run.trained import FrozenParameters
 from torch_frame.run.work_dir import WorkDir
@@ -155,9 +155,12 @@ class Run:
         return self.length.updates_per_epoch(self.window_len)
 
     def log_param(self, lines: Iterable[Any], named: Mapping[str, Any]) -> None:
-        """Texts, and names with values, for the log when training begins."""
+        """Texts, and names with values, for the log: when training begins, or at once if it has begun."""
         self.named_params |= named
-        self.info_params += [str(line) for line in lines] + [f"{name}: {value}" for name, value in named.items()]
+        new = [str(line) for line in lines] + [f"{name}: {value}" for name, value in named.items()]
+        self.info_params += new
+        if self.in_train:
+            log_parameters(new)
 
     def wants_last_state(self) -> bool:
         """A hook saves the whole state at the run's end, so an early end does, too."""

@@ -178,6 +178,11 @@ def log_first_lines(rows: Mapping[str, str | None], told: list[tuple[int, str]],
     for level, line in told:
         _logger.log(level, line)
     told.clear()
+    log_parameters(parameters)
+
+
+def log_parameters(parameters: Sequence[str]) -> None:
+    """Log lines that the script, or a hook, wants in the log."""
     for text in parameters:
         for line in text.splitlines():
             _logger.info("  %s", line)
