@@ -67,8 +67,8 @@ class Progress:
 
     @property
     def current_epoch(self) -> int:
-        """Index of the epoch under way, or between epochs of the last one."""
-        return self.epoch if self.in_epoch else max(self.epoch - 1, 0)
+        """Index of the epoch under way, a resumed one before its first batch too, or between epochs of the last one."""
+        return self.epoch if self.in_epoch or self.is_inside_epoch else max(self.epoch - 1, 0)
 
     @property
     def current_iter(self) -> int:

@@ -51,6 +51,30 @@ def test_rows_hold_the_values_of_the_run(tmp_path: Path) -> None:
     assert [row["eval_acc"] for row in rows if "eval_acc" in row] == [0.5, 0.5]
 
 
+def test_each_evaluation_between_two_log_points_is_written(tmp_path: Path) -> None:
+    given = iter(range(20))
+
+    def count(model: Any, batch: Any) -> dict[str, list[float]]:
+        return {"count": [float(next(given))]}
+
+    def none(model: Any, batch: Any) -> dict[str, list[float]]:
+        return {"none": [0.0]}
+
+    hooks = [
+        EvalHook(make_batches(1), count, period=1, period_unit="iter", progress_bar=False),
+        EvalHook(make_batches(1), none, period=3, period_unit="iter", prefix="test", progress_bar=False),
+    ]
+    trainer = train(tmp_path, *hooks, LoggerHook())
+    rows = rows_of(trainer)
+    first = next(row["eval_count"] for row in rows)  # the trials have counted as well
+    assert [(row["iter"], row["eval_count"] - first) for row in rows if "eval_count" in row] == [
+        (iteration, float(iteration)) for iteration in range(10)
+    ]
+    assert [row["iter"] for row in rows if "test_none" in row] == [2, 5, 8, 9]
+    assert [row["iter"] for row in rows if "total_loss" in row] == [4, 9]
+    assert [row["iter"] for row in rows] == sorted(row["iter"] for row in rows)
+
+
 def test_each_value_is_written_once(tmp_path: Path) -> None:
     rows = rows_of(train(tmp_path, LoggerHook(2), epochs=3))
     iters = [row["iter"] for row in rows if "total_loss" in row]

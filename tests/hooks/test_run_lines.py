@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -13,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 from torch.optim import SGD
-from torch.optim.lr_scheduler import ExponentialLR
+from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, StepLR
 
 from tests.small_hooks import On, at_iter
 from tests.small_runs import Net, environment, make_batches, make_trainer, raised_by
 from torch_frame import CheckpointerHook, EvalHook, HookBase, LoggerHook, Trainer
+from torch_frame.cli.main import main
 
 
 def evaluation(scores: list[float] | None = None, **settings: Any) -> EvalHook:
@@ -58,6 +61,28 @@ def test_the_best_so_far_is_marked_once_for_each_time(tmp_path: Path) -> None:
     assert any("eval_acc 0.7500 in epoch 3/4" in line for line in lines_of(trainer))
 
 
+def test_of_several_evaluations_in_an_epoch_only_the_best_is_marked_and_told(tmp_path: Path) -> None:
+    hooks = [evaluation([0.5, 0.75, 0.25, 0.25, 0.5], period=2, period_unit="iter"), LoggerHook(progress_bar=False)]
+    trainer = make_trainer(tmp_path, max_epochs=2, hooks=hooks)  # of 5 batches: evaluated behind 2, 4, 6, 8, 10
+    trainer.train(5, 2)
+    assert [row["values"]["eval_acc"] for row in rows_of(trainer)] == [0.75, 0.5]
+    assert [row["best"] for row in rows_of(trainer)] == [["eval_acc"], []]
+
+
+def test_a_best_value_that_a_later_evaluation_of_the_epoch_has_replaced_is_not_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hooks = [evaluation([0.75, 0.25, 0.25, 0.5, 0.5], period=2, period_unit="iter"), LoggerHook(progress_bar=False)]
+    trainer = make_trainer(tmp_path, max_epochs=2, hooks=hooks)
+    trainer.train(5, 2)
+    assert [row["values"]["eval_acc"] for row in rows_of(trainer)] == [0.25, 0.5]
+    assert [row["best"] for row in rows_of(trainer)] == [[], []]
+    assert any("eval_acc 0.7500 in epoch 1/2" in line for line in lines_of(trainer))
+    capsys.readouterr()
+    assert main(["show", trainer.work_dir, trainer.work_dir]) == 0
+    assert "0.7500 (epoch 1/2)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("stop_at", [11, 14])  # inside an epoch; behind its last batch
 def test_a_resumed_run_has_each_line_once_and_knows_its_best(stop_at: int, tmp_path: Path) -> None:
     scores = [0.25, 0.75, 0.5, 0.5, 0.5]
@@ -92,6 +117,66 @@ def test_the_rates_shown_are_those_that_the_steps_were_made_with(tmp_path: Path)
     trainer.train(5, 2)
     assert [row["lr"] for row in rows_of(trainer)] == [pytest.approx([0.4 * f, 0.04 * f]) for f in (1, 0.5, 0.25)]
     assert "0.4/0.04" in epochs_in(lines_of(trainer))[0]
+
+
+RATES = {
+    "lists of optimizers, the first with a schedule": lambda one, two: ([one, two], [StepLR(one, 1, 0.5), None]),
+    "lists of optimizers, the second with a schedule": lambda one, two: ([one, two], [None, StepLR(two, 1, 0.5)]),
+    "groups, each with a function": lambda one, two: _groups(one, two, [lambda e: 0.5**e, lambda e: 1.0]),
+    "groups, only the second moves": lambda one, two: _groups(one, two, [lambda e: 1.0, lambda e: 0.5**e]),
+}
+
+
+def _groups(one: SGD, two: SGD, functions: list[Any]) -> tuple[SGD, LambdaLR]:
+    groups = [{"params": each.param_groups[0]["params"], "lr": each.param_groups[0]["lr"]} for each in (one, two)]
+    optimizer = SGD(groups)
+    return optimizer, LambdaLR(optimizer, functions)
+
+
+@pytest.mark.parametrize("warmup", [None, "linear"])
+@pytest.mark.parametrize("kind", RATES)
+def test_groups_and_optimizers_that_move_apart_are_shown_with_their_own_rates(
+    kind: str, warmup: Any, tmp_path: Path
+) -> None:
+    used: list[float] = []
+    at_end: list[list[float]] = []
+    hooks = [
+        On(
+            before_iter=lambda trainer: used.__setitem__(slice(None), rates_of(trainer)),
+            after_epoch=lambda t: at_end.append([*used]),
+        ),
+        LoggerHook(progress_bar=False),
+    ]
+    model = Net()
+    first, *others = list(model.parameters())
+    optimizer, schedule = RATES[kind](SGD([first], lr=0.4), SGD(others, lr=0.04))
+    trainer = make_trainer(
+        tmp_path, model, optimizer, schedule, max_epochs=3, hooks=hooks, warmup_method=warmup, warmup_iters=7
+    )
+    trainer.train(5, 2)
+    assert [row["lr"] for row in rows_of(trainer)] == [pytest.approx(rates) for rates in at_end]
+
+
+def rates_of(trainer: Trainer) -> list[float]:
+    several = trainer.optimizer if isinstance(trainer.optimizer, tuple) else [trainer.optimizer]
+    return [group["lr"] for one in several for group in one.param_groups]
+
+
+def test_a_run_resumed_into_an_epochs_end_shows_the_rates_of_its_steps(tmp_path: Path) -> None:
+    def made(*hooks: HookBase, resume: str | None = None) -> Trainer:
+        model = Net()
+        first, *others = list(model.parameters())
+        optimizer, schedule = _groups(SGD([first], lr=0.4), SGD(others, lr=0.04), [lambda e: 0.5**e, lambda e: 1.0])
+        all_hooks = [*hooks, CheckpointerHook(), LoggerHook(progress_bar=False)]
+        settings: dict[str, Any] = {"create_new_dir": None, "resume": resume}
+        return make_trainer(tmp_path / "run", model, optimizer, schedule, max_epochs=2, hooks=all_hooks, **settings)
+
+    stopped = made(On(after_epoch=lambda trainer: os.kill(os.getpid(), signal.SIGTERM)))
+    with pytest.raises(SystemExit):
+        stopped.train(5, 2)
+    resumed = made(resume="auto")
+    resumed.train(5, 2)
+    assert [row["lr"] for row in rows_of(resumed)] == [pytest.approx([0.4, 0.04]), pytest.approx([0.2, 0.04])]
 
 
 def test_after_an_error_the_block_says_what_is_there_to_continue_from(tmp_path: Path) -> None:
@@ -146,6 +231,40 @@ def test_the_block_has_scores_that_nobody_follows(tmp_path: Path) -> None:
     trainer.train(5, 2)
     (last,) = [line for line in lines_of(trainer) if line.startswith("  last")]
     assert re.fullmatch(r"  last +total_loss 1\.\d{4}, eval_acc 0\.5000", last), last
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_a_signal_before_the_first_step_ends_no_run_as_finished(is_resumed: bool, tmp_path: Path) -> None:
+    def made(**stages: Any) -> Trainer:
+        hooks = [On(**stages), CheckpointerHook(), LoggerHook(progress_bar=False)]
+        settings: dict[str, Any] = {"create_new_dir": None, "resume": "auto"}
+        return make_trainer(tmp_path / "run", max_epochs=2, hooks=hooks, **settings)
+
+    def stop(trainer: Trainer) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if is_resumed:
+        with pytest.raises(SystemExit):
+            made(after_iter=at_iter(6, stop)).train(5, 2)
+    trainer = made(before_train=stop)
+    with pytest.raises(SystemExit):
+        trainer.train(5, 2)
+    assert [line for line in lines_of(trainer) if re.match("Finished|Stopped", line)][-1].startswith("Stopped after")
+    assert json.loads(Path(trainer.work_dir, "run.json").read_text(encoding="utf-8"))["how"] == "stopped"
+    where = "epoch 2, iteration 6 of the run" if is_resumed else "epoch 1, iteration 0 of the run"
+    assert any("SIGTERM came" in line and where in line for line in lines_of(trainer)[-20:])
+
+
+def test_another_train_continues_the_table(tmp_path: Path) -> None:
+    hooks = [evaluation([0.5, 0.75, 0.0, 0.25, 0.25]), LoggerHook(progress_bar=False)]
+    trainer = make_trainer(tmp_path, max_epochs=2, hooks=hooks)
+    trainer.train(5, 2)
+    trainer.max_epochs = 4
+    trainer.train(5, 2)
+    assert [row["label"] for row in rows_of(trainer)] == ["Epoch 1/2", "Epoch 2/2", "Epoch 3/4", "Epoch 4/4"]
+    best = [line for line in lines_of(trainer) if "best   eval_acc 0.7500 in epoch 2/2" in line]
+    assert len(best) == 2
+    assert json.loads(Path(trainer.work_dir, "run.json").read_text(encoding="utf-8"))["seconds_before"] > 0
 
 
 def test_a_run_with_nothing_to_train_ends_in_a_block(tmp_path: Path) -> None:

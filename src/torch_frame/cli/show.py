@@ -51,19 +51,20 @@ def _of_one(run: RunFiles) -> Iterator[Line]:
         values = "another value" if len(left_out) == 1 else f"{len(left_out)} other values"
         yield Line(f"The screen is too narrow for {values}: see log.txt and metrics.jsonl.")
     last = run.entries[-1] if run.entries else None
-    facts = {**run.facts, "how": run.how, "best": run.facts.get("best") or _best_by_marks(run)}
+    facts = {**run.facts, "how": run.how, "best": _bests(run)}
     for number, text in enumerate(last_block(run.folder, facts, last, width)):
         yield Line.title(text) if number == 0 else Line(text)
 
 
-def _best_by_marks(run: RunFiles) -> dict[str, dict[str, Any]]:
-    """The best values as far as the table has come; `run.json` tells them when the run has ended."""
+def _bests(run: RunFiles) -> dict[str, dict[str, Any]]:
+    """The best values: those of `run.json`, else those that the table has marked."""
     found = {name: run.best(name) for name in run.followed}
-    return {
+    marked = {
         name: {"value": entry.values[name], "label": entry.label, "file": run.followed[name].get("file")}
         for name, entry in found.items()
         if entry is not None
     }
+    return {**marked, **run.facts.get("best", {})}
 
 
 # ---------------------------------------------------------------- several
@@ -135,8 +136,8 @@ def _time(run: RunFiles) -> str:
 
 
 def _best(run: RunFiles, name: str) -> str:
-    entry = run.best(name)
-    return "" if entry is None else f"{value_text(entry.values[name])} ({entry.label[:1].lower()}{entry.label[1:]})"
+    found = _bests(run).get(name)
+    return "" if found is None else f"{value_text(found['value'])} ({found['label'][:1].lower()}{found['label'][1:]})"
 
 
 def _last(run: RunFiles, name: str) -> str:
@@ -147,7 +148,7 @@ def _last(run: RunFiles, name: str) -> str:
 def _differences(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     names = dict.fromkeys(name for one in settings for name in one)
     rows = {name: [_setting(one.get(name)) for one in settings] for name in names}
-    return {name: row for name, row in rows.items() if len(set(row)) > 1}
+    return {showable(name): row for name, row in rows.items() if len(set(row)) > 1}
 
 
 def _setting(value: Any) -> str:

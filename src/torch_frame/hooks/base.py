@@ -53,6 +53,10 @@ class Length(Protocol):
         """The epoch under way is the last, as far as that is known."""
         ...
 
+    def is_over(self) -> bool:
+        """Nothing is left to train."""
+        ...
+
     def iters_left(self) -> int | None:
         """Batches that are still to be trained; None if that is not known."""
         ...

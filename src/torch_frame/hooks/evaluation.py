@@ -19,6 +19,7 @@ from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import SettingError
 from torch_frame.hooks.base import HookBase
 from torch_frame.hooks.checkpoint import CheckpointerHook
+from torch_frame.hooks.logger import LoggerHook
 from torch_frame.hooks.trial import is_late, names_if_it_works
 from torch_frame.tracking.bar import ProgressBar
 from torch_frame.training.buffers import BufferSnapshot
@@ -209,7 +210,14 @@ class EvaluationHook(CheckpointerHook):
         is_due, self._is_due = self._is_due, False
         if is_due:
             self._evaluated_at = self.trainer.progress.iter
+            self._keep_last_scores()
         return is_due
+
+    def _keep_last_scores(self) -> None:
+        """Several evaluations between two log points: each one's scores are written."""
+        for hook in self.trainer.hooks if self.period_unit == "iter" else ():
+            if isinstance(hook, LoggerHook):
+                hook.write_scores()
 
     def _do_eval(self) -> None:
         """Run the evaluation and log what it yields."""

@@ -106,8 +106,7 @@ class LoggerHook(HookBase):
         if self._writes:
             self._error = None
             with self._without_lines_after_an_error():
-                saved = self._saved_lines if self.trainer.resumed_iter is not None else {}
-                self._lines = RunLines(self.trainer, saved)
+                self._lines = RunLines(self.trainer, self._saved_lines)
             # inside a resumed epoch, too
             self._until_write = self._batches_until_write(self.trainer.progress.inner_iter)
             self._open_writers()
@@ -159,6 +158,7 @@ class LoggerHook(HookBase):
         self.trainer.run_media.close()
         if self._lines is not None:
             with self._without_lines_after_an_error():
+                self._saved_lines = self._lines.state_dict()  # another train() continues them
                 self._lines.end(self._error)
             self._lines = None
 
@@ -211,19 +211,34 @@ class LoggerHook(HookBase):
         found = (getattr(writer.writer, "summary_writer", None) for writer in self._writers.values())
         return next((writer for writer in found if writer is not None), None)
 
+    def write_scores(self) -> None:
+        """Called by an evaluation inside an epoch: scores that wait for the next log point are written before newer ones come."""
+        if not self._writers:
+            return
+        prefixes = tuple(f"{prefix}_" for hook in self.trainer.hooks for prefix in hook.metric_prefixes())
+        scores = {name: found for name, found in self._new_values().items() if name.startswith(prefixes)}
+        if scores:
+            self._write_row(max(self._row[0], *(step for step, _ in scores.values())), scores)
+
     def _write(self) -> None:
         """The values that are new since the last write, to all writers."""
-        new = {
+        new = self._new_values()
+        if new:
+            self._write_row(self.trainer.cur_iter, new)
+
+    def _new_values(self) -> dict[str, tuple[int, float]]:
+        """name -> (step that it was logged with, value)."""
+        return {
             name: (step, value)
             for name, (step, value) in self.metric_storage.values_maybe_smooth.items()
             if step > self._last_write.get(name, -1)
         }
-        if not new:
-            return
+
+    def _write_row(self, iteration: int, new: dict[str, tuple[int, float]]) -> None:
         at = {name: step for name, (step, _) in new.items()}
         self._last_write.update(at)
         values = {name: value for name, (_, value) in new.items()}
-        self._row = self.trainer.cur_iter, Row(values, self.trainer.epoch, at, {n: self._group_of(n) for n in new})
+        self._row = iteration, Row(values, self.trainer.epoch, at, {n: self._group_of(n) for n in new})
         self._write_tensorboard()
         for writer in self._writers.values():
             if not isinstance(writer.writer, TensorBoardWriter):

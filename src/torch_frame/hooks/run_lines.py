@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -44,13 +45,15 @@ class RunLines:
         word, last = ("Iter", trainer.max_iters) if self.counts_steps else ("Epoch", trainer.max_epochs)
         widest = 0 if last is None else len(_label(word, last, last))
         self._table = Table(followed, unit, widest, console_encoding())
-        self._record = RunRecord(trainer.work_dir, trainer.resumed_iter)
+        # another train() continues the lines of the one before
+        self._record = RunRecord(trainer.work_dir, trainer.progress.iter or trainer.resumed_iter)
         self._begun_s = self._line_s = time.perf_counter()
         self._iters_before = self._iters_at_line = trainer.progress.iter
         self._times_before = self._times()
         self._steps_s_at_line = self._times_before[0]
         self._last: Entry | None = None
         self._rates_at_begin = _rates_of(trainer.optimizer)
+        self._saved_rates: list[float] = list(saved.get("rates", []))
         self._ended_epoch = False
         self._record.begin(self._facts(), saved.get("lines"))
 
@@ -58,7 +61,15 @@ class RunLines:
         """The best values, how many lines the table has and in which columns, and of when the values are that have been shown."""
         best = {name: dict(found) for name, found in self._best.items()}
         lines, columns = self._record.num_lines, list(self._columns)
-        return {"best": best, "lines": lines, "columns": columns, "shown_at": dict(self._shown_at)}
+        # an epoch's line is still to come; its schedule has stepped
+        rates = self._rates() if self._trainer.progress.epoch_trained else []
+        return {
+            "best": best,
+            "lines": lines,
+            "columns": columns,
+            "shown_at": dict(self._shown_at),
+            "rates": rates,
+        }
 
     # ------------------------------------------------------------ lines
 
@@ -139,14 +150,18 @@ class RunLines:
         return [name for name in self._columns if name.startswith(self._prefixes)]
 
     def _new_best(self, label: str, values: Mapping[str, float]) -> list[str]:
-        """The names whose values are the best so far, by the hooks that follow them."""
+        """The names whose values are the best so far, by the hooks that follow them.
+
+        Of several evaluations since the line before, an earlier one may have been the best; its value stands in no line then.
+        """
         found = []
         for hook in self._followers:
             metric = str(hook.save_metric)
             if hook.cur_best != self._cur_best[id(hook)] and metric in values:
                 self._cur_best[id(hook)] = hook.cur_best
                 self._best[metric] = {"value": hook.cur_best, "label": label, "file": _file_of(hook)}
-                found.append(metric)
+                found += [metric] if values[metric] == hook.cur_best else []
+                self._record.note(best=self._best)
         return found
 
     # ------------------------------------------------------------ figures
@@ -160,14 +175,14 @@ class RunLines:
 
     def _rates(self) -> list[float]:
         """Of each group, what the last steps were made with; a schedule may have moved on meanwhile."""
-        now, storage = _rates_of(self._trainer.optimizer), self._trainer.metric_storage
-        if "lr" not in storage or not now or now[0] == storage["lr"].latest:
-            return now
-        used = storage["lr"].latest  # of the first group
-        base = now if now[0] else self._rates_at_begin
-        if len(set(base)) == 1 or len(base) != len(now) or not base[0]:
-            return [used]
-        return [used * rate / base[0] for rate in base]
+        trainer, storage = self._trainer, self._trainer.metric_storage
+        if trainer.progress.epoch_trained and trainer.progress.iter == self._iters_before and self._saved_rates:
+            return self._saved_rates
+        rates = (trainer.progress.epoch_trained and _rates_of_epoch(trainer)) or _rates_of(trainer.optimizer)
+        if "lr" not in storage or not rates or rates[0] == storage["lr"].latest:
+            return rates
+        # it has moved on by an update, or its warm-up has
+        return _moved_back(rates, storage["lr"].latest, self._rates_at_begin)
 
     def _speed(self) -> float | None:
         """Samples or batches a second of the steps since the line before, evaluation left out."""
@@ -210,8 +225,8 @@ class RunLines:
     def _how(self, error: BaseException | None) -> str:
         if error is not None:
             return FAILED
-        is_finished = self._ended_epoch or self._trainer.progress.iter == self._iters_before
-        return FINISHED if is_finished else STOPPED
+        nothing_was_left = self._trainer.progress.iter == self._iters_before and self._trainer.length.is_over()
+        return FINISHED if self._ended_epoch or nothing_was_left else STOPPED
 
     def _time_facts(self) -> dict[str, Any]:
         total = time.perf_counter() - self._begun_s
@@ -262,6 +277,35 @@ def _rates_of(optimizer: Any) -> list[float]:
     several = list(optimizer.values()) if isinstance(optimizer, Mapping) else optimizer
     each = several if isinstance(several, list | tuple) else [several]
     return [float(group["lr"]) for one in each for group in one.param_groups if "lr" in group]
+
+
+def _rates_of_epoch(trainer: HookTrainer) -> list[float]:
+    """As they were when the epoch's batches were trained, before its schedules stepped; [] if one does not say."""
+    given = trainer.lr_scheduler
+    several = list(given.values()) if isinstance(given, Mapping) else given
+    each = several if isinstance(several, list | tuple) else [several]
+    of_each: list[list[float] | None] = [getattr(one, "epoch_lrs", None) for one in each]
+    return [] if None in of_each else [rate for rates in of_each for rate in rates or ()]
+
+
+def _moved_back(rates: Sequence[float], first: float, begin: Sequence[float]) -> list[float]:
+    """The rates before the last update, of which the first group's is known.
+
+    If all groups are in the proportions in which the epoch began, one factor moves them; else each group moves in its own way,
+    and the others' rates of now are shown, which are one update on.
+
+    Args:
+        rates: of all groups, now.
+        first: of the first group, then.
+        begin: of all groups, when the epoch began.
+
+    >>> _moved_back([0.5, 0.05], 0.25, [1.0, 0.1]), _moved_back([0.5, 0.1], 0.25, [1.0, 0.1])
+    ([0.25, 0.025], [0.25, 0.1])
+    """
+    is_known = len(begin) == len(rates) and begin[0] != 0
+    if is_known and all(math.isclose(now * begin[0], was * rates[0]) for now, was in zip(rates, begin, strict=True)):
+        return [first * was / begin[0] for was in begin]
+    return [first, *rates[1:]]
 
 
 def _samples_a_batch(trainer: HookTrainer) -> int | None:

@@ -498,6 +498,7 @@ class Optimization:
         """An epoch's batches are trained."""
         self._tell_of_undriven()
         for schedule in self.schedules.values():
+            schedule.epoch_lrs = schedule.get_lr()
             if self.interval == "epoch" and not schedule.needs_metric:
                 schedule.step_scheduler()
 

@@ -88,6 +88,7 @@ class LRWarmupScheduler(LRScheduler):
         self.warmup_factor = warmup_factor
         self.num_updates = last_epoch + 1
         self._metric_at: int | None = None
+        self.epoch_lrs: list[float] | None = None  # what an epoch's last steps were made with, if it has ended
         self.regular_lrs = self._read()
         self.base_lrs = [group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups]
         self._apply_warmup()
