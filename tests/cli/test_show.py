@@ -73,10 +73,12 @@ def test_settings_that_differ_are_shown_and_others_are_not(
 ) -> None:
     for name, folder in runs.items():
         text = (folder / "run.json").read_text()
-        settings = f'"settings": {{"lr": {0.1 if name == "first" else 0.01}, "seed": 3}}'
+        rate = 0.1 if name == "first" else 0.01
+        settings = f'"settings": {{"lr": {rate}, "seed": 3, "two\\\\nlines": {rate}}}'
         (folder / "run.json").write_text(re.sub(r'"settings": \{[^}]*\}', settings, text))
     lines = shown(capsys, *runs.values())
     assert ["lr", "0.1", "0.01"] in [line.split() for line in lines]
+    assert ["two\\nlines", "0.1", "0.01"] in [line.split() for line in lines]
     assert not any(line.startswith("seed") for line in lines)
 
 

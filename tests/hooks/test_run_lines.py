@@ -16,11 +16,13 @@ import pytest
 import torch
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, StepLR
+from torch.utils.data import DataLoader, TensorDataset
 
 from tests.small_hooks import On, at_iter
 from tests.small_runs import Net, environment, make_batches, make_trainer, raised_by
 from torch_frame import CheckpointerHook, EvalHook, HookBase, LoggerHook, Trainer
 from torch_frame.cli.main import main
+from torch_frame.tracking.summary import command_line
 
 
 def evaluation(scores: list[float] | None = None, **settings: Any) -> EvalHook:
@@ -171,7 +173,11 @@ def test_a_run_resumed_into_an_epochs_end_shows_the_rates_of_its_steps(tmp_path:
         settings: dict[str, Any] = {"create_new_dir": None, "resume": resume}
         return make_trainer(tmp_path / "run", model, optimizer, schedule, max_epochs=2, hooks=all_hooks, **settings)
 
-    stopped = made(On(after_epoch=lambda trainer: os.kill(os.getpid(), signal.SIGTERM)))
+    def stop(trainer: Trainer) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        trainer.check_stop()
+
+    stopped = made(On(after_epoch=stop))
     with pytest.raises(SystemExit):
         stopped.train(5, 2)
     resumed = made(resume="auto")
@@ -286,6 +292,34 @@ def test_the_speed_is_of_the_steps_and_not_of_evaluations(tmp_path: Path) -> Non
     for row in rows_of(trainer):
         assert row["time_s"] > 0.3
         assert row["per_s"] > 40 / 0.3  # samples
+
+
+def test_the_speed_is_of_the_batches_of_the_epoch_whichever_loader_it_has(tmp_path: Path) -> None:
+    data = TensorDataset(torch.randn(40, 3), torch.randn(40, 1))
+
+    def change(trainer: Trainer) -> None:
+        if trainer.epoch == 0:
+            trainer.data_loader = DataLoader(data, 4)  # counts from the next epoch on
+
+    hooks = [On(after_epoch=change), LoggerHook(progress_bar=False)]
+    trainer = make_trainer(tmp_path, max_epochs=2, data=DataLoader(data, 20), hooks=hooks)
+    steps_s: list[float] = []
+    trainer.register_hooks([On(after_epoch=lambda t: steps_s.append(t.metric_storage["iter_time"].global_sum))])
+    trainer.train(5, 2)
+    assert [row["per_s"] for row in rows_of(trainer)] == [
+        pytest.approx(40 / steps_s[0]),
+        pytest.approx(40 / (steps_s[1] - steps_s[0])),
+    ]
+
+
+@pytest.mark.parametrize("launcher", ["TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"])
+def test_what_a_launcher_has_started_is_not_continued_by_pythons_command_alone(
+    launcher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["python3", "-u", "train.py"]
+    assert command_line(words) == "python3 -u train.py"
+    monkeypatch.setenv(launcher, "none")
+    assert command_line(words) is None
 
 
 def test_eighty_values_in_eighty_columns_are_told_in_two_lines(

@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.small_hooks import On
 from tests.small_runs import Net, make_batches, make_trainer
-from torch_frame import CheckpointerHook, HookBase, LoggerHook, ThroughputHook
+from torch_frame import CheckpointerHook, HookBase, LoggerHook, ThroughputHook, Trainer
 from torch_frame.run.saving import Saver
 from torch_frame.tracking.step_times import Parts, StepTimes, TimeSplit
 
@@ -163,6 +164,42 @@ def test_throughput_samples_and_mfu_are_what_was_done_over_the_time(tmp_path: Pa
     assert row["samples_per_s"] == pytest.approx(10 * row["batches_per_s"])
     assert row["mfu"] == pytest.approx(row["batches_per_s"] * 2e9 / 0.5e12)
     assert row["peak_mib"] > 50  # torch alone is more
+
+
+def test_batches_of_another_size_count_as_they_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Grows(HookBase):
+        def before_epoch(self) -> None:
+            if self.trainer.epoch == 1:
+                self.trainer.data_loader = DataLoader(data, 20)
+
+    data = TensorDataset(torch.randn(40, 3), torch.randn(40, 1))
+    hook, seen = ThroughputHook(), []
+    rates = On(after_epoch=lambda t: seen.append(t.value("samples_per_s") / t.value("batches_per_s")))
+    hooks = [hook, Grows(), rates, LoggerHook(progress_bar=False)]
+    with caplog.at_level(logging.INFO, "torch_frame"):
+        make_trainer(tmp_path / "run", data=DataLoader(data, 10), max_epochs=2, hooks=hooks).train()
+    assert seen == [pytest.approx(10), pytest.approx(20)]
+    line = next(line for line in caplog.messages if "Most of the time" in line)
+    per_batch, per_sample = (
+        float(line.split(f"{name}_per_s ")[1].split(",")[0].rstrip(".")) for name in ("batches", "samples")
+    )
+    assert per_sample / per_batch == pytest.approx(80 / 6, rel=1e-2)
+
+
+def test_a_run_resumed_behind_an_epochs_last_batch_logs_no_rate_for_it(tmp_path: Path) -> None:
+    def made(*hooks: HookBase) -> Trainer:
+        all_hooks = [ThroughputHook(), *hooks, CheckpointerHook()]
+        return make_trainer(tmp_path / "run", hooks=all_hooks, max_epochs=2, resume="auto")
+
+    def stop(trainer: Trainer) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        trainer.check_stop()
+
+    with pytest.raises(SystemExit):
+        made(On(after_epoch=stop)).train()
+    seen: list[bool] = []
+    made(On(after_epoch=lambda trainer: seen.append("batches_per_s" in trainer.metric_storage))).train()
+    assert seen == [False, True]
 
 
 def test_an_unknown_peak_is_told_and_mfu_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from tests.small_runs import make_trainer
+from torch_frame import LoggerHook
 from torch_frame.tracking.media import Media
 
 
@@ -151,3 +153,33 @@ def test_without_a_logger_hook_it_is_told_once(tmp_path: Path, caplog: pytest.Lo
         for _ in range(2):
             trainer.add_text("note", "nobody reads it")
     assert ["nothing takes it" in line for line in caplog.messages] == [True]
+
+
+def test_what_comes_after_the_run_is_told_and_waits_for_another_train(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_trainer(tmp_path, max_epochs=1, hooks=[LoggerHook(progress_bar=False)])
+    trainer.add_text("before", "waits")
+    trainer.train()
+    told = "the run has ended and its writers are closed"
+    assert told not in caplog.text
+    with caplog.at_level(logging.WARNING, "torch_frame"):
+        for number in range(2):
+            trainer.add_text("after", f"text {number}")
+    assert [told in line for line in caplog.messages if "add_text" in line] == [True]
+    trainer.max_epochs = 2
+    trainer.train()
+    events = EventAccumulator(trainer.tb_log_dir, size_guidance={"tensors": 0})
+    events.Reload()
+    texts = [event.tensor_proto.string_val[0] for event in events.Tensors("after/text_summary")]
+    assert texts == [b"text 0", b"text 1"]
+
+
+def test_more_than_can_wait_is_told_as_that(caplog: pytest.LogCaptureFixture) -> None:
+    media, taker = Media(lambda: True, is_main=True), Taker()
+    for number in range(103):
+        media.text(number, "note", "early")
+    media.open([taker])
+    assert len(taker.taken) == 100
+    assert [line for line in caplog.messages if "left out" in line and "LoggerHook" not in line] == caplog.messages
+    assert len(caplog.messages) == 1

@@ -78,6 +78,16 @@ def test_the_only_part_of_a_loss_comes_after_all_other_values() -> None:
     assert head.text.split() == ["Epoch", "total_loss", "acc"]
 
 
+def test_a_part_that_is_the_total_in_some_epochs_only_moves_no_column() -> None:
+    table = Table()
+    heads = []
+    for epoch, other in enumerate((1.0, 0.0, 1.0, 0.0, float("nan"))):
+        values = {"total_loss": 0.5 + other, "cls_loss": 0.5, "other_loss": other}
+        entry = Entry(f"Epoch {epoch + 1}/5", epoch, epoch, values, lr=[0.1], time_s=1.0, eta_s=1.0)
+        heads += [line.text for line in table.lines(entry, list(values), 64) if "total_loss" in line.text]
+    assert len(heads) == 1
+
+
 def test_another_width_lays_the_table_out_anew() -> None:
     table = Table(["eval_acc"])
     assert len(table.lines(entry_of(0), NAMES, 200)) == 2

@@ -198,6 +198,20 @@ def test_what_was_logged_before_an_error_is_written(tmp_path: Path) -> None:
     assert [call[0] for call in writer.calls[-3:]] == ["failed", "write", "close"]
 
 
+def test_writers_files_lie_where_they_were_asked_for_whatever_the_current_folder_is_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "first")
+    hook = LoggerHook(progress_bar=False, writers=[JsonlWriter("rows.jsonl"), TensorBoardWriter("curves")])
+    trainer = make_trainer(tmp_path / "run", max_epochs=1, hooks=[hook])
+    monkeypatch.chdir(tmp_path / "second")
+    trainer.train()
+    assert {path.name for path in (tmp_path / "first").iterdir()} == {"rows.jsonl", "curves"}
+    assert not list((tmp_path / "second").iterdir())
+
+
 def test_period_0_writes_after_each_epoch(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path / "run", hooks=[LoggerHook(0)])
     trainer.train()

@@ -17,7 +17,7 @@ from torch_frame.scalars import is_whole
 from torch_frame.tracking.bar import ProgressBar
 from torch_frame.tracking.console import keep_shown
 from torch_frame.tracking.guard import GuardedWriter
-from torch_frame.tracking.writers import JsonlWriter, Row, RunInfo, TensorBoardWriter, Writer
+from torch_frame.tracking.writers import JsonlWriter, Row, RunInfo, TensorBoardWriter, Writer, absolute_folder
 
 _logger = logging.getLogger("torch_frame")
 _TIMES = ("data_time", "iter_time", "lr")
@@ -67,8 +67,7 @@ class LoggerHook(HookBase):
         modes = ["train", "eval"] if modes is None else list(modes)
         self._period = max(int(period), 0)
         self.modes = modes if "train" in modes else ["train", *modes]
-        is_local = tb_log_dir is not None and "://" not in os.fspath(tb_log_dir)
-        self.tb_log_dir = os.path.abspath(tb_log_dir) if tb_log_dir is not None and is_local else tb_log_dir
+        self.tb_log_dir = None if tb_log_dir is None else absolute_folder(tb_log_dir)
         self.kwargs = kwargs
         self._progress_bar = progress_bar
         self._given = None if writers is None else checked_writers(writers, tb_log_dir, kwargs)

@@ -77,6 +77,7 @@ class RunLines:
         """The time between two epochs belongs to neither."""
         if not self.counts_steps:
             self._line_s = time.perf_counter()
+        self._samples_a_batch = _samples_a_batch(self._trainer)  # the loader may be another one
         self._rates_at_begin = _rates_of(self._trainer.optimizer)
 
     def end_epoch(self, names: Sequence[str], *, is_last: bool) -> None:
@@ -189,8 +190,10 @@ class RunLines:
         steps_s, _ = self._times()
         iters = self._trainer.progress.iter - self._iters_at_line
         seconds, self._steps_s_at_line = steps_s - self._steps_s_at_line, steps_s
-        per_batch = (self._samples_a_batch or 1) * self._trainer.strategy.world_size
-        return iters * per_batch / seconds if iters > 0 and seconds > 0 else None
+        size = self._samples_a_batch if self._table.unit == "samples" else 1
+        if size is None or iters <= 0 or seconds <= 0:
+            return None
+        return iters * size * self._trainer.strategy.world_size / seconds
 
     def _seconds_left(self, now: float) -> float | None:
         """By what an iteration has taken since this process began, evaluation and saves included."""
@@ -249,7 +252,7 @@ class RunLines:
             "best": self._best,
             "columns": self._columns,
             "scores": self._scores(),
-            "command": command_line(),
+            "command": command_line() if trainer.strategy.world_size == 1 else None,
             "settings": trainer.run_parameters,
         }
 

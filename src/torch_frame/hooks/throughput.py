@@ -75,7 +75,7 @@ class ThroughputHook(HookBase):
         self.samples_per_batch = samples_per_batch
         self._period = period
         self._lines_due = False
-        self._samples: float | None = None
+        self._samples: float | None = 0.0  # of the batches in rows; None: not known
         self._peak: float | None = None
         self.time_split = TimeSplit()
 
@@ -84,7 +84,7 @@ class ThroughputHook(HookBase):
     def before_train(self) -> None:
         self._on_accelerator = self.trainer.device.type not in ("cpu", "meta")
         self._until_wait = self._period
-        self._samples = self.samples_per_batch or _samples_per_batch(self.trainer.data_loader)
+        self._samples = 0.0
         self._peak = self._known_peak() if self.flops_per_batch is not None else None
         self._iter_at_start = self._iter_at_row = self.trainer.progress.iter
         self.time_split.start()
@@ -99,20 +99,24 @@ class ThroughputHook(HookBase):
     def after_epoch(self) -> None:
         self._wait()
         parts, done = self.time_split.parts(), self.trainer.progress.iter
-        self.log(
-            self.trainer.cur_iter, smooth=False, **self._row(parts.since(self._parts_at_row), done - self._iter_at_row)
-        )
+        num_batches = done - self._iter_at_row
+        if num_batches > 0:  # none if the run was resumed behind the epoch's last batch
+            row = self._row(parts.since(self._parts_at_row), num_batches, self._samples_in(num_batches))
+            self.log(self.trainer.cur_iter, smooth=False, **row)
+            self._count(num_batches)
         self._parts_at_row, self._iter_at_row = parts, done
 
     def after_train(self) -> None:
         self._lines_due = False
         num_batches = self.trainer.progress.iter - self._iter_at_start
+        self._count(self.trainer.progress.iter - self._iter_at_row)
+        self._iter_at_row = self.trainer.progress.iter
         if num_batches > 0 and self.trainer.check_main():
             for line in self._lines(self.time_split.parts(), num_batches):
                 _logger.info(line)
 
     def logged_metrics(self) -> set[str] | None:
-        return set(self._row(Parts(1.0, 0.0, 0.0, 0.0), 1))
+        return set(self._row(Parts(1.0, 0.0, 0.0, 0.0), 1, self._samples_in(1)))
 
     def on_exception(self, error: BaseException) -> None:
         """The lines of a run that fails: what took its time until then."""
@@ -121,15 +125,24 @@ class ThroughputHook(HookBase):
 
     # ------------------------------------------------------------ what is told
 
-    def _row(self, parts: Parts, num_batches: int) -> dict[str, float]:
-        row = self._rates(parts, num_batches)
+    def _samples_in(self, num_batches: int) -> float | None:
+        """Samples in so many batches of the loader of this epoch, on all ranks; None: not known."""
+        size = self.samples_per_batch or _samples_per_batch(self.trainer.data_loader)
+        return None if size is None else num_batches * size * self.trainer.strategy.world_size
+
+    def _count(self, num_batches: int) -> None:
+        more = self._samples_in(num_batches)
+        self._samples = None if self._samples is None or more is None else self._samples + more
+
+    def _row(self, parts: Parts, num_batches: int, num_samples: float | None) -> dict[str, float]:
+        row = self._rates(parts, num_batches, num_samples)
         return row | {f"{name}_share": part / parts.total for name, part in zip(_NAMES, parts, strict=True)}
 
-    def _rates(self, parts: Parts, num_batches: int) -> dict[str, float]:
+    def _rates(self, parts: Parts, num_batches: int, num_samples: float | None) -> dict[str, float]:
         rate = num_batches / parts.total
         rates = {"batches_per_s": rate}
-        if self._samples is not None:
-            rates["samples_per_s"] = rate * self._samples * self.trainer.strategy.world_size
+        if num_samples is not None:
+            rates["samples_per_s"] = num_samples / parts.total
         peak = _peak_bytes(self.trainer.device)
         if peak is not None:
             rates["peak_mib"] = peak / 2**20
@@ -142,7 +155,7 @@ class ThroughputHook(HookBase):
         shown = ", ".join(f"{name} {ms:.2f} ({ms / sum(per_batch.values()):.0%})" for name, ms in per_batch.items())
         hooks = self.time_split.hooks()
         named = ", ".join(f"{name} {seconds / num_batches * 1e3:.2f}" for name, seconds in hooks.items())
-        rates = self._rates(parts, num_batches)
+        rates = self._rates(parts, num_batches, self._samples)
         figures = ", ".join(f"{name} {value:.4g}" for name, value in rates.items())
         return [
             f"Milliseconds a batch: {sum(per_batch.values()):.2f} = {shown}.",

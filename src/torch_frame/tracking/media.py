@@ -22,7 +22,7 @@ class _Takes(Protocol):
 class Media:
     """Brings what is added into one form, as it is at that moment, and gives it to all writers; on the main process.
 
-    What is added before the writers are open waits for them. If no hook will open any, that is told once.
+    What is added before the writers are open waits for them. If no hook will open any, or the run has ended, that is told once.
 
     Args:
         has_taker: a hook is registered that will open writers.
@@ -35,17 +35,18 @@ class Media:
         self._writers: Sequence[_Takes] | None = None
         self._waiting: list[tuple[Any, ...]] = []
         self._told: set[str] = set()
+        self._has_ended = False
 
     def open(self, writers: Sequence[_Takes]) -> None:
         """From now on these writers take what is added, first what has waited."""
-        self._writers = writers
+        self._writers, self._has_ended = writers, False
         waiting, self._waiting = self._waiting, []
         for call in waiting:
             self._give(*call)
 
     def close(self) -> None:
         """The run has ended."""
-        self._writers = None
+        self._writers, self._has_ended = None, True
 
     def image(self, step: int, name: str, image: Any) -> None:
         """A picture: a tensor or array of (H, W), (C, H, W) or (H, W, C) with C 1, 3 or 4, or a PIL image.
@@ -114,13 +115,22 @@ class Media:
         if self._writers is not None:
             for writer in self._writers:
                 writer.call(kind, int(step), str(name), thing)
-        elif self._has_taker() and len(self._waiting) < _MOST_WAITING:
-            self._waiting.append((kind, step, name, thing))
-        else:
+        elif not self._has_taker():
+            self._tell(f"add_{kind}({name!r}, ...): nothing takes it, because no LoggerHook is registered.", kind)
+        elif len(self._waiting) == _MOST_WAITING:
             self._tell(
-                f"add_{kind}({name!r}, ...): nothing takes it, because no LoggerHook is registered or the run has ended.",
-                kind,
+                f"add_{kind}({name!r}, ...): it is left out, because {_MOST_WAITING} pictures, texts and histograms wait for "
+                "train() already. Add them in a hook.",
+                "waiting",
             )
+        else:
+            self._waiting.append((kind, step, name, thing))
+            if self._has_ended:
+                self._tell(
+                    f"add_{kind}({name!r}, ...): the run has ended and its writers are closed; it is written if train() is "
+                    "called again. Add it in a hook's after_train.",
+                    "ended",
+                )
 
     def _picture(self, name: str, image: Any) -> npt.NDArray[np.uint8]:
         """(H, W, C) uint8, a copy."""

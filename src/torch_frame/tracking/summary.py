@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import sys
@@ -14,6 +15,7 @@ from torch_frame.tracking.format import ago, aligned, counted, duration, shares,
 from torch_frame.tracking.table import Entry
 
 _VALUES_SHOWN = 4
+_OF_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # torchrun, accelerate launch
 RUNNING, FINISHED, STOPPED, FAILED, KILLED = "running", "finished", "stopped", "failed", "killed"
 
 
@@ -144,13 +146,19 @@ def _path(folder: Path, *names: str) -> str:
 
 
 def command_line(words: Sequence[str] | None = None) -> str | None:
-    """How this process was started, to be typed again; None if that is no command (a notebook, a long text behind `-c`).
+    """How this process was started, to be typed again; None if that is no command (a notebook, a text behind python's `-c`), or
+    a launcher has started it with settings of its own.
 
-    >>> command_line(["/usr/bin/python3", "-u", "train.py", "--name", "a b"])
-    "python3 -u train.py --name 'a b'"
+    >>> command_line(["/usr/bin/python3", "-u", "train.py", "--name", "a b", "-c", "small.yaml"])
+    "python3 -u train.py --name 'a b' -c small.yaml"
+    >>> command_line(["python3", "-u", "-c", "import train"]) is None
+    True
     """
     words = list(sys.orig_argv if words is None else words)
-    if not words or any("ipykernel" in word for word in words) or "-c" in words:
+    of_python = list(itertools.takewhile(lambda word: word != "-m" and not word.endswith(".py"), words[1:]))
+    if not words or any("ipykernel" in word for word in words[:4]) or "-c" in of_python:
+        return None
+    if any(name in os.environ for name in _OF_LAUNCHERS):
         return None
     line = shlex.join([os.path.basename(words[0]), *words[1:]])
     return line if len(line) <= 300 and "\n" not in line else None

@@ -153,7 +153,8 @@ class Table:
     _all_columns: list[_Column] = field(default_factory=list)
     _shown: list[str] = field(default_factory=list)  # attributes of Entry that have had a value
     _widths: dict[str, int] = field(default_factory=dict)
-    _copies: set[str] = field(default_factory=set)  # the only part of a loss: its value is the total
+    # the only part of a loss, whose value is the total: decided once, so that columns do not come and go
+    _is_copy: dict[str, bool] = field(default_factory=dict)
     _below_header: int = 0
     _told_left_out: frozenset[str] = frozenset()
 
@@ -191,7 +192,8 @@ class Table:
         before = self._columns, self._all_columns
         self._all_columns = self._every_column(entry, names)
         total = entry.values.get("total_loss")
-        self._copies = {name for name, value in entry.values.items() if value == total and name != "total_loss"}
+        for name, value in entry.values.items():
+            self._is_copy.setdefault(name, value == total and name != "total_loss")
         self._columns = self._those_that_fit(width)
         return before != (self._columns, self._all_columns)
 
@@ -230,7 +232,7 @@ class Table:
         if column.head == "total_loss" and column.kind == "value":
             return 2
         beside = ("eta_s", "time_s", "lr", "per_s", "value", "memory_mib")
-        return 100 + (len(beside) if column.head in self._copies else beside.index(column.kind))
+        return 100 + (len(beside) if self._is_copy.get(column.head) else beside.index(column.kind))
 
     # ------------------------------------------------------------ text
 

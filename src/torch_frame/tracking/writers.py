@@ -17,6 +17,12 @@ HAND_OVER_INTERVAL_S = 1.0
 """TensorBoard's writer is a thread; waking it for each row would slow fast steps by 3 %."""
 
 
+def absolute_folder(folder: str | os.PathLike[str]) -> str:
+    """The folder, whatever the current one is later; an address such as "s3://logs" as it is."""
+    text = os.fspath(folder)
+    return text if "://" in text else os.path.abspath(text)
+
+
 class Row(dict[str, float]):
     """What is new at a log point: name -> value.
 
@@ -93,11 +99,11 @@ class JsonlWriter:
     """Rows of values in `metrics.jsonl`, one JSON object a line; no pictures, texts or histograms.
 
     Args:
-        path: of the file; None: in the work dir.
+        path: of the file, from the current folder; None: in the work dir.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
-        self.path = path
+        self.path = None if path is None else os.path.abspath(path)
         self._path: str | os.PathLike[str] = ""
         self._file: JsonlFile | None = None
         self._saved: Mapping[str, Any] | None = None
@@ -143,12 +149,12 @@ class TensorBoardWriter:
     """TensorBoard's event files: scalars as `<group>/<name>` at the step that they were logged with.
 
     Args:
-        log_dir: their folder; None: `tb_logs` in the work dir.
+        log_dir: their folder, from the current one; None: `tb_logs` in the work dir.
         kwargs: passed to `torch.utils.tensorboard.SummaryWriter`.
     """
 
     def __init__(self, log_dir: str | os.PathLike[str] | None = None, **kwargs: Any) -> None:
-        self.log_dir = log_dir
+        self.log_dir = None if log_dir is None else absolute_folder(log_dir)
         self.kwargs = kwargs
         self._files: EventFiles | None = None
         self._saved: Mapping[str, int] | None = None
