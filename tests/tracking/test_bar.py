@@ -13,6 +13,7 @@ import pytest
 from tqdm import tqdm
 
 from tests.tracking.pseudo_terminal import run_on_terminal, run_script, script_environment
+from torch_frame import NonFiniteError
 from torch_frame.tracking.bar import ProgressBar, TerminalBar, is_terminal
 
 LINES = "torch_frame.tracking.bar"
@@ -324,6 +325,17 @@ def test_a_stream_closed_in_the_middle_turns_it_off(caplog: pytest.LogCaptureFix
     bar.close()
     assert bar.n == 2
     assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize("stream", [Screen, io.StringIO])
+def test_a_value_that_ends_the_run_is_not_swallowed(stream: type[io.StringIO]) -> None:
+    def read() -> dict[str, float]:
+        raise NonFiniteError("total_loss is not finite")
+
+    bar = ProgressBar(total=3, values=read, interval_s=0, plain_interval_s=0, file=stream())
+    with pytest.raises(NonFiniteError):
+        bar.update()
+    bar.close()
 
 
 def test_values_that_fail_at_the_end_leave_a_whole_line(caplog: pytest.LogCaptureFixture) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Protocol, Self
 
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
+from torch_frame.errors import TorchFrameError
 from torch_frame.tracking.format import cells, showable
 from torch_frame.tracking.notebook import current_area, kernel_shell, updates_outputs
 
@@ -298,6 +299,7 @@ class ProgressBar:
 
     `update()` adds to `n` and looks at the clock; all else, reading the values included, happens when it is time to
     draw. A bar that can't be drawn (an odd terminal, an encoding, a closed stream) turns itself off; the run goes on.
+    Only torch-frame's own errors that `values` raises are raised.
 
     Args:
         total: the count at the end, if known.
@@ -411,6 +413,8 @@ class ProgressBar:
             self._display.draw(self)
             # Counted from the end of the drawing: a slow terminal must not eat the run's time.
             self._next_draw_s = perf_counter() + self._display.interval_s
+        except TorchFrameError:  # a value that was read here ends the run: it is not finite
+            raise
         except Exception as error:
             self._turn_off(error)
 
