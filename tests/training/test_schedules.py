@@ -451,3 +451,11 @@ def test_a_plateau_scheduler_sees_the_epochs_evaluation_not_the_last_ones(tmp_pa
     ).train()
     assert seen == [0.1, 0.1, 0.05]
     assert optimizer.param_groups[0]["lr"] == 0.025
+
+
+def test_an_optimizer_without_a_rate_is_refused_in_words(tmp_path: Path) -> None:
+    model = Net()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    optimizer.param_groups[0]["lr"] = None  # as transformers' Adafactor has it
+    with pytest.raises(SettingError, match="SGD has a parameter group without a learning rate"):
+        make_trainer(tmp_path, model, optimizer)

@@ -83,6 +83,7 @@ class LRWarmupScheduler(LRScheduler):
         self.scheduler: Scheduler | None = scheduler
         self.optimizer: Optimizer = scheduler.optimizer if scheduler is not None else _given(optimizer)
         self.epoch_len = epoch_len
+        _check_rates(self.optimizer)
         self.warmup_method = warmup_method
         self.warmup_iters = warmup_iters if warmup_method is not None else 0
         self.warmup_factor = warmup_factor
@@ -249,6 +250,16 @@ def _given(optimizer: Optimizer | None) -> Optimizer:
     if optimizer is None:
         raise SettingError("LRWarmupScheduler needs a scheduler, or an optimizer if there is none.")
     return optimizer
+
+
+def _check_rates(optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        if group.get("lr") is None:
+            raise SettingError(
+                f"{type(optimizer).__name__} has a parameter group without a learning rate (its 'lr' is None, or missing), which "
+                "schedules and the log need. Give it one, such as lr=1e-3 (and relative_step=False, if it is transformers' "
+                "Adafactor)."
+            )
 
 
 def _check_warmup(method: str | None, iters: int, factor: float) -> None:
