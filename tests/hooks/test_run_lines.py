@@ -378,6 +378,21 @@ def test_a_hook_so_odd_that_nothing_can_be_shown_costs_the_lines_and_not_the_run
     assert caplog.text.count("The run's lines are not shown any more: RuntimeError: not now") == 1
 
 
+@pytest.mark.parametrize("make", [torch.tensor, lambda epoch: None if epoch else 0.5])
+def test_a_best_value_of_a_hooks_own_making_is_shown_as_a_number(make: Any, tmp_path: Path) -> None:
+    class Own(CheckpointerHook):
+        def after_epoch(self) -> None:
+            super().after_epoch()
+            self.cur_best = make(0.5 * self.trainer.epoch)
+
+    hooks = [Own(save_metric="total_loss", max_first=False), LoggerHook(progress_bar=False)]
+    trainer = make_trainer(tmp_path, max_epochs=2, hooks=hooks)
+    trainer.train(5, 2)
+    best = json.loads(Path(trainer.work_dir, "run.json").read_text(encoding="utf-8"))["best"]
+    assert best["total_loss"]["value"] == 0.5
+    assert len(rows_of(trainer)) == 2
+
+
 def test_the_lines_of_a_run_counted_in_steps_are_those_of_its_periods(tmp_path: Path) -> None:
     hooks = [evaluation(), LoggerHook(2, progress_bar=False)]
     trainer = make_trainer(tmp_path, max_epochs=None, max_iters=15, hooks=hooks)

@@ -153,15 +153,18 @@ class RunLines:
     def _new_best(self, label: str, values: Mapping[str, float]) -> list[str]:
         """The names whose values are the best so far, by the hooks that follow them.
 
-        Of several evaluations since the line before, an earlier one may have been the best; its value stands in no line then.
+        Of several evaluations since the line before, an earlier one may have been the best; its value stands in no line then. A
+        hook of the user's may have a best value of its own making.
         """
         found = []
         for hook in self._followers:
             metric = str(hook.save_metric)
-            if hook.cur_best != self._cur_best[id(hook)] and metric in values:
+            if hook.cur_best not in (None, self._cur_best[id(hook)]) and metric in values:
                 self._cur_best[id(hook)] = hook.cur_best
-                self._best[metric] = {"value": hook.cur_best, "label": label, "file": _file_of(hook)}
-                found += [metric] if values[metric] == hook.cur_best else []
+                best = float(hook.cur_best)
+                self._best[metric] = {"value": best, "label": label, "file": _file_of(hook)}
+                is_once_a_line = getattr(hook, "period_unit", "epoch") == "epoch"
+                found += [metric] if is_once_a_line or values[metric] == best else []
                 self._record.note(best=self._best)
         return found
 
