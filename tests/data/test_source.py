@@ -49,6 +49,7 @@ from tests.small_data import (
 from tests.small_runs import differences, seed_everything
 from torch_frame import RepeatDataset
 from torch_frame.data.source import source_of
+from torch_frame.data.source_base import batch_size_of
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This DataLoader will create"
@@ -598,3 +599,15 @@ class FromDisk(list[Any]):
 @pytest.mark.parametrize(("loader", "is_waited_for"), [([1, 2], False), ((1, 2), False), (FromDisk([1, 2]), True)])
 def test_only_batches_that_are_there_are_not_waited_for(loader: Any, is_waited_for: bool) -> None:
     assert source_of(loader, 0).interruptible is is_waited_for
+
+
+@pytest.mark.parametrize("split_batches", [False, True])
+def test_the_batch_size_of_a_loader_that_accelerate_has_prepared_is_that_of_a_rank(split_batches: bool) -> None:
+    prepare = pytest.importorskip("accelerate.data_loader").prepare_data_loader
+    loader = DataLoader(list(range(32)), 8)
+    ranks = {"num_processes": 2, "process_index": 0, "put_on_device": False, "dispatch_batches": False}
+    prepared = prepare(loader, split_batches=split_batches, **ranks)
+    first = next(iter(prepared))
+    assert batch_size_of(prepared, 2) == len(first)
+    assert batch_size_of(loader, 2) == 8
+    assert batch_size_of([first], 2) is None

@@ -118,3 +118,17 @@ def length_of(loader: Any) -> int | None:
         return len(loader)
     except (TypeError, NotImplementedError):
         return None
+
+
+def batch_size_of(loader: Any, num_ranks: int) -> Any:
+    """Samples in one batch of each rank, as the loader says; None if it does not.
+
+    A loader that accelerate has prepared may deal the samples of each of its batches out (`split_batches`).
+    """
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    size = getattr(batch_sampler, "batch_size", getattr(loader, "batch_size", None))
+    is_accelerates = type(loader).__module__.partition(".")[0] == "accelerate"
+    is_split = is_accelerates and (
+        getattr(loader, "split_batches", False) or getattr(batch_sampler, "split_batches", False)
+    )
+    return size // num_ranks if is_split and isinstance(size, int) else size

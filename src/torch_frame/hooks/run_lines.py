@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch_frame._version import __version__
+from torch_frame.data.source_base import batch_size_of
 from torch_frame.hooks.base import HookTrainer
 from torch_frame.hooks.checkpoint import CheckpointerHook
 from torch_frame.tracking.console import console_encoding, console_width
@@ -315,8 +316,7 @@ def _moved_back(rates: Sequence[float], first: float, begin: Sequence[float]) ->
 
 
 def _samples_a_batch(trainer: HookTrainer) -> int | None:
-    loader = trainer.data_loader
-    size = getattr(getattr(loader, "batch_sampler", None), "batch_size", getattr(loader, "batch_size", None))
+    size = batch_size_of(trainer.data_loader, trainer.strategy.world_size)
     return size if isinstance(size, int) and size > 0 else None
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import math
 from numbers import Real
-from typing import Any
 
 import torch
 
 from torch_frame.bench.cards import find_card
 from torch_frame.bench.device import name_of
+from torch_frame.data.source_base import batch_size_of
 from torch_frame.errors import SettingError
 from torch_frame.hooks.base import HookBase
 from torch_frame.tracking.memory import peak_memory_bytes, peak_resident_bytes
@@ -127,8 +127,9 @@ class ThroughputHook(HookBase):
 
     def _samples_in(self, num_batches: int) -> float | None:
         """Samples in so many batches of the loader of this epoch, on all ranks; None: not known."""
-        size = self.samples_per_batch or _samples_per_batch(self.trainer.data_loader)
-        return None if size is None else num_batches * size * self.trainer.strategy.world_size
+        num_ranks = self.trainer.strategy.world_size
+        size = self.samples_per_batch or batch_size_of(self.trainer.data_loader, num_ranks)
+        return num_batches * float(size) * num_ranks if isinstance(size, Real) else None
 
     def _count(self, num_batches: int) -> None:
         more = self._samples_in(num_batches)
@@ -182,12 +183,6 @@ class ThroughputHook(HookBase):
         if self._on_accelerator:
             with self.time_split.stepping():
                 torch.accelerator.synchronize(self.trainer.device)
-
-
-def _samples_per_batch(loader: Any) -> int | None:
-    size = getattr(loader, "batch_size", None)
-    size = getattr(getattr(loader, "batch_sampler", None), "batch_size", size)
-    return size if isinstance(size, int) else None
 
 
 def _peak_bytes(device: torch.device) -> int | None:

@@ -12,6 +12,7 @@ from torch_frame.data.move import move_to_device
 from torch_frame.data.prefetch import has_streams, prefetch_to_device
 from torch_frame.data.rng import loader_generator_states
 from torch_frame.data.source import Source, length_of, source_of
+from torch_frame.data.source_base import batch_size_of
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.progress import Progress
 from torch_frame.run import checks, parts
@@ -93,10 +94,9 @@ class Feed:
 
     @property
     def batch_size(self) -> int | None:
-        """Samples in one of the loader's batches, as it is now; None if the loader does not say."""
-        loader = self.in_use
-        size: int | None = getattr(loader, "batch_size", None)
-        return getattr(getattr(loader, "batch_sampler", None), "batch_size", size)
+        """Samples in one of the loader's batches on this rank, as it is now; None if the loader does not say."""
+        size: int | None = batch_size_of(self.in_use, self._strategy.world_size)
+        return size
 
     def batches(self, signals: StopSignals, optimization: Optimization) -> Iterator[tuple[Any, int]]:
         """The epoch's batches, on the device, and the position behind each; of a resumed epoch those that are left.
