@@ -25,6 +25,8 @@ class Progress:
     """Optimizer steps taken (with gradient accumulation: complete windows)."""
     epoch_trained: bool = False
     """All batches of the epoch are trained, and its `after_epoch` is what comes next."""
+    epoch_begun: bool = False
+    """`before_epoch` of the epoch under way has run, and its batches are asked for: a resumed run does not repeat it."""
     in_epoch: bool = False
     in_iter: bool = False
     last_inner_iter: int = 0
@@ -34,6 +36,11 @@ class Progress:
     def is_inside_epoch(self) -> bool:
         """Batches of the epoch under way are trained."""
         return self.position > 0
+
+    @property
+    def is_epoch_begun(self) -> bool:
+        """`before_epoch` of the epoch under way has run."""
+        return self.epoch_begun or self.is_inside_epoch
 
     def begin_epoch(self) -> None:
         self.in_epoch = True
@@ -61,7 +68,7 @@ class Progress:
         self.last_inner_iter = max(self.inner_iter - 1, 0)
         self.inner_iter = 0
         self.position = 0
-        self.epoch_trained = False
+        self.epoch_trained = self.epoch_begun = False
         self.in_epoch = False
         return True
 
@@ -90,6 +97,7 @@ class Progress:
             "position": self.position,
             "num_updates": self.num_updates,
             "epoch_trained": self.epoch_trained,
+            **({"epoch_begun": True} if self.epoch_begun and self.position == 0 else {}),
         }
 
     def load_state_dict(self, state: dict[str, int | bool]) -> None:
@@ -99,5 +107,6 @@ class Progress:
         self.position = int(state["position"])
         self.num_updates = int(state["num_updates"])
         self.epoch_trained = bool(state["epoch_trained"])
+        self.epoch_begun = bool(state.get("epoch_begun", False))
         self.in_epoch = self.in_iter = False
         self.last_inner_iter = 0

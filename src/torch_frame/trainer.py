@@ -39,7 +39,7 @@ from torch_frame.run.resume import Found, Resumption, load_best
 from torch_frame.run.run import Run
 from torch_frame.run.saving import ASKED_BY_RANK_0, Contents, Saver, remove
 from torch_frame.run.script_settings import AllSettings, Choice
-from torch_frame.run.session import ended_by_signals, log_end_inside, phase_of
+from torch_frame.run.session import ended_by_signals, log_end_inside, log_late_signal, phase_of
 from torch_frame.run.skipped import tell_of_left_out
 from torch_frame.run.table import beside_hooks, contents, parts_of_hooks, run_parameters
 from torch_frame.run.trained import FrozenParameters, frozen_parameters
@@ -404,7 +404,7 @@ class Trainer:
 
     def train_one_epoch(self) -> None:
         """The batches' way: loader -> device -> losses -> update."""
-        if not self.progress.is_inside_epoch:
+        if not self.progress.is_epoch_begun:
             self.metric_storage.begin_epoch()
             self._run.modes.begin_epoch()
             with self._ranks.alone():
@@ -588,7 +588,7 @@ class Trainer:
 
     def _leave_together(self) -> None:
         """What was asked for in `after_train` is written; when `train` returns on one rank, this is so on all."""
-        with ended_by_signals(self._save_last):
+        with ended_by_signals(partial(log_late_signal, self.stop_signals)):  # after_train may have loaded other weights
             self.safe_point()
         self._saver.wait()
         self._ranks.meet()

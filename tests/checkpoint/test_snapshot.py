@@ -135,3 +135,15 @@ def test_tensors_of_any_layout_are_copied_right_twice(tensor: torch.Tensor) -> N
     second = buffers.copy({"a": tensor}, [first])
     assert torch.equal(first.content["a"], tensor)
     assert torch.equal(second.content["a"], tensor)
+
+
+def test_views_that_read_the_same_memory_as_other_values_stay_apart() -> None:
+    numbers = torch.tensor([1 + 2j, 3 - 1j])
+    state = {"z": numbers, "conj": numbers.conj(), "imag": numbers.imag, "neg": numbers.conj().imag}
+    found = HostBuffers().copy(state).content
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {
+        "z": [1 + 2j, 3 - 1j],
+        "conj": [1 - 2j, 3 + 1j],
+        "imag": [2.0, -1.0],
+        "neg": [-2.0, 1.0],
+    }

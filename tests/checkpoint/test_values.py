@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from torch_frame.checkpoint.digest import fingerprint
 from torch_frame.checkpoint.format import plain
+from torch_frame.checkpoint.snapshot import HostBuffers
 from torch_frame.checkpoint.values import MARK, decode, encode, like
 from torch_frame.errors import CheckpointError
 
@@ -299,3 +300,17 @@ def test_a_tensor_goes_to_the_device_of_the_one_that_it_replaces() -> None:
     assert like(value, torch.zeros(2, device="meta")).device.type == "meta"
     assert like(value, None) is like(value, 3) is value
     assert like(3, value) == 3
+
+
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_a_tensor_that_is_trained_comes_back_as_one(is_trained: bool, tmp_path: Path) -> None:
+    """A temperature of one's own, as SAC has it."""
+    value = torch.tensor([0.5], requires_grad=is_trained)
+    saved = HostBuffers().copy(plain(encode({"alpha": value, "seen": value * 2}))).content
+    torch.save(saved, tmp_path / "value.pth")
+    back = decode(torch.load(tmp_path / "value.pth"))
+    assert torch.equal(back["alpha"], value.detach())
+    assert (back["alpha"].requires_grad, back["alpha"].is_leaf) == (is_trained, True)
+    assert not back["seen"].requires_grad  # a result has no graph in a file
+    moved = like(back["alpha"], torch.zeros(1, device="meta"))
+    assert (moved.requires_grad, moved.is_leaf, moved.device.type) == (is_trained, True, "meta")

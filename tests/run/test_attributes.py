@@ -640,3 +640,31 @@ def test_an_object_that_refuses_its_state_leaves_the_model_as_it_was(tmp_path: P
     assert differences(before, copied(trainer.model.state_dict())) == []
     assert differences(optimizer, copied(trainer.optimizer.state_dict())) == []
     assert trainer.progress.iter == 0
+
+
+@pytest.mark.parametrize("compiled", [(True, False), (False, True)])
+def test_a_module_with_a_compiled_part_continues_a_bare_one(compiled: tuple[bool, bool], tmp_path: Path) -> None:
+    def run(name: str, epochs: int, is_compiled: bool) -> nn.Module:
+        class Critic(Trainer):
+            def train_one_iter(self, batch: Any) -> Any:
+                self.opt.zero_grad()
+                self.critic(batch).square().mean().backward()
+                self.opt.step()
+                return super().train_one_iter(batch)
+
+        torch.manual_seed(0)
+        model, body = nn.Linear(2, 1), nn.Linear(2, 2)
+        step = lambda model, batch: model(batch).square().mean()  # noqa: E731
+        data = list(torch.randn(3, 4, 2))
+        settings: Any = {"hooks": [CheckpointerHook()], "step_fn": step, "create_new_dir": None, "resume": "auto"}
+        trainer: Any = Critic(model, SGD(model.parameters(), lr=0.1), None, data, epochs, tmp_path / name, **settings)
+        trainer.critic = nn.Sequential(torch.compile(body, backend="eager") if is_compiled else body, nn.Linear(2, 1))
+        trainer.opt = Adam(trainer.critic.parameters(), lr=0.1)
+        trainer.train()
+        critic: nn.Module = trainer.critic
+        return critic
+
+    whole = run("whole", 4, False)
+    run("parts", 2, compiled[0])
+    parts = run("parts", 4, compiled[1])
+    assert not differences(list(parts.state_dict().values()), list(whole.state_dict().values()))

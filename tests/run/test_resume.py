@@ -82,3 +82,20 @@ def test_in_a_copied_folder_the_latest_state_is_taken_whatever_the_times_of_its_
     os.utime(os.path.join(run.ckpt_dir, "latest.pth"), (1000, 1000))
     os.utime(os.path.join(run.ckpt_dir, "previous.pth"), (2000, 2000))
     assert resumed(tmp_path / "run").start_epoch == 3
+
+
+def test_a_link_that_leads_nowhere_is_passed_over_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A disk that is not mounted: the run is not begun anew without a word."""
+    trainer = run_until(tmp_path / "run", 3)
+    latest = Path(trainer.ckpt_dir, "latest.pth")
+    latest.unlink()
+    latest.symlink_to(tmp_path / "unmounted" / "latest.pth")
+    assert resumed(tmp_path / "run").start_epoch == 2
+    told = [line for line in caplog.messages if "Not resumed from" in line]
+    assert len(told) == 1
+    assert "latest.pth is a link to" in told[0]
+    for name in ("latest.pth", "previous.pth"):
+        Path(trainer.ckpt_dir, name).unlink()
+    latest.symlink_to(tmp_path / "unmounted" / "latest.pth")
+    assert "is not there" in str(raised_by(lambda: resumed(tmp_path / "run"), CheckpointError))
+    assert latest.is_symlink()

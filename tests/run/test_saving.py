@@ -315,3 +315,31 @@ def test_a_save_that_is_asked_for_outside_train_is_written_at_once(tmp_path: Pat
     trainer.save_at_safe_point("after.pth", save_single_model=False, then_remove=[outdated])
     assert os.listdir(trainer.ckpt_dir) == ["after.pth"]
     assert load(trainer, "after.pth")["progress"]["epoch"] == 2
+
+
+# ---------------------------------------------------------------- where it is written
+
+
+@pytest.mark.parametrize("form", ["latest.pth", "./latest.pth", "absolute", "Path"])
+def test_the_state_before_is_kept_however_latest_pth_is_named(form: str, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    absolute = Path(trainer.ckpt_dir, "latest.pth")
+    name: Any = {"absolute": str(absolute), "Path": Path("latest.pth")}.get(form, form)
+    for seed in range(2):
+        trainer.progress.num_updates = seed
+        trainer.save_checkpoint(name, save_single_model=False)
+    found = [load(trainer, file)["progress"]["num_updates"] for file in ("previous.pth", "latest.pth")]
+    assert found == [0, 1]
+
+
+def test_the_folder_of_a_file_is_made(tmp_path: Path) -> None:
+    def ask(trainer: Trainer) -> None:
+        trainer.save_at_safe_point("weights/of_epoch.pth")
+        trainer.save_at_safe_point("states/whole.pth", save_single_model=False)
+        trainer.save_at_safe_point(str(tmp_path / "elsewhere" / "copy.pth"))
+
+    trainer = make_trainer(tmp_path / "run", hooks=[On(after_epoch=ask)])
+    trainer.save_checkpoint("before/train.pth")
+    trainer.train()
+    places = ["weights/of_epoch.pth", "states/whole.pth", "before/train.pth", tmp_path / "elsewhere" / "copy.pth"]
+    assert all(Path(trainer.ckpt_dir, place).is_file() for place in places)

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.optim import SGD
+from torch.optim.lr_scheduler import SequentialLR, StepLR
 
-from tests.small_runs import make_batches, make_trainer, weights_of
-from torch_frame import CheckpointerHook, CheckpointError
+from tests.small_runs import Net, copied, differences, make_batches, make_trainer, raised_by, weights_of
+from torch_frame import CheckpointerHook, CheckpointError, Trainer
 from torch_frame.checkpoint.format import FORMAT, VERSION
 from torch_frame.run import state
 from torch_frame.run import table as of_run
@@ -134,3 +136,33 @@ def test_every_part_of_a_trainer_is_saved_and_read_back(tmp_path: Path) -> None:
         ),
         "attributes",
     }
+
+
+class Refusing(StepLR):
+    """Has saved states of another kind."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.last_epoch = -7
+        raise LookupError("no such state")
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_schedule_that_refuses_its_state_leaves_all_as_it_was(inside: bool, tmp_path: Path) -> None:
+    def run(max_epochs: int, seed: int) -> Trainer:
+        model = Net(seed=seed)
+        optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
+        schedule: Any = Refusing(optimizer, 1)
+        if inside:
+            schedule = SequentialLR(optimizer, [schedule, StepLR(optimizer, 2)], [1])
+        settings = {"max_epochs": max_epochs, "resume": "auto", "hooks": [CheckpointerHook()], "use_ema": True}
+        return make_trainer(tmp_path, model, optimizer, schedule, **settings)
+
+    run(2, seed=0).train()
+    trainer = run(4, seed=1)
+    assert trainer.model_ema is not None
+    things = trainer.model, trainer.model_ema.model, trainer.optimizer, trainer.lr_scheduler
+    before = [copied(thing.state_dict()) for thing in things]
+    error = raised_by(trainer.train, CheckpointError)
+    assert "load_state_dict refuses it: LookupError: no such state" in str(error)
+    assert not differences([copied(thing.state_dict()) for thing in things], before)
+    assert (trainer.progress.iter, trainer.lr) == (0, 0.05)

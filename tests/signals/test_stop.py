@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from tests.small_hooks import On, at_iter
 from tests.small_runs import Net, differences, environment, make_batches, make_trainer, run_python, weights_of
 from torch_frame import CheckpointerHook, EvalHook, RepeatDataset, Trainer
 from torch_frame.data.rng_guard import LoadingRng
@@ -438,3 +439,105 @@ print(trainer.progress.epoch)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("2\n")
     assert "most recent call first" in done.stderr
+
+
+# ---------------------------------------------------------------- the state that is left
+
+
+def interrupt(trainer: Trainer) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def status_of(trainer: Trainer) -> int:
+    """What the run ends its process with."""
+    try:
+        trainer.train()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_before_epoch_is_not_repeated_if_the_first_batch_was_waited_for(tmp_path: Path) -> None:
+    """A hook that lowers the rate there would lower it twice."""
+    samples = list(zip(torch.randn(12, 3), torch.randn(12, 1), strict=True))
+
+    def run(folder: str, *, stops: bool) -> Trainer:
+        def lower(trainer: Trainer) -> None:
+            trainer.optimizer.param_groups[0]["lr"] *= 0.5
+            trainer.model_or_module.layers[1].eval()  # type: ignore[index, operator]
+            if stops and trainer.epoch == 1:
+                interrupt(trainer)
+
+        loader = DataLoader(samples, batch_size=4, shuffle=True)  # type: ignore[arg-type]
+        hooks = [On(before_epoch=lower), CheckpointerHook()]
+        settings = {"max_epochs": 3, "seed": 5, "resume": "auto", "hooks": hooks}
+        return make_trainer(tmp_path / folder, Net(norm=True, dropout=True), data=loader, **settings)
+
+    torch.manual_seed(0)
+    whole = run("whole", stops=False)
+    whole.train()
+    torch.manual_seed(0)
+    stopped = run("stopped", stops=True)
+    assert status_of(stopped) == 143
+    assert (stopped.progress.epoch, stopped.progress.position) == (1, 0)
+    resumed = run("stopped", stops=False)
+    resumed.train()
+    assert resumed.lr == whole.lr == 0.05 * 0.5**3
+    assert not differences(weights_of(resumed.model), weights_of(whole.model))
+
+
+def test_what_after_train_loads_is_not_saved_as_the_state_of_a_stopped_run(tmp_path: Path) -> None:
+    def use_best(trainer: Trainer) -> None:
+        trainer.load_best()
+        trainer.save_at_safe_point("used.pth")
+
+    def run(folder: str, *, stops: bool) -> Trainer:
+        first = On(after_epoch=lambda trainer: trainer.epoch == 0 and trainer.save_at_safe_point("best.pth"))
+        stop = On(after_iter=at_iter(7, interrupt)) if stops else None
+        hooks = [first, stop, CheckpointerHook(save_metric="none"), On(after_train=use_best)]
+        return make_trainer(tmp_path / folder, max_epochs=3, hooks=hooks, resume="auto")
+
+    def last_weights(trainer: Trainer) -> Any:
+        return torch.load(Path(trainer.ckpt_dir, "latest.pth"))["model"]
+
+    whole = run("whole", stops=False)
+    whole.train()
+    stopped = run("stopped", stops=True)
+    assert status_of(stopped) == 143
+    assert Path(stopped.ckpt_dir, "used.pth").exists()
+    resumed = run("stopped", stops=False)
+    resumed.train()
+    assert not differences(last_weights(resumed), last_weights(whole))
+
+
+def test_a_signal_in_after_train_leaves_the_state_of_before_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def spoil(trainer: Trainer) -> None:
+        for parameter in trainer.model.parameters():
+            parameter.data.zero_()
+        interrupt(trainer)
+
+    trainer = make_trainer(tmp_path, hooks=[CheckpointerHook(), On(after_train=spoil)])
+    assert status_of(trainer) == 143
+    for name in ("latest.pth", "previous.pth"):
+        assert torch.load(Path(trainer.ckpt_dir, name))["model"]["layers.0.weight"].any()
+    assert [line for line in caplog.messages if "SIGTERM came" in line and line.endswith("the run had ended.")]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_in_a_run_inside_another_one_ends_both_saved(name: str, tmp_path: Path) -> None:
+    """A hook that trains a probe."""
+
+    def probe(trainer: Trainer) -> None:
+        send = at_iter(2, lambda _: os.kill(os.getpid(), getattr(signal, name)))
+        inner = make_trainer(tmp_path / f"probe_{trainer.epoch}", hooks=[On(after_iter=send)])
+        inner.train()
+        assert inner.progress.iter == 3
+
+    outer = make_trainer(tmp_path / "run", max_epochs=3, hooks=[CheckpointerHook(), On(after_epoch=probe)])
+    with pytest.raises(KeyboardInterrupt if name == "SIGINT" else SystemExit):
+        outer.train()
+    saved = [torch.load(folder / "checkpoints" / "latest.pth") for folder in (tmp_path / "run", tmp_path / "probe_0")]
+    assert [one["progress"]["iter"] for one in saved] == [5, 3]
+    assert not (tmp_path / "probe_1").exists()

@@ -140,7 +140,8 @@ def _is_plain(tensor: Tensor) -> bool:
 def _memory_of(tensor: Tensor) -> Any:
     if not _is_plain(tensor) or tensor.numel() == 0:
         return id(tensor)
-    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+    views = tensor.is_conj(), tensor.is_neg()  # the same memory, read as other values
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, views
 
 
 # ---------------------------------------------------------------- what has not changed since

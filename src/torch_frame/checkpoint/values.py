@@ -109,7 +109,7 @@ def like(value: Any, other: Any) -> Any:
     A generator of random numbers stays the object that it is, for others may draw from it too.
     """
     if isinstance(value, Tensor) and isinstance(other, Tensor):
-        return value.to(other.device)
+        return _moved(value, other.device)
     if type(value) is not type(other):
         return value
     if isinstance(value, torch.Generator) and value.device == other.device:
@@ -124,6 +124,14 @@ def like(value: Any, other: Any) -> Any:
     return value
 
 
+def _moved(value: Tensor, device: torch.device) -> Tensor:
+    """On a device; what is trained is so there too, and not the result of a move."""
+    if not value.requires_grad or value.device == device:
+        return value.to(device)
+    moved = value.detach().to(device)
+    return nn.Parameter(moved) if isinstance(value, nn.Parameter) else moved.requires_grad_()
+
+
 # ---------------------------------------------------------------- to plain types
 
 
@@ -135,7 +143,8 @@ def _encoded(value: Any, place: str) -> Any:
     if encoder is not None:
         return encoder(value, place)
     if isinstance(value, Tensor):
-        return _of_tensor(value, place)
+        tensor = _of_tensor(value, place)
+        return _marked("trained_tensor", tensor=tensor.detach()) if value.requires_grad and value.is_leaf else tensor
     if isinstance(value, enum.Enum):
         return _of_enum(value, place)
     if isinstance(value, np.generic):
@@ -474,6 +483,7 @@ _DECODERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "set": lambda value: set(_to_list(value)),
     "frozenset": lambda value: frozenset(_to_list(value)),
     "deque": lambda value: deque(_to_list(value), value["maxlen"]),
+    "trained_tensor": lambda value: value["tensor"].requires_grad_(),
     "Parameter": lambda value: nn.Parameter(value["tensor"], value["grad"]),
     "array": lambda value: value["tensor"].cpu().numpy(),
     "array_bytes": _to_array,

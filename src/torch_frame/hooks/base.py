@@ -269,7 +269,7 @@ class HookBase:
         restore a checkpoint, if one was loaded
         before_train
         for each epoch:
-            before_epoch                        # not repeated if a run resumes inside an epoch
+            before_epoch                        # not repeated if a run resumes behind it, inside the epoch
             for each batch:
                 before_iter
                 forward, backward

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from torch_frame.checkpoint.digest import tensor_digest
+from torch_frame.checkpoint.names import bare_name
 from torch_frame.checkpoint.values import MARK, decode, encode
 from torch_frame.errors import CheckpointError, SettingError
 from torch_frame.run.optimizers import OptimizerPart
@@ -125,6 +126,8 @@ class Attributes:
         assert trainer is not None
         if isinstance(thing, Optimizer):
             return OptimizerPart(thing, trainer.model, trainer.strategy, name)
+        if isinstance(thing, nn.Module):
+            return _Module(thing)
         return _Schedule(thing) if isinstance(thing, LRScheduler) else thing
 
     def _untrained(self, found: Mapping[str, Any]) -> dict[str, nn.Module]:
@@ -316,6 +319,33 @@ class Attributes:
                 )
 
 
+class _Module:
+    """A module under the names that its tensors have without torch.compile, which may have compiled parts of it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def state_dict(self) -> Any:
+        return _bare_state(self._module.state_dict())
+
+    def load_state_dict(self, state: Any) -> None:
+        state = _bare_state(state)
+        names = {bare_name(name): name for name in self._module.state_dict() if _is_compiled(name)}
+        self._module.load_state_dict(
+            {names.get(name, name): value for name, value in state.items()} if names else state
+        )
+
+
+def _is_compiled(name: Any) -> bool:
+    return isinstance(name, str) and bare_name(name) != name
+
+
+def _bare_state(state: Any) -> Any:
+    if not isinstance(state, Mapping) or not any(map(_is_compiled, state)):
+        return state
+    return {bare_name(name) if isinstance(name, str) else name: value for name, value in state.items()}
+
+
 class _Schedule:
     """A scheduler without what is the script's, its functions say."""
 
@@ -356,7 +386,7 @@ def _module_differences(module: nn.Module, saved: Mapping[str, Any]) -> list[str
         or type(module).load_state_dict is not nn.Module.load_state_dict
     ):
         return []
-    own = module.state_dict()
+    own, saved = _bare_state(module.state_dict()), _bare_state(saved)
     problems = [f"{name} is in one of the two only" for name in sorted(own.keys() ^ saved.keys())]
     for name in own.keys() & saved.keys():
         if is_lazy(own[name]):  # it takes on the saved shape

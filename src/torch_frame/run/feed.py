@@ -86,7 +86,7 @@ class Feed:
     @property
     def in_use(self) -> Iterable[Any]:
         """The loader of the epoch under way; one that is set meanwhile counts from the next one on."""
-        return self.loader if self._progress.is_inside_epoch else self.next_loader
+        return self.loader if self._progress.is_epoch_begun else self.next_loader
 
     def epoch_len(self) -> int | None:
         """Batches in an epoch, on this rank; None if the loader has no length."""
@@ -105,6 +105,7 @@ class Feed:
             signals: one that comes while a batch is waited for ends the wait, unless
             optimization: has a window of gradients open.
         """
+        self._progress.epoch_begun = True
         placed = self.source.epoch(self._progress.epoch, self._progress.position)
         device, times = self._device, self.times
         ahead = self.prefetch and has_streams(device) and self.source.may_fetch_ahead

@@ -127,7 +127,7 @@ class Modes:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        if not self._progress.is_inside_epoch or self._progress.epoch_trained:
+        if not self._progress.is_epoch_begun or self._progress.epoch_trained:
             return {"eval": []}
         others = {name: _in_eval(module) for name, module in self._attributes.modules().items()}
         return {"eval": _in_eval(self._model), **({"attributes": others} if others else {})}
@@ -137,7 +137,8 @@ class Modes:
 
     def compare(self, state: Mapping[str, Any]) -> None:
         """Before anything is restored: note the modes that the weights of a whole state were saved in."""
-        inside = state["progress"]["position"] > 0 and not state["progress"]["epoch_trained"]
+        saved = state["progress"]
+        inside = (saved["position"] > 0 or saved.get("epoch_begun", False)) and not saved["epoch_trained"]
         self._of_weights = (state.get("modes") or {}).get("eval") if inside else None
 
     def before_load(self) -> None:

@@ -31,11 +31,12 @@ from torch_frame.run.modes import Modes
 from torch_frame.run.optimizers import some
 from torch_frame.run.samplers import Samplers
 from torch_frame.run.script_settings import AllSettings, Settings
-from torch_frame.run.state import CheckedPart, Line, Part, UndoablePart
+from torch_frame.run.state import CheckedPart, Line, Part, RefusingPart, UndoablePart
 from torch_frame.run.trained import FrozenParameters
 from torch_frame.training.buffers import prepare_to_load, without_empty
 from torch_frame.training.ema import EMA
 from torch_frame.training.finite import trained_tensors
+from torch_frame.training.schedule_state import kept_as_it_is, loads_in_its_own_way
 from torch_frame.training.schedules import LRWarmupScheduler
 from torch_frame.training.several import schedule_label
 
@@ -156,6 +157,10 @@ class NamedParts:
                 differences += part.differences(saved[name], unknown)
         return differences
 
+    def refusals(self, saved: Mapping[str, Any]) -> list[str]:
+        parts = [(name, part) for name, part in self._parts.items() if isinstance(part, RefusingPart)]
+        return [line for name, part in parts for line in part.refusals(saved[name])]
+
     def keep(self) -> Callable[[], None]:
         kept = [
             part.keep()
@@ -186,8 +191,22 @@ class SchedulePart:
         if not self._settings.builds_anew:
             self._lr_scheduler.load_state_dict(decode(state))
 
+    def refusals(self, saved: Any) -> list[str]:
+        """What a scheduler with its own way of loading says of a saved state; it is left as it was."""
+        scheduler = self._lr_scheduler.scheduler
+        if self._settings.builds_anew or not loads_in_its_own_way(scheduler):
+            return []
+        put_back = self.keep()
+        try:
+            self.load_state_dict(saved)
+        except Exception as error:
+            return [f"{type(scheduler).__qualname__}.load_state_dict refuses it: {type(error).__name__}: {error}"]
+        finally:
+            put_back()
+        return []
+
     def keep(self) -> Callable[[], None]:
-        return functools.partial(self._lr_scheduler.load_state_dict, self._lr_scheduler.state_dict())
+        return kept_as_it_is(self._lr_scheduler)
 
 
 def schedules_part(schedules: Mapping[str, LRWarmupScheduler], settings: AllSettings) -> NamedParts:
@@ -366,7 +385,7 @@ class DataPart:
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         state = state or {}
-        inside = self._progress.position > 0 and not self._progress.epoch_trained
+        inside = self._progress.is_epoch_begun and not self._progress.epoch_trained
         if inside and state.get("loader_was_set") and self._is_first:
             raise CheckpointError(
                 "The run is resumed inside an epoch over a loader that was set during the run (trainer.data_loader = ...), but "

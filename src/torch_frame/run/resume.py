@@ -96,7 +96,8 @@ def newest(work_dirs: Sequence[str], take: Callable[[str], bool]) -> Found | Non
         try:
             return Found(path, read(path), [*problems, *in_use.values()])
         except FileNotFoundError:
-            continue
+            if os.path.islink(path):
+                problems.append(f"{path} is a link to {os.readlink(path)!r}, which is not there.")
         except CheckpointError as error:
             problems.append(str(error))
     if problems:
@@ -116,15 +117,18 @@ def _newest_first(work_dirs: Sequence[str]) -> list[str]:
         limit = math.inf
         for turn, name in enumerate(("latest.pth", "previous.pth")):
             path = os.path.join(work_dir, "checkpoints", name)
-            if os.path.isfile(path):
-                times = [os.path.getmtime(path), *_modified_s(os.path.join(work_dir, "checkpoints", "previous.pth"))]
+            if _modified_s(path):
+                times = [*_modified_s(path), *_modified_s(os.path.join(work_dir, "checkpoints", "previous.pth"))]
                 limit = min(limit, max(times) if turn == 0 else times[0])
                 found.append((-limit, turn, path))
     return [path for _, _, path in sorted(found)]
 
 
 def _modified_s(path: str) -> list[float]:
-    return [os.path.getmtime(path)] if os.path.isfile(path) else []
+    """Of a file, or a link that leads nowhere; nothing of anything else."""
+    if os.path.isfile(path):
+        return [os.path.getmtime(path)]
+    return [os.lstat(path).st_mtime] if os.path.islink(path) and not os.path.exists(path) else []
 
 
 def load_best(folder: str, models: Sequence[nn.Module], strategy: Strategy) -> WeightsReport:

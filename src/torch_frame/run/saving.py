@@ -159,6 +159,7 @@ class Saver:
         Raises:
             NonFiniteError: if a loss or a gradient that has not been read yet is not finite.
         """
+        file_name = _below(contents.folder, file_name)
         if self.holds_last_state and file_name == "latest.pth" and not save_single_model:
             return
         self._outdated += then_remove
@@ -240,6 +241,7 @@ class Saver:
         Raises:
             SettingError: for a whole state inside a window of gradients.
         """
+        file_name = _below(contents.folder, file_name)
         self._forget(os.path.join(contents.folder, file_name), file_name)
         if save_single_model:
             _call(contents.before)
@@ -294,6 +296,7 @@ class Saver:
             files += [_file_of_state(file_name, snapshot, contents) for file_name in states]
             self._look_at_space(snapshot, contents.folder)
         for file in files:
+            _make_folder(os.path.dirname(file.path))
             file.snapshot.forget_tensors()
         job = SaveJob(files, sorted(set(outdated) - {file.path for file in files}))
         self._background.start(lambda: job.write(self._background.is_cancelled))
@@ -384,7 +387,8 @@ class Saver:
         if give_up:
             lost += [os.path.basename(one.path) for one in weights]
         elif weights:
-            _make_folder(os.path.dirname(weights[0].path))
+            for one in weights:
+                _make_folder(os.path.dirname(one.path))
             SaveJob([_file_of(one) for one in weights], []).write()
         if lost and self._is_writer:
             _logger.info("Asked for, but not written, because the run has ended before: %s.", ", ".join(lost))
@@ -398,6 +402,12 @@ class Saver:
 def _call(functions: Iterable[Callable[[], object]]) -> None:
     for function in functions:
         function()
+
+
+def _below(folder: str, file_name: str | os.PathLike[str]) -> str:
+    """A file's name below the folder of the checkpoints, as it is compared with others; of one elsewhere its path."""
+    path = os.path.normpath(os.path.join(folder, file_name))
+    return path[len(folder) + 1 :] if path.startswith(folder + os.sep) else path
 
 
 def _file_of(weights: _Weights) -> FileToWrite:

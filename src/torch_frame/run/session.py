@@ -200,3 +200,9 @@ def log_end_inside(signal: str | None, iterations: int, folder: str) -> None:
         _logger.info("should_stop is set: the run ends after iteration %d.", iterations)
     else:
         _logger.warning("%s: saved after iteration %d as %s/latest.pth.", signal, iterations, folder)
+
+
+def log_late_signal(signals: StopSignals) -> None:
+    """Log a signal that came in `after_train`: the whole state was saved before it, and is not saved again."""
+    if not signals.is_told:
+        _logger.warning("%s: the run had ended.", signals.told())

@@ -55,7 +55,7 @@ class StartEpoch:
                 f"trainer.start_epoch was set to {asked}, but {progress.epoch} epochs and {progress.inner_iter} batches are "
                 "trained. A run goes on where it is; to train them again, make a new trainer."
             )
-        progress.epoch, progress.iter = asked, asked * (epoch_len or 0)
+        progress.epoch, progress.iter, progress.epoch_begun = asked, asked * (epoch_len or 0), False
         self._epoch = asked
         _logger.info(
             "trainer.start_epoch was set: training begins with epoch %d. Schedules and warm-up stand where they are.",

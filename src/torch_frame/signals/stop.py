@@ -36,10 +36,12 @@ class StopSignals:
 
     Attributes:
         received: the first signal of this run, or None.
+        is_told: `told` has been asked.
     """
 
     def __init__(self, on_first: Callable[[], None], phase: Callable[[FrameType | None], str] = str) -> None:
         self.received: signal.Signals | None = None
+        self.is_told = False
         self._on_first = on_first
         self._phase = phase
         self._came = 0.0, ""  # when, and where the run was
@@ -49,7 +51,7 @@ class StopSignals:
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Handlers of ours inside, in the main thread; elsewhere python allows none, and nothing is done."""
-        self.received = None
+        self.received, self.is_told = None, False
         self._before, self._got = {}, []
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -127,6 +129,7 @@ class StopSignals:
     def told(self) -> str:
         """Which signal came, how long ago, and where the run was."""
         assert self.received is not None
+        self.is_told = True
         when, where = self._came
         return f"{self.received.name} came {time.monotonic() - when:.1f} s ago, {where}"
 
@@ -134,18 +137,29 @@ class StopSignals:
         """End as the signal would have ended the process: 130 for Ctrl-C, 143 for SIGTERM, 138 for SIGUSR1, 140 for SIGUSR2.
 
         A user's own handler of SIGUSR1 or SIGUSR2 (which queues the job again, say) is called instead; before the end, if that
-        signal came behind another one, as SLURM's time limit sends SIGTERM as well.
+        signal came behind another one, as SLURM's time limit sends SIGTERM as well. Likewise, for each signal, the handler of a
+        run around this one (a hook trains a probe): that run is to be saved too.
         """
         assert self.received is not None
         number, self.received = self.received, None
-        users = {n: h for n, h in self._before.items() if signal.Signals(n).name in _OF_USERS and callable(h)}
+        others = {n: h for n, h in self._before.items() if _is_users(n, h) or _is_of_a_run(h)}
         for asked in dict.fromkeys([number, *self._got]):
-            if asked in users:
-                users[asked](asked, sys._getframe())
+            if asked in others:
+                others[asked](asked, sys._getframe())
+        if number in others:
+            return
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        if number not in users:
-            raise SystemExit(128 + number)
+        raise SystemExit(128 + number)
+
+
+def _is_users(number: int, handler: Any) -> bool:
+    """A handler of the user's that is called."""
+    return signal.Signals(number).name in _OF_USERS and callable(handler)
+
+
+def _is_of_a_run(handler: Any) -> bool:
+    return isinstance(getattr(handler, "__self__", None), StopSignals)
 
 
 def _is_handled_by_c(number: int) -> bool:

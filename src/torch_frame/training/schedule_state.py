@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -70,3 +70,36 @@ def _attributes(scheduler: Any) -> Iterator[Any]:
 def is_inside(value: Any) -> bool:
     """It stands for a scheduler inside another one."""
     return isinstance(value, Mapping) and set(value) == {INSIDE}
+
+
+def loads_in_its_own_way(scheduler: Any) -> bool:
+    """A scheduler, or one inside it, has a `load_state_dict` that is not torch's, which may refuse a state."""
+    return any(not type(one).load_state_dict.__module__.startswith("torch.") for one in _all_of(scheduler))
+
+
+def kept_as_it_is(schedule: Any) -> Callable[[], None]:
+    """What puts a schedule, those inside it, and the settings of its optimizer's groups back as they are now.
+
+    Args:
+        schedule: an `LRWarmupScheduler`.
+    """
+    kept = [(one, _copied(vars(one))) for one in (schedule, *_all_of(schedule.scheduler)) if hasattr(one, "__dict__")]
+    groups = [(group, dict(group)) for group in schedule.optimizer.param_groups]
+
+    def put_back() -> None:
+        for values, then in [*((vars(one), attributes) for one, attributes in kept), *groups]:
+            values.clear()
+            values.update(then)
+
+    return put_back
+
+
+def _all_of(scheduler: Any) -> list[Any]:
+    if scheduler is None:
+        return []
+    return [scheduler, *(deeper for inner in schedulers_inside(scheduler) for deeper in _all_of(inner))]
+
+
+def _copied(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """With lists and dicts of their own, which may be changed in place."""
+    return {name: copy.copy(value) if type(value) in (list, dict) else value for name, value in attributes.items()}
