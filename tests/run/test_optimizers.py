@@ -503,6 +503,24 @@ class AdoptingSam(Sam):
         self.base.param_groups = self.param_groups
 
 
+class Larc(Optimizer):
+    """As apex's: saves and loads by the optimizer inside, whose groups it shares, and forgets to share the loaded ones (#766)."""
+
+    def __init__(self, base: Optimizer) -> None:
+        self.base = base
+        super().__init__(base.param_groups, {})
+        self.param_groups, self.state = base.param_groups, base.state
+
+    def step(self, closure: Any = None) -> None:
+        self.base.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.base.state_dict()
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        self.base.load_state_dict(state_dict)
+
+
 class ScheduleFree(Optimizer):
     """Keeps counts and sums in its groups, as schedule-free optimizers do."""
 
@@ -546,9 +564,10 @@ class WithMaster(Optimizer):
         lambda p: ScheduleFree(p, lr=0.05),
         lambda p: Sam(p, lr=0.05),
         lambda p: AdoptingSam(p, lr=0.05),
+        lambda p: Larc(SGD(p, lr=0.05, momentum=0.9)),
         lambda p: WithMaster(p, lr=0.05),
     ],
-    ids=["Lookahead", "Lookahead_bfloat16", "ScheduleFree", "Sam", "AdoptingSam", "WithMaster"],
+    ids=["Lookahead", "Lookahead_bfloat16", "ScheduleFree", "Sam", "AdoptingSam", "Larc", "WithMaster"],
 )
 def test_nothing_of_a_wrapper_is_lost(
     make: Callable[[Any], Optimizer], request: pytest.FixtureRequest, tmp_path: Path
@@ -567,7 +586,7 @@ def test_nothing_of_a_wrapper_is_lost(
     first, second = (copied(getattr(optimizer, "base", optimizer).state_dict()) for optimizer in kept)
     assert differences(first, second) == []
     for optimizer in kept:
-        if isinstance(optimizer, Sam):
+        if isinstance(optimizer, Sam | Larc):
             assert optimizer.base.param_groups[0] is optimizer.param_groups[0]
 
 

@@ -53,19 +53,25 @@ def _like(saved: Any, items: Any) -> Any:
 class SameGroups:
     """Around torch's `load_state_dict`: the groups stay the same dicts in the same list, and the state the same dict.
 
-    Others hold them too: an optimizer inside this one, a hook. Not for an optimizer that loads in its own way.
+    Others hold them too: an optimizer inside or around this one, a hook. Not for an optimizer that loads in its own way.
+
+    Args:
+        outer: the optimizer around it, which may give it its own groups when it loads (SAM).
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, outer: Optimizer | None = None) -> None:
         self._optimizer = optimizer
+        self._outer = outer
 
     def __enter__(self) -> None:
         self._groups, self._state = self._optimizer.param_groups, self._optimizer.state
 
     def __exit__(self, *error: object) -> None:
-        optimizer = self._optimizer
+        optimizer, outer = self._optimizer, self._outer
         is_torchs = type(optimizer).load_state_dict is Optimizer.load_state_dict
         if error[0] is not None or not is_torchs or optimizer.param_groups is self._groups:
+            return
+        if outer is not None and optimizer.param_groups is outer.param_groups:
             return
         for group, loaded in zip(self._groups, optimizer.param_groups, strict=True):
             settings = _on_its_device(loaded, group)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -148,19 +149,28 @@ class OptimizerPart:
     def _load(self, saved: Mapping[str, Any]) -> None:
         saved = decode(saved)
         if "own" in saved:
-            self._strategy.load_optimizer_state(self._model, self._optimizer, saved["own"])
+            with self._same_groups():
+                self._strategy.load_optimizer_state(self._model, self._optimizer, saved["own"])
             for place, optimizer in self._inner():
                 if place in saved.get("inner", {}):
                     make_exact(optimizer, by_name.by_position(saved["inner"][place])["state"])
             return
         state = by_name.by_position(saved)
-        with SameGroups(self._optimizer):
+        with self._same_groups():
             given = {**state, "state": castable(state["state"])}
             self._strategy.load_optimizer_state(self._model, self._optimizer, given)
         make_exact(self._optimizer, state["state"], saved.get("on_host", ()))
         for place, optimizer in self._inner():
             if place in saved.get("inner", {}) and type(self._optimizer).state_dict is Optimizer.state_dict:
                 self._load_inner(optimizer, saved["inner"][place])
+
+    def _same_groups(self) -> ExitStack:
+        """Around a load: neither the optimizer nor those inside it get other groups, which the two may share (LARC)."""
+        stack = ExitStack()
+        stack.enter_context(SameGroups(self._optimizer))
+        for _, inner in _optimizers_of(self._optimizer):
+            stack.enter_context(SameGroups(inner, outer=self._optimizer))
+        return stack
 
     def _load_inner(self, optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
         names = self._names()
