@@ -366,6 +366,27 @@ def test_a_run_resumed_in_its_warm_up_uses_the_rates_of_the_whole_run(interval: 
     assert used == whole
 
 
+def test_a_rate_that_a_hook_sets_in_the_warm_up_is_in_force_in_the_resumed_run(tmp_path: Path) -> None:
+    """Until the next update, as in the run that was not interrupted."""
+
+    def run(folder: str, max_iters: int) -> list[float]:
+        model, rates = Net(), []
+        optimizer = SGD(model.parameters(), lr=0.1)
+
+        def lower(trainer: Trainer) -> None:
+            if trainer.cur_iter == 1:
+                optimizer.param_groups[0]["lr"] *= 0.25
+
+        hooks = [On(after_iter=lower), CheckpointerHook(), On(before_iter=lambda trainer: rates.append(trainer.lr))]
+        settings: Any = {"warmup_method": "linear", "warmup_iters": 4, "resume": "auto", "max_iters": max_iters}
+        make_trainer(tmp_path / folder, model, optimizer, StepLR(optimizer, 1, 0.5), hooks=hooks, **settings).train()
+        return rates
+
+    whole = run("whole", 5)
+    assert run("parts", 2) + run("parts", 5) == whole
+    assert whole[2] == pytest.approx(0.25 * 0.1 * (0.001 * 0.5 + 0.5))
+
+
 # ---------------------------------------------------------------- what is told
 
 

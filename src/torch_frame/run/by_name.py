@@ -24,6 +24,7 @@ _BY_GROUP = (
     "min_lrs",
     "_last_lr",
     "regular_lrs",
+    "in_force",
     "base_momentums",
     "max_momentums",
     "lr_lambdas",

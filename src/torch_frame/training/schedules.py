@@ -150,10 +150,17 @@ class LRWarmupScheduler(LRScheduler):
     def _apply_warmup(self) -> None:
         if not self.warmup_iters:
             return
-        factor = warmup_factor_at(self.warmup_method, self.num_updates, self.warmup_iters, self.warmup_factor)
+        factor = self._factor
         self._take_in_new_groups()
         self._scaled = factor != 1.0
-        self._write([lr if factor == 1.0 else lr * factor for lr in self.regular_lrs])
+        self._write(self._lrs_times(factor))
+
+    @property
+    def _factor(self) -> float:
+        return warmup_factor_at(self.warmup_method, self.num_updates, self.warmup_iters, self.warmup_factor)
+
+    def _lrs_times(self, factor: float) -> list[float]:
+        return [lr if factor == 1.0 else lr * factor for lr in self.regular_lrs]
 
     _scaled = False
     """The optimizer's rates are the scheduler's times a factor, not the scheduler's own."""
@@ -194,7 +201,7 @@ class LRWarmupScheduler(LRScheduler):
 
     def _undo_warmup(self, scheduler: Any) -> None:
         """A scheduler was made of rates that the warm-up had scaled: give it those that they are made of."""
-        factor = warmup_factor_at(self.warmup_method, self.num_updates, self.warmup_iters, self.warmup_factor)
+        factor = self._factor
         bases = getattr(scheduler, "base_lrs", [])
         for index, (group, regular) in enumerate(zip(self.optimizer.param_groups, self.regular_lrs, strict=False)):
             scaled = float(group["lr"])
@@ -209,12 +216,15 @@ class LRWarmupScheduler(LRScheduler):
         return self._read()
 
     def state_dict(self) -> dict[str, Any]:
+        if self._scaled:
+            self._take_in_new_groups()
         return {
             "num_updates": self.num_updates,
             "metric_at": self._metric_at,
             "regular_lrs": self.regular_lrs if self._scaled else self._read(),
             "warmup": [self.warmup_method, self.warmup_iters, self.warmup_factor],
             "scheduler": None if self.scheduler is None else state_of(self.scheduler),
+            **({"in_force": self._read()} if self._scaled and self._read() != self._lrs_times(self._factor) else {}),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -230,6 +240,8 @@ class LRWarmupScheduler(LRScheduler):
             load_state(self.scheduler, state_dict["scheduler"])
         self.warmup_method, self.warmup_iters, self.warmup_factor = state_dict["warmup"]
         self.continue_at(state_dict, state_dict["regular_lrs"])
+        if "in_force" in state_dict:  # a hook has set rates, which hold until the next update of the warm-up
+            self._write(state_dict["in_force"])
 
     def continue_at(self, counts: Mapping[str, Any], regular_lrs: Iterable[float]) -> None:
         """Take on the counts of a saved schedule, but not its settings.
