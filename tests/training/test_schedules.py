@@ -387,6 +387,21 @@ def test_a_rate_that_a_hook_sets_in_the_warm_up_is_in_force_in_the_resumed_run(t
     assert whole[2] == pytest.approx(0.25 * 0.1 * (0.001 * 0.5 + 0.5))
 
 
+def test_a_run_that_stopped_behind_its_first_epochs_last_batch_steps_without_torchs_warning(tmp_path: Path) -> None:
+    def stop(trainer: Trainer) -> None:
+        trainer.should_stop = trainer.cur_iter == 4
+
+    for hook in (On(after_iter=stop), On()):
+        model = Net()
+        optimizer = SGD(model.parameters(), lr=0.1)
+        hooks = [hook, CheckpointerHook()]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            trainer = make_trainer(tmp_path, model, optimizer, StepLR(optimizer, 1, 0.5), hooks=hooks, resume="auto")
+            trainer.train()
+    assert (trainer.progress.epoch, trainer.lr) == (2, 0.025)
+
+
 # ---------------------------------------------------------------- what is told
 
 

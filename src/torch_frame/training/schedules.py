@@ -252,6 +252,8 @@ class LRWarmupScheduler(LRScheduler):
         """
         self.num_updates = counts["num_updates"]
         self._metric_at = counts["metric_at"]
+        if self.num_updates > 0:  # by the run: torch would warn that its optimizer has not stepped yet
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]
         self.regular_lrs = list(regular_lrs)
         self._write(self.regular_lrs)
         self._scaled = False
