@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, WeightedRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, WeightedRandomSampler
 
 from tests.small_data import KINDS, descendants, make_loader, processes_gone
 from tests.small_hooks import On, Recorder, at_iter
@@ -190,6 +190,35 @@ def test_no_seed_is_torchs_initial_one_and_draws_no_random_number(tmp_path: Path
     trainer.train()
     after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
     assert not differences(list(before), list(after))
+
+
+def in_batch_sampler(dataset: Any, generator: torch.Generator) -> DataLoader[Any]:
+    sampler = BatchSampler(RandomSampler(dataset), 4, drop_last=False)
+    sampler.generator = generator  # type: ignore[attr-defined]
+    return DataLoader(dataset, batch_sampler=sampler)
+
+
+WITH_GENERATOR: dict[str, Any] = {
+    "loader": lambda dataset, own: DataLoader(dataset, 4, shuffle=True, generator=own),
+    "sampler": lambda dataset, own: DataLoader(dataset, 4, sampler=RandomSampler(dataset, generator=own)),
+    "batch_sampler": in_batch_sampler,
+    "sampler in the batch sampler": lambda dataset, own: DataLoader(
+        dataset, batch_sampler=BatchSampler(RandomSampler(dataset, generator=own), 4, drop_last=False)
+    ),
+}
+
+
+@pytest.mark.parametrize("place", WITH_GENERATOR)
+def test_without_a_seed_the_loaders_own_generator_gives_it(place: str, tmp_path: Path) -> None:
+    dataset = loader_of("plain").dataset
+    orders = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(len(orders))
+        dataset.loaded.clear()
+        loader = WITH_GENERATOR[place](dataset, torch.Generator().manual_seed(seed))
+        make_trainer(tmp_path, data=loader, max_epochs=1).train()
+        orders.append(list(dataset.loaded))
+    assert orders[0] == orders[1] != orders[2]
 
 
 def test_another_seed_is_another_order(tmp_path: Path) -> None:

@@ -336,6 +336,26 @@ def test_parameters_of_16_bits_are_averaged_in_float32(dtype: torch.dtype) -> No
     assert ema.wide_state()["weight"].item() == exact.model.weight.item() > 1.01
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_of_16_bits_go_on_in_float32_while_they_are_frozen(dtype: torch.dtype) -> None:
+    def average(dtype: torch.dtype) -> EMA:
+        model = nn.Linear(1, 1, bias=False).to(dtype)
+        nn.init.ones_(model.weight)
+        optimizer = SGD(model.parameters(), lr=0.1)
+        ema = EMA(model, 0.9999, updates=20_000, optimizers=lambda: [optimizer])
+        nn.init.constant_(model.weight, 1.5)
+        for trained in (True, False, True):
+            model.weight.requires_grad_(trained)
+            ema.bind(model)
+            for _ in range(300):
+                ema.update(model)
+        return ema
+
+    narrow, exact = average(dtype), average(torch.float32)
+    torch.testing.assert_close(narrow.model.weight, exact.model.weight.to(dtype), rtol=0, atol=0)
+    torch.testing.assert_close(narrow.wide_state()["weight"], exact.model.weight.detach(), rtol=1e-6, atol=0)
+
+
 def test_the_average_of_16_bits_resumes_bitwise(tmp_path: Path) -> None:
     def run(folder: str, epochs: int, **settings: Any) -> Trainer:
         model = Net().bfloat16()
@@ -532,3 +552,36 @@ def test_a_buffer_that_the_first_batch_makes_trains_on_and_resumes(
     parts = build("parts", 4, resume="auto")
     parts.train()
     assert differences(weights_of(whole.model_evaluate), weights_of(parts.model_evaluate)) == []
+
+
+class Registering(Net):
+    """Running statistics that the first forward pass registers."""
+
+    def __init__(self, *, persistent: bool) -> None:
+        super().__init__()
+        self._persistent = persistent
+
+    def forward(self, batch: Any) -> Any:
+        x, y = batch
+        if not hasattr(self, "mean"):
+            self.register_buffer("mean", x.mean(0), persistent=self._persistent)
+        self.mean = 0.5 * self.mean + 0.5 * x.mean(0)
+        return super().forward((x - self.mean, y))
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_buffer_that_a_forward_pass_registers_is_followed_from_the_first_epoch_on(
+    persistent: bool, tmp_path: Path
+) -> None:
+    seen = []
+
+    def look(trainer: Trainer) -> None:
+        seen.append(differences(dict(trainer.model_evaluate.named_buffers()), dict(trainer.model.named_buffers())))
+
+    model = Registering(persistent=persistent)
+    trainer = make_trainer(tmp_path, model, use_ema=True, hooks=[On(after_epoch=look), CheckpointerHook()])
+    trainer.train()
+    assert seen == [[], []]
+    assert "mean" in dict(model.named_buffers())
+    best = torch.load(f"{trainer.ckpt_dir}/best.pth", weights_only=True)
+    assert best.keys() == model.state_dict().keys()

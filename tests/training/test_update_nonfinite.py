@@ -231,6 +231,41 @@ def test_a_buffer_may_change_its_shape(settings: dict[str, Any], tmp_path: Path)
     assert trainer.progress.num_updates == 6
 
 
+class Whitened(Net):
+    """Running statistics that the first forward pass makes: in a buffer that is registered as None, or not registered yet."""
+
+    def __init__(self, *, registered: bool) -> None:
+        super().__init__()
+        if registered:
+            self.register_buffer("mean", None)
+
+    def forward(self, batch: Batch) -> Tensor:
+        x, *rest = batch
+        mean = x.mean(0)
+        if getattr(self, "mean", None) is not None:
+            self.mean = 0.5 * self.mean + 0.5 * mean
+        else:
+            self.register_buffer("mean", mean)
+        return super().forward((x - self.mean, *rest))
+
+
+@pytest.mark.parametrize("registered", [True, False])
+@pytest.mark.parametrize("bad", [{0}, {3}, {0, 1, 4}], ids=str)
+def test_a_buffer_that_a_bad_batch_has_made_or_moved_is_as_if_that_batch_had_not_been(
+    bad: set[int], registered: bool, tmp_path: Path
+) -> None:
+    batches = poisoned(6, bad, "nan_input")
+    ends = []
+    for data in (batches, [batch for index, batch in enumerate(batches) if index not in bad]):
+        model = Whitened(registered=registered)
+        settings = {"max_epochs": 1, "step_fn": poisoned_step, "on_nonfinite": "skip"}
+        trainer = make_trainer(tmp_path, model, data=data, **settings)
+        trainer.train()
+        ends.append(weights_of(model))
+        assert trainer.progress.num_updates == 6 - len(bad)
+    assert differences(ends[1], ends[0]) == []
+
+
 # ---------------------------------------------------------------- checkpoints
 
 

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from torch_frame.checkpoint.format import plain
 from torch_frame.checkpoint.values import encode_most
+from torch_frame.data.rng import loader_generators
 from torch_frame.data.source import length_of
 from torch_frame.distributed.ddp import DDP
 from torch_frame.distributed.launch import num_processes
@@ -122,7 +123,8 @@ def checked_seed(seed: Any, loader: Any) -> int:
         generator = getattr(owner, "generator", None)
         if isinstance(generator, torch.Generator):
             return generator.initial_seed()
-    return torch.initial_seed()
+    inside = next(iter(loader_generators(loader).values()), None)  # that of the batch sampler, or of the sampler in it
+    return torch.initial_seed() if inside is None else inside.initial_seed()
 
 
 def checked_resume(resume: Any) -> str | os.PathLike[str] | None:

@@ -123,17 +123,29 @@ def _same_form(a: Tensor, b: Tensor) -> bool:
 
 
 class BufferSnapshot:
-    """A copy of a model's buffers, to put back after a forward pass that should not have happened."""
+    """A copy of a model's buffers, to put back after a forward pass that should not have happened.
+
+    Buffers that a forward pass makes are among them: those that were registered as None, and those that it registers.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self._slots = list(buffer_slots(model).values())
+        self._model = model
         self._tensors: list[Tensor | None] = []
+        self._look()
+
+    def _look(self) -> None:
+        self._names = [(module, set(module._buffers)) for module in self._model.modules()]
+        self._owners = [module._buffers for module, _ in self._names]
+        self._num = sum(map(len, self._owners))
+        self._slots = list({**buffer_slots(self._model), **empty_slots(self._model)}.values())
         self._copies: dict[str, Any] = {str(index): None for index in range(len(self._slots))}
         self._taking = Follower(self._slots, [(self._copies, name) for name in self._copies])
 
     @torch.no_grad()
     def take(self) -> None:
         """Copy the buffers as they are now, into the same memory where they still have the same form."""
+        if sum(map(len, self._owners)) != self._num:
+            self._look()
         self._tensors = [owner[name] for owner, name in self._slots]
         self._taking.copy()
 
@@ -149,3 +161,6 @@ class BufferSnapshot:
                 owner[name] = tensor
             else:
                 owner[name] = None if value is None else value.clone()
+        for module, names in self._names:
+            for name in module._buffers.keys() - names:  # the next forward pass registers it anew
+                delattr(module, name)

@@ -65,6 +65,7 @@ class EMA:
         self._ramp = int(ramp) if float(ramp).is_integer() else float(ramp)
         self._optimizers = optimizers
         self._source: nn.Module | None = None
+        self._is_new = False
         self._wide: dict[str, Tensor] = {}  # averages in float32 of parameters of 16 bits
 
     @property
@@ -92,15 +93,20 @@ class EMA:
         """Follow the weights of `model`, which has just been updated."""
         if model is not self._source or self._has_changed():
             self.bind(model)
+        if self._is_new:  # the first forward pass since `bind` may have registered buffers
+            self._is_new = False
+            self._bind_buffers(_bare(model))
         self.updates += 1
         weight = 1.0 - self.decay(self.updates)
         if self._averages:
             torch._foreach_lerp_(self._averages, self._weights, weight)
         if self._wide_averages:
             torch._foreach_lerp_(self._wide_averages, [one.to(torch.float32) for one in self._wide_weights], weight)
-            torch._foreach_copy_(self._narrow, self._wide_averages)
         for own, trained in self._infinite:
-            own.copy_(torch.where(own == trained, own, torch.lerp(own, trained, weight)))  # inf - inf is NaN
+            value = trained.to(own.dtype)
+            own.copy_(torch.where(own == value, own, torch.lerp(own, value, weight)))  # inf - inf is NaN
+        if self._narrow:
+            torch._foreach_copy_(self._narrow, list(self._wide.values()))
         for own, trained in self._not_averaged:
             own.copy_(trained)
         if self._buffers is not None:
@@ -131,23 +137,25 @@ class EMA:
         own = {name: average for name, average in averages.items() if average is not weights[name]}  # not shared
         averaged = self._averaged(weights) & own.keys()
         infinite = {name for name in averaged if name in self._with_infinities or not weights[name].requires_grad}
-        wide = [name for name in own if name in averaged - infinite and own[name].element_size() == 2]
-        plain = [name for name in own if name in averaged - infinite and name not in wide]
-        self._infinite = [(own[name], weights[name]) for name in own if name in infinite]
-        self._averages: list[Tensor] = [own[name] for name in plain]
-        self._weights: list[Tensor] = [weights[name] for name in plain]
+        wide = [name for name in own if name in averaged and own[name].element_size() == 2]
         for name in wide:
             if name not in self._wide:
                 self._wide[name] = own[name].detach().float()
         self._wide = {name: self._wide[name] for name in wide}
-        self._wide_averages = list(self._wide.values())
         self._narrow: list[Tensor] = [own[name] for name in wide]
-        self._wide_weights = [weights[name] for name in wide]
+        self._infinite = [(self._wide.get(name, own[name]), weights[name]) for name in own if name in infinite]
+        plain = [name for name in own if name in averaged - infinite and name not in self._wide]
+        self._averages: list[Tensor] = [own[name] for name in plain]
+        self._weights: list[Tensor] = [weights[name] for name in plain]
+        lerped = [name for name in wide if name not in infinite]
+        self._wide_averages = [self._wide[name] for name in lerped]
+        self._wide_weights = [weights[name] for name in lerped]
         self._not_averaged = [(own[name], weights[name]) for name in own if name not in averaged]
         self._bind_buffers(bare)
         self._bound_to = None if self._optimizers is None else list(self._optimizers())
         self._groups = _groups(self._bound_to or ())
         self._source = model
+        self._is_new = True
 
     def _averaged(self, weights: Mapping[str, Tensor]) -> set[str]:
         """Names of the parameters that are averaged."""
@@ -161,10 +169,11 @@ class EMA:
     def _bind_buffers(self, bare: nn.Module) -> None:
         """The average has the buffers that the model has now; a forward pass may have made some."""
         buffers, slots = buffer_slots(bare), all_slots(self.model)
-        places = dict(self.model.named_modules())
+        places, of_model = dict(self.model.named_modules()), dict(bare.named_modules())
         for name in buffers.keys() - slots.keys():
             prefix, _, own_name = name.rpartition(".")
-            places[prefix].register_buffer(own_name, None)
+            is_saved = own_name not in of_model[prefix]._non_persistent_buffers_set
+            places[prefix].register_buffer(own_name, None, persistent=is_saved)
         slots = all_slots(self.model)
         for name in slots.keys() - all_slots(bare).keys():
             slots[name][0][slots[name][1]] = None
