@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 from torch import nn
 from torch.optim import SGD
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, OneCycleLR, StepLR
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    CosineAnnealingLR,
+    LambdaLR,
+    LinearLR,
+    LRScheduler,
+    OneCycleLR,
+    PolynomialLR,
+    SequentialLR,
+    StepLR,
+)
 
 from tests.small_hooks import On
 from tests.small_runs import Net, Unsized, make_batches, make_trainer
@@ -88,6 +98,10 @@ def ramp(steps: int) -> Any:
     return lambda optimizer: LambdaLR(optimizer, lambda step: min(step / steps, 1.0))
 
 
+def warm_and_cosine(total: int, warm: int) -> Any:
+    return lambda o: SequentialLR(o, [LinearLR(o, total_iters=warm), CosineAnnealingLR(o, total - warm)], [warm])
+
+
 WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
     "begins at 0": (
         ramp(5),
@@ -104,6 +118,28 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
         lambda o: CosineAnnealingLR(o, 7),
         {"max_epochs": 3, "max_iters": 7},
         "T_max=7, the number of updates in the run",
+    ),
+    "in a sequence, updates": (
+        warm_and_cosine(10, 3),
+        {},
+        r"SequentialLR\) has milestones\[-1\] \+ T_max=10, the number of updates",
+    ),
+    "in a sequence, epochs": (
+        warm_and_cosine(4, 1),
+        {"lr_scheduler_interval": "iter", "max_epochs": 4},
+        r"T_max=4, the number of epochs in the run, .* counts updates",
+    ),
+    "in a chain": (lambda o: ChainedScheduler([StepLR(o, 2), CosineAnnealingLR(o, 10)], o), {}, "T_max=10, .* updates"),
+    "a polynomial": (lambda o: PolynomialLR(o, 10), {}, "total_iters=10, the number of updates in the run"),
+    "a line down": (
+        lambda o: LinearLR(o, 1.0, 0.0, total_iters=2),
+        {"lr_scheduler_interval": "iter"},
+        "total_iters=2, the number of epochs in the run",
+    ),
+    "batches": (
+        lambda o: CosineAnnealingLR(o, 10),
+        {"lr_scheduler_interval": "iter", "gradient_accumulation_steps": 2},
+        "T_max=10, the number of batches in the run, .* counts updates, of which there are 6. Make it for 6 steps.",
     ),
 }
 
@@ -137,6 +173,19 @@ def test_a_schedule_in_the_wrong_unit_is_told(
     assert re.search(match, line)
 
 
+def by_epochs_times_batches(num_epochs: int, loader: list[Any]) -> Any:
+    return lambda optimizer: LambdaLR(optimizer, lambda step: 1 - step / (num_epochs * len(loader)))
+
+
+class OfBoth(WarmUpAndCosine):
+    """A schedule of one's own that counts updates, and is told both lengths."""
+
+    def __init__(self, optimizer: Any, max_epochs: int, iters_per_epoch: int) -> None:
+        self.max_epochs, self.iters_per_epoch = max_epochs, iters_per_epoch
+        super().__init__(optimizer, max_epochs * iters_per_epoch)
+        del self.max_steps
+
+
 RIGHT: dict[str, tuple[Any, dict[str, Any]]] = {
     "by updates": (ramp(5), {"lr_scheduler_interval": "iter"}),
     "by epochs": (lambda o: CosineAnnealingLR(o, 2), {}),
@@ -148,6 +197,17 @@ RIGHT: dict[str, tuple[Any, dict[str, Any]]] = {
     "no length": (lambda o: CosineAnnealingLR(o, 7), {"data": Unsized()}),
     "one cycle": (lambda o: OneCycleLR(o, 0.1, total_steps=10), {"lr_scheduler_interval": "iter"}),
     "none": (lambda o: None, {}),
+    "a sequence of updates": (warm_and_cosine(10, 3), {"lr_scheduler_interval": "iter"}),
+    "a sequence of epochs": (warm_and_cosine(3, 1), {"max_epochs": 3}),
+    "a sequence with the whole length": (
+        lambda o: SequentialLR(o, [LinearLR(o, total_iters=3), CosineAnnealingLR(o, 10)], [3]),
+        {"lr_scheduler_interval": "iter"},
+    ),
+    "a function of epochs times batches": (
+        by_epochs_times_batches(2, make_batches()),
+        {"lr_scheduler_interval": "iter"},
+    ),
+    "one's own of epochs times batches": (lambda o: OfBoth(o, 2, 5), {"lr_scheduler_interval": "iter"}),
 }
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -75,22 +76,63 @@ def tell_of_unit(
             type(scheduler).__name__,
         )
         return
-    updates, epochs = length.num_updates(window, limited=False), length.max_epochs
-    own, other = (epochs, updates) if interval == "epoch" else (updates, epochs)
-    name, steps = _length_of(scheduler)
-    if None not in (own, other, steps) and own != other == steps:
-        units = {"epoch": ("epochs", "updates", "iter"), "iter": ("updates", "epochs", "epoch")}[interval]
-        _logger.warning(
-            "The schedule (%s) has %s=%d, the number of %s in the run, but with lr_scheduler_interval=%r it counts %s, of which "
-            "there are %d. Pass lr_scheduler_interval=%r, or make it for %d steps.",
-            *(type(scheduler).__name__, name, steps, units[1], interval, units[0], own, units[2], own),
+    counts = {
+        "epochs": length.max_epochs,
+        "updates": length.num_updates(window, limited=False),
+        "batches": length.num_updates(1, limited=False),
+    }
+    unit = "epochs" if interval == "epoch" else "updates"
+    own, lengths = counts[unit], list(_lengths(settings_of(scheduler) or {}, counts[unit]))
+    if own is None or own in [steps for _, steps in lengths]:
+        return
+    for name, steps in lengths:
+        other = next((kind for kind, count in counts.items() if count == steps), None)
+        if other is not None:
+            cure = {
+                "epochs": "Pass lr_scheduler_interval='epoch', or m",
+                "updates": "Pass lr_scheduler_interval='iter', or m",
+            }
+            _logger.warning(
+                "The schedule (%s) has %s=%d, the number of %s in the run, but with lr_scheduler_interval=%r it counts %s, "
+                "of which there are %d. %sake it for %d steps.",
+                *(type(scheduler).__name__, name, steps, other, interval, unit, own, cure.get(other, "M"), own),
+            )
+            return
+
+
+def _lengths(record: Mapping[str, Any], own: int | None) -> Iterator[tuple[str, int]]:
+    """The settings of a schedule, and of those inside it, that say how long it is: name and value.
+
+    Args:
+        record: of the schedule.
+        own: steps that it makes. They may be computed from a number of epochs and one of batches, which is no function's value.
+    """
+    names = (*_WHOLE_RUN, "total_iters") if _comes_down(record) else _WHOLE_RUN
+    settings = {name: value for name, value in record["settings"].items() if isinstance(value, int)}
+    yield from (
+        (name, value) for name, value in settings.items() if name in names and not _is_factor(value, settings, own)
+    )
+    for function in record["functions"]:
+        yield from (
+            (name, value)
+            for name, value in function["values"].items()
+            if name in names and isinstance(value, int) and "epoch" not in name
         )
+    inner = [item for one in record["schedulers"] for item in _lengths(one, own)]
+    if record["class"] == "SequentialLR" and record["schedulers"]:
+        begin = max(record["settings"]["milestones"], default=0)
+        yield from (
+            (f"milestones[-1] + {name}", begin + steps) for name, steps in _lengths(record["schedulers"][-1], own)
+        )
+    yield from inner
 
 
-def _length_of(scheduler: object) -> tuple[str, int | None]:
-    """The setting that says how long a schedule is, and its value; None if none does."""
-    record = settings_of(scheduler)
-    assert record is not None
-    values = [record["settings"], *(function["values"] for function in record["functions"])]
-    found = [(name, value) for one in values for name, value in one.items() if name in _WHOLE_RUN]
-    return found[0] if found and isinstance(found[0][1], int) else ("", None)
+def _is_factor(value: int, settings: Mapping[str, int], own: int | None) -> bool:
+    return value > 0 and own is not None and any(value * other == own != value for other in settings.values())
+
+
+def _comes_down(record: Mapping[str, Any]) -> bool:
+    """One with `total_iters` that ends the run; others of that setting are warm-ups."""
+    settings = record["settings"]
+    goes_down: bool = settings.get("end_factor", 1) < settings.get("start_factor", 0)
+    return goes_down or record["class"] == "PolynomialLR"
