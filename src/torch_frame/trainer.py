@@ -163,9 +163,9 @@ class Trainer:
     cur_iter: int = delegated("progress.current_iter", "Index in the run of the batch under way, or of the last one.")
     hook_strategy: Strategy = delegated("_ranks.of_hooks", "`strategy`, or one process if only rank 0 has hooks.")
     model: nn.Module = delegated("_run.model", "As the loop calls it: prepared, wrapped.", settable=True)
-    seed: int = delegated("_run.seed", "Of the data's order and augmentation.", settable=True)
+    seed: int = delegated("_run.script_seed", "Of the data's order; set it before `train()`.", settable=True)
     lr_scheduler_metric: str | None = delegated("_run.lr_scheduler_metric", "What a plateau follows.", settable=True)
-    lr_scheduler_interval: Interval = delegated("_run.lr_scheduler_interval", '"epoch" or "iter".', settable=True)
+    lr_scheduler_interval: Interval = delegated("optimization.interval", '"epoch" or "iter".', settable=True)
     resumed_iter: int | None = delegated(
         "_run.resumed_iter", "Batches trained when this `train()` resumed the run; None if it began anew."
     )
@@ -182,6 +182,9 @@ class Trainer:
         "_feed.next_loader", "Of the training; one that is set counts from the next epoch on.", settable=True
     )
     registered_hook_names: list[str] = delegated("hook_caller.names", "The hooks' classes, in the order they run.")
+    on_nonfinite: OnNonFinite = delegated("optimization.on_nonfinite", '"raise" or "skip", as given.')
+    take_over: bool = delegated("_feed.take_over", "As given.")
+    prefetch: bool = delegated("_feed.prefetch", "Counts from the next epoch on.", settable=True)
     window_open: bool = delegated(
         "optimization.window_open", "Gradients of some batches wait for the rest of a window."
     )
@@ -242,8 +245,7 @@ class Trainer:
         self.rank = strategy.rank
         self.device = checks.device_of(model) if device is None else resolve_device(device)
         self.precision = Precision(choose_precision(precision, enable_amp, self.device), self.device)
-        self.step_fn, self.loss_weight, self.on_nonfinite = step_fn, loss_weight, on_nonfinite
-        self.take_over, self.prefetch, self.seed_is_explicit = take_over, prefetch, seed is not None
+        self.step_fn, self.loss_weight = step_fn, loss_weight
         self.progress = Progress()
         self.hook_caller = HookCaller()
         self.stages = self.hook_caller.stages
@@ -288,7 +290,7 @@ class Trainer:
         if compile is not False:
             bare.compile(**({} if compile is True else compile))
 
-        seed = strategy.broadcast(checks.checked_seed(seed, data_loader))
+        seed_is_given, seed = seed is not None, strategy.broadcast(checks.checked_seed(seed, data_loader))
         feed_settings = {"take_over": take_over, "prefetch": prefetch}
         self._feed = Feed(data_loader, seed, strategy, self.device, self.progress, **feed_settings)
         self.length = RunLength(max_epochs, max_iters, limit_batches, self.progress, self._feed.epoch_len)
@@ -324,8 +326,7 @@ class Trainer:
             self.stop_signals,
             Resumption(checks.checked_resume(resume)),
             seed,
-            self.seed_is_explicit,
-            lr_scheduler_interval,
+            seed_is_given,
             lr_scheduler_metric,
         )
         self.register_hooks(self._build_default_hooks() if hooks is None else hooks)

@@ -174,6 +174,18 @@ def test_numbers_of_numpy_are_numbers(iters: Any, tmp_path: Path) -> None:
     assert trainer.progress.iter == 7
 
 
+def test_small_numbers_of_numpy_do_not_overflow(tmp_path: Path) -> None:
+    """5 batches an epoch: 40 epochs are more batches than an int8 holds."""
+    trainer = make_trainer(tmp_path, max_epochs=np.int8(40), gradient_accumulation_steps=np.uint8(2))
+    assert trainer.max_iters == 200
+    trainer.max_epochs = np.uint8(60)
+    assert trainer.max_iters == 300
+    trainer.max_epochs = np.uint64(2)
+    trainer.train()
+    assert (trainer.progress.iter, trainer.progress.num_updates) == (10, 6)
+    assert make_trainer(tmp_path, max_epochs=100, max_iters=np.int16(300)).length.num_updates(2) == 180
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "neither": ({"max_epochs": None}, "max_epochs and max_iters are both None"),
     "text": ({"max_iters": "10"}, "max_iters is '10'"),

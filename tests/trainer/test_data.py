@@ -334,6 +334,23 @@ def test_nothing_that_was_consumed_is_loaded_again(tmp_path: Path, kind: str, it
     assert len(loaded[2]) == EPOCHS * SIZE
 
 
+def test_a_stream_resumed_with_batches_of_another_size_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Batches are skipped, so that samples are lost, or trained on twice."""
+    first = trainer_of(tmp_path, make_loader("plain", Stream(), batch_size=4), seed=7, hooks=[SaveLatest(2)])
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    for size, told in ((4, False), (2, True)):
+        caplog.clear()
+        resumed = trainer_of(tmp_path, make_loader("plain", Stream(), batch_size=size), seed=7, max_iters=3)
+        resumed.load_checkpoint(f"{first.ckpt_dir}/latest.pth")
+        resumed.train()
+        assert (
+            "is resumed with batches of 2, and began with batches of 4: 2 of today's are skipped" in caplog.text
+        ) is told
+
+
 def test_a_position_counts_samples_of_the_global_order(tmp_path: Path) -> None:
     hook = Recorder(lambda trainer: trainer.progress.position)
     make_trainer(tmp_path, data=loader_of("infinite", 2), hooks=[hook]).train()

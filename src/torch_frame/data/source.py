@@ -215,16 +215,27 @@ class StreamSource(StatelessSource):
             self._shutdown = None
 
     def state_dict(self, position: int) -> dict[str, Any]:
-        return {"num_workers": self._loader.num_workers}
+        return {"num_workers": self._loader.num_workers, "batch_size": self._loader.batch_size}
 
     def load_state_dict(self, state_dict: dict[str, Any], start: int) -> None:
-        was, now = state_dict.get("num_workers", self._loader.num_workers), self._loader.num_workers
-        if start and was != now:
+        if not start:
+            return
+        now = self.state_dict(start)
+        was = {**now, **state_dict}
+        if was["num_workers"] != now["num_workers"]:
             _logger.warning(
                 "The epoch of an IterableDataset is resumed with %d workers, and began with %d: samples come in another order: "
                 "some may be trained on twice in this epoch and others not at all.",
-                now,
-                was,
+                now["num_workers"],
+                was["num_workers"],
+            )
+        if was["batch_size"] != now["batch_size"]:
+            _logger.warning(
+                "The epoch of an IterableDataset is resumed with batches of %s, and began with batches of %s: %d of today's are "
+                "skipped, so some samples are trained on twice in this epoch, or others not at all.",
+                now["batch_size"],
+                was["batch_size"],
+                start,
             )
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[BatchAndPosition]:

@@ -40,7 +40,8 @@ class Feed:
         source: yields a loader's batches, with their positions.
         loader: the one that `source` iterates.
         next_loader: of the epoch that begins next; a script or a hook may set another.
-        prefetch: as given.
+        take_over: as given.
+        prefetch: as given; another one may be set, and counts from the next epoch on.
         times: of the step under way; a hook may bring others that split all of the run's time.
     """
 
@@ -59,7 +60,7 @@ class Feed:
         self._progress = progress
         self._strategy = strategy
         self._device = device
-        self._take_over = take_over
+        self.take_over = take_over
         self.prefetch = prefetch
         self._samplers: Samplers | None = None
         self.times = StepTimes()
@@ -71,7 +72,7 @@ class Feed:
         self._seed = seed
         if self._samplers is None or not self._samplers.is_of(loader):
             self._samplers = Samplers(loader)
-        self.source: Source = source_of(loader, seed, self._strategy, take_over=self._take_over, last_epoch=last_epoch)
+        self.source: Source = source_of(loader, seed, self._strategy, take_over=self.take_over, last_epoch=last_epoch)
         self.source.before_order = self._samplers.epoch_begins
 
     def use_next(self, last_epoch: int | None) -> None:

@@ -42,11 +42,13 @@ class RunLength:
         progress: Progress,
         loader_len: Callable[[], int | None],
     ) -> None:
-        self.max_epochs = max_epochs
-        self.own_max_iters = max_iters
-        self.limit_batches = limit_batches
+        self.max_epochs, self.own_max_iters, self.limit_batches = max_epochs, max_iters, limit_batches
         self._progress = progress
         self._loader_len = loader_len
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A whole number of NumPy's overflows where a count of batches no longer fits into its kind.
+        super().__setattr__(name, int(value) if is_whole(value) else value)
 
     # ---------------------------------------------------------------- lengths
 

@@ -127,7 +127,7 @@ def _rows(run: Run) -> dict[str, str | None]:
         {
             "Data": lambda: first_block.data_row(run.feed.next_loader, run.feed.length),
             "Optimizer": lambda: first_block.optimizer_row(optimizers, schedules, clip),
-            "Schedule": lambda: first_block.schedule_row(schedules, run.lr_scheduler_interval, run.lr_scheduler_metric),
+            "Schedule": lambda: first_block.schedule_row(schedules, optimization.interval, run.lr_scheduler_metric),
             "Frozen": lambda: first_block.frozen_row(run.bare_model),
             "Hooks": lambda: first_block.hooks_row(run.hook_caller.hooks),
             "Seed": lambda: first_block.seed_row(
@@ -153,8 +153,8 @@ def make_ready(run: Run) -> None:
 def _look(run: Run) -> None:
     run.hook_caller.check_states()
     held, schedules = run.attributes.parameters(), run.optimization.schedules.values()
-    is_new = run.progress.current_epoch == 0
-    doubts.tell(run.bare_model, held, schedules, run.lr_scheduler_interval, run.length, run.window_len, is_new=is_new)
+    is_new, interval = run.progress.current_epoch == 0, run.optimization.interval
+    doubts.tell(run.bare_model, held, schedules, interval, run.length, run.window_len, is_new=is_new)
     run.schedule_free.tell(run.bare_model)
     checks.check_can_be_saved(run.optimization.optimizers, table(run)["lr_schedulers"])
     run.attributes.begin()

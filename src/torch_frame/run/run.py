@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ from torch import nn
 
 from torch_frame.distributed.comm import is_main
 from torch_frame.distributed.strategy import Strategy
+from torch_frame.errors import SettingError
 from torch_frame.progress import Progress
 from torch_frame.run.attributes import Attributes
 from torch_frame.run.feed import Feed
@@ -30,7 +32,6 @@ from torch_frame.training.ema import EMA
 from torch_frame.training.optimization import Optimization
 from torch_frame.training.precision import Precision
 from torch_frame.training.schedule_free import ScheduleFree
-from torch_frame.training.schedules import Interval
 
 
 class Hook(Protocol):
@@ -71,9 +72,9 @@ class Run:
 
     Attributes:
         model: as the loop calls it: prepared, wrapped.
-        seed: of the data's order and augmentation.
+        seed: of the data's order and augmentation; a script sets `script_seed`.
         seed_is_explicit: the script has given it.
-        lr_scheduler_metric, lr_scheduler_interval: as `Trainer` has them.
+        lr_scheduler_metric: as `Trainer` has it.
         resumed_iter: batches that were trained when this `train()` resumed the run; None if it began anew.
         info_params, named_params: lines that the script wants in the log, and values that it has named.
         in_train: `train()` is under way.
@@ -101,7 +102,6 @@ class Run:
     resumption: Resumption
     seed: int
     seed_is_explicit: bool
-    lr_scheduler_interval: Interval
     lr_scheduler_metric: str | None
     start: StartEpoch = field(default_factory=StartEpoch)
     resumed_iter: int | None = None
@@ -133,6 +133,19 @@ class Run:
     def window_len(self) -> int:
         """Batches in an update."""
         return self.optimization.window_len
+
+    @property
+    def script_seed(self) -> int:
+        """The seed, which a script may set before `train()`."""
+        return self.seed
+
+    @script_seed.setter
+    def script_seed(self, seed: int) -> None:
+        if self.in_train or self.progress.is_inside_epoch:
+            raise SettingError(
+                f"trainer.seed was set inside a run whose data is in the order of seed {self.seed}. Set it before train()."
+            )
+        self.seed, self.seed_is_explicit = operator.index(seed), True
 
     @property
     def where(self) -> str:

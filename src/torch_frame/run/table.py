@@ -31,7 +31,7 @@ def table(run: Run) -> dict[str, Part]:
         "optimizers": OptimizersPart(optimizers, run.model, run.strategy),
         "classes": parts.classes_part(optimizers, schedules),
         "lr_schedulers": parts.schedules_part(schedules, run.settings),
-        "settings": SettingsPart(run.settings, run.length, run.lr_scheduler_interval),
+        "settings": SettingsPart(run.settings, run.length, run.optimization.interval),
         "grad_scaler": parts.ScalerPart(run.precision.scaler),
         "modes": run.modes,
         "precision": parts.SettingPart("precision", run.precision.name),

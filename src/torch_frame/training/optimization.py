@@ -12,7 +12,7 @@ import logging
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -117,7 +117,7 @@ class Optimization:
         settings: UpdateSettings,
     ) -> None:
         self.ema = ema
-        self.interval = interval
+        self._interval = interval
         self.num_batches = 0
         self.on_change: Callable[[Mapping[str, LRWarmupScheduler]], None] = lambda schedules: None
         self.names = MetricNames()  # of the run, if it has its own
@@ -128,7 +128,7 @@ class Optimization:
         self._stages = stages
         self._latest = latest
         self._settings = settings
-        self._window_len = settings.window_len
+        self._window_len = int(settings.window_len)  # a whole number of NumPy's overflows
         self._has_cleared = False  # gradients of the whole model, in the window under way
         self._has_stepped = False  # one of several units, in the window under way
         self._scaler_is_due = False
@@ -250,6 +250,17 @@ class Optimization:
             unit.updater.window_len = self._window_len
 
     @property
+    def interval(self) -> Interval:
+        """When the schedules step; one that is set counts from then on."""
+        return self._interval
+
+    @interval.setter
+    def interval(self, interval: Interval) -> None:
+        if interval not in get_args(Interval):
+            raise SettingError(f"lr_scheduler_interval was set to {interval!r}; it has to be 'epoch' or 'iter'.")
+        self._interval = interval
+
+    @property
     def on_nonfinite(self) -> OnNonFinite:
         return self._settings.on_nonfinite
 
@@ -365,7 +376,7 @@ class Optimization:
         if unit.was_stepped:
             for schedule in unit.schedules:
                 schedule.step()
-                if self.interval == "iter":
+                if self._interval == "iter":
                     schedule.step_scheduler()
             if not self.by_name:
                 self._count_update()
@@ -488,7 +499,7 @@ class Optimization:
             "ema": "" if self.ema is None else "use_ema=True",
             "hooks": ", ".join(f"before_update and after_update of {name}" for name in hooks),
         }
-        if self.interval == "iter" and any(schedule.scheduler is not None for schedule in schedules):
+        if self._interval == "iter" and any(schedule.scheduler is not None for schedule in schedules):
             said["schedule"] = "the lr_scheduler with lr_scheduler_interval='iter'"
         return {kind: text for kind, text in said.items() if text}
 
@@ -499,7 +510,7 @@ class Optimization:
         self._tell_of_undriven()
         for schedule in self.schedules.values():
             schedule.epoch_lrs = schedule.get_lr()
-            if self.interval == "epoch" and not schedule.needs_metric:
+            if self._interval == "epoch" and not schedule.needs_metric:
                 schedule.step_scheduler()
 
     def step_by_metric(self, metric: float, at: int) -> None:
