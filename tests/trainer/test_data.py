@@ -28,7 +28,7 @@ from tests.small_runs import (
     train_by_hand,
     weights_of,
 )
-from torch_frame import CheckpointError, HookBase, InfiniteDataLoader, Trainer
+from torch_frame import CheckpointerHook, CheckpointError, HookBase, InfiniteDataLoader, Trainer
 from torch_frame.data.source import source_of
 
 SIZE, EPOCHS, BATCHES = 18, 3, 5
@@ -401,6 +401,81 @@ def test_a_stateful_data_loader_resumes_inside_an_epoch(tmp_path: Path, num_work
     resumed = build([])
     resumed.load_checkpoint(f"{first.ckpt_dir}/latest.pth")
     assert not differences(end_of(resumed), expected)
+
+
+def stateful_trainer(folder: Path, kind: str, seen: list[Any], **settings: Any) -> Trainer:
+    """16 samples in batches of 2, of a map or a stream; `seen` gets those that are trained on."""
+    stateful = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+    samples = [(torch.full((3,), float(index)), torch.zeros(1)) for index in range(16)]
+    data = Repeated(samples) if kind == "stream" else samples
+    seed_everything(1)
+    loader = stateful(data, batch_size=2, shuffle=None if kind == "stream" else True)
+
+    def step(model: Any, batch: Any) -> Any:
+        seen.extend(batch[0][:, 0].int().tolist())
+        return model(batch)
+
+    trainer = make_trainer(folder, data=loader, max_epochs=3, step_fn=step, create_new_dir=None, **settings)
+    trainer.optimizer.param_groups[0]["lr"] = 1e-4
+    return trainer
+
+
+class Repeated(IterableDataset[Any]):
+    def __init__(self, samples: list[Any]) -> None:
+        self.samples = samples
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.samples)
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+@pytest.mark.parametrize("kind", ["map", "stream"])
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("limit", [None, 3])
+@pytest.mark.parametrize("at", [3, 6, 8])
+def test_a_stateful_loader_goes_on_where_the_run_was_cut(
+    kind: str, resumed: bool, limit: int | None, at: int, tmp_path: Path
+) -> None:
+    """In the same trainer or in a new one; inside an epoch, or at the end of one that limit_batches has ended early."""
+    whole: list[Any] = []
+    stateful_trainer(tmp_path / "whole", kind, whole, limit_batches=limit, max_iters=20).train()
+    seen: list[Any] = []
+    settings: dict[str, Any] = {"limit_batches": limit}
+    first = stateful_trainer(tmp_path / "a", kind, seen, max_iters=at, hooks=[CheckpointerHook()], **settings)
+    first.train()
+    if resumed:
+        settings |= {"hooks": [CheckpointerHook()], "resume": "auto"}
+        stateful_trainer(tmp_path / "a", kind, seen, max_iters=20, **settings).train()
+    else:
+        first.max_iters = 20
+        first.train()
+    assert seen == whole
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+def test_the_batch_of_a_stateful_loader_whose_step_failed_is_trained_by_another_train(tmp_path: Path) -> None:
+    errors = [ZeroDivisionError]
+
+    def fail(trainer: Trainer) -> None:
+        if errors:
+            raise errors.pop()
+
+    seen: list[Any] = []
+    trainer = stateful_trainer(tmp_path, "map", seen, max_iters=8, hooks=[On(before_iter=at_iter(4, fail))])
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    trainer.train()
+    assert sorted(seen) == list(range(16))
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+@pytest.mark.parametrize(("stage", "told"), [("before_iter", True), ("after_iter", False), ("after_epoch", False)])
+def test_a_state_that_would_lose_the_batch_of_a_stateful_loader_is_told(
+    stage: str, told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save = On(**{stage: at_iter(7, lambda trainer: trainer.save_checkpoint("latest.pth", False))})
+    stateful_trainer(tmp_path, "map", [], max_iters=9, hooks=[save, CheckpointerHook()]).train()
+    assert ("leaves the batch out" in caplog.text) is told
 
 
 # ---------------------------------------------------------------- what is left behind

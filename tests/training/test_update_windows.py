@@ -11,9 +11,10 @@ from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import ExponentialLR
 
-from tests.small_hooks import On
+from tests.small_hooks import On, at_iter
 from tests.small_runs import Net, differences, make_batches, make_trainer, weights_of
 from tests.training.small_updates import LOADERS, SGD_MOMENTUM, assert_close, doubled, joined, step_by_hand
+from torch_frame import Trainer
 
 
 @pytest.mark.parametrize("num_batches", [1, 4, 5, 7, 8])
@@ -116,3 +117,28 @@ def test_each_batch_of_a_window_is_recorded_with_the_rate_that_its_update_used(t
         hooks=[On(after_iter=lambda trainer: recorded.append(trainer.metric_storage["lr"].latest))],
     ).train()
     assert recorded == [1e-3] * 4 + [0.5e-3] * 4
+
+
+def test_a_window_that_an_error_has_interrupted_is_told_and_dropped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A notebook: train() again. From a checkpoint its batches are trained on again, and nothing is said."""
+    errors = [ZeroDivisionError, ZeroDivisionError]
+
+    def fail(trainer: Trainer) -> None:
+        if errors:
+            raise errors.pop()
+
+    hooks = [
+        On(before_iter=at_iter(6, fail), after_iter=at_iter(3, lambda trainer: trainer.save_checkpoint("a.pth", False)))
+    ]
+    trainer = make_trainer(tmp_path, data=make_batches(8), max_epochs=1, gradient_accumulation_steps=4, hooks=hooks)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    trainer.load_checkpoint(f"{trainer.ckpt_dir}/a.pth")
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert "are dropped" not in caplog.text
+    trainer.train()
+    assert "gradient_accumulation_steps=4: the gradients of its 2 batches are dropped" in caplog.text
+    assert trainer.progress.num_updates == 2

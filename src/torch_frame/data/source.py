@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch.utils.data
@@ -177,20 +177,39 @@ class StatefulSource(StatelessSource):
 
     def __init__(self, loader: Any) -> None:
         super().__init__(loader)
+        self._batches: Iterator[Any] | None = None  # of the epoch under way, until the loader has no more
+        self._last: BatchAndPosition | None = None  # the batch that was handed out, until another one is asked for
         self._resumed: Iterator[Any] | None = None
+        self._resumes_inside = False
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[BatchAndPosition]:
-        batches, self._resumed = self._resumed or iter(self._loader), None
-        return ((batch, i) for i, batch in enumerate(batches, start + 1))
+        batches, self._resumed = self._resumed, None
+        if not start and self._resumes_inside:
+            batches = None  # the rest of an epoch that limit_batches has ended early
+        if batches is None and start and self._batches is not None:  # another train() goes on inside the epoch
+            batches = self._batches
+            if self._last is not None and self._last[1] > start:  # was not trained, for the step has failed
+                batches = chain([self._last[0]], batches)
+        self._batches = iter(self._loader) if batches is None else batches
+        return self._noted(self._batches, start)
+
+    def _noted(self, batches: Iterator[Any], start: int) -> Iterator[BatchAndPosition]:
+        for index, batch in enumerate(batches, start + 1):
+            self._last = batch, index
+            yield self._last
+            self._last = None
+        self._batches = None
 
     def state_dict(self, position: int) -> dict[str, Any]:
-        return {"loader": self._loader.state_dict()}
+        return {"loader": self._loader.state_dict(), "inside": self._batches is not None}
 
     def load_state_dict(self, state_dict: dict[str, Any], start: int) -> None:
         if "loader" not in state_dict:  # saved by another kind of loader
             return
         self._loader.load_state_dict(state_dict["loader"])
-        if start:  # an iteration under way has drawn its random numbers before those of the checkpoint were saved
+        self._resumes_inside = state_dict.get("inside", False)
+        if start or self._resumes_inside:
+            # an iteration under way has drawn its random numbers before those of the checkpoint were saved
             self._resumed = iter(self._loader)
 
 

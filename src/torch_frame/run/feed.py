@@ -11,7 +11,7 @@ import torch
 from torch_frame.data.move import move_to_device
 from torch_frame.data.prefetch import has_streams, prefetch_to_device
 from torch_frame.data.rng import loader_generator_states
-from torch_frame.data.source import Source, length_of, source_of
+from torch_frame.data.source import SequenceSource, Source, length_of, source_of
 from torch_frame.data.source_base import batch_size_of
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.progress import Progress
@@ -64,15 +64,19 @@ class Feed:
         self.prefetch = prefetch
         self._samplers: Samplers | None = None
         self.times = StepTimes()
+        self.loader: Iterable[Any] = ()
+        self.source: Source = SequenceSource(())
         self.set(loader, seed, 0)
 
     def set(self, loader: Iterable[Any], seed: int, last_epoch: int | None) -> None:
         """Iterate this loader from now on; `last_epoch` is the index of the run's last one, if that is known."""
+        is_there = loader is self.loader and not self.source.is_ours  # it may stand inside an epoch, and needs no seed
         self.loader = loader
         self._seed = seed
         if self._samplers is None or not self._samplers.is_of(loader):
             self._samplers = Samplers(loader)
-        self.source: Source = source_of(loader, seed, self._strategy, take_over=self.take_over, last_epoch=last_epoch)
+        if not is_there:
+            self.source = source_of(loader, seed, self._strategy, take_over=self.take_over, last_epoch=last_epoch)
         self.source.before_order = self._samplers.epoch_begins
 
     def use_next(self, last_epoch: int | None) -> None:

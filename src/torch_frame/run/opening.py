@@ -67,6 +67,7 @@ def restore(run: Run, found: Found | None) -> None:
         run.resumption.begin_anew()
         return
     run.resumption.restore(found, table(run), run.progress)
+    run.optimization.reset()  # the batches of a window that was interrupted in this process are trained again
     if found.state["seed"] is not None:
         run.seed = found.state["seed"]
     run.resumed_iter = run.progress.iter
@@ -97,6 +98,7 @@ def begin(run: Run) -> None:
     run.saver.remove_unfinished_files(run.work_dir.checkpoints)
     run.start.stand_at(run.progress)
     run.ranks.stops = False
+    run.optimization.tell_of_interrupted()
     run.optimization.reset()
     run.schedule_free.train()
     follow_skips(run.metric_storage, run.optimization, has_scaler=run.precision.scaler is not None)

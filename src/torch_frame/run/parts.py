@@ -40,6 +40,8 @@ from torch_frame.training.schedule_state import kept_as_it_is, loads_in_its_own_
 from torch_frame.training.schedules import LRWarmupScheduler
 from torch_frame.training.several import schedule_label
 
+_logger = logging.getLogger("torch_frame")
+
 
 class ModelPart:
     """The weights and buffers, under the names of the bare model, without those that are never trained if they are left out."""
@@ -377,8 +379,14 @@ class DataPart:
 
     def state_dict(self) -> dict[str, Any]:
         samplers = self._samplers.state_dict(self._progress)
+        state = self._source.state_dict(self._progress.position)
+        if "loader" in state and self._progress.in_iter:
+            _logger.warning(
+                "A state is saved while a batch is under way, which the loader has counted already: a run that is resumed from "
+                "this state leaves the batch out. Save in after_iter."
+            )
         return {
-            **self._source.state_dict(self._progress.position),
+            **state,
             **({"samplers": samplers} if samplers else {}),
             **({} if self._is_first else {"loader_was_set": True}),
         }

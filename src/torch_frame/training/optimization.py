@@ -291,6 +291,16 @@ class Optimization:
             unit.updater.trusts_exchange = trusts
         self._tell_of_undriven()
 
+    def tell_of_interrupted(self) -> None:
+        """`train()` goes on behind an error: say what is lost with the window that it has interrupted."""
+        if self.window_open:
+            _logger.warning(
+                "An error has interrupted a window of gradient_accumulation_steps=%d: the gradients of its %d batches are "
+                "dropped, and training goes on with the next batch. Load the last checkpoint to train on them again.",
+                self._window_len,
+                self.num_open,
+            )
+
     def reset(self) -> None:
         """Forget a window that was interrupted."""
         for unit in self.units.values():
