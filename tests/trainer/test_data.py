@@ -453,6 +453,23 @@ def test_a_stateful_loader_goes_on_where_the_run_was_cut(
 
 
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+@pytest.mark.parametrize("limit", [None, 3])
+def test_a_stateful_loader_goes_on_behind_a_state_of_after_epoch(limit: int | None, tmp_path: Path) -> None:
+    whole: list[Any] = []
+    stateful_trainer(tmp_path / "whole", "map", whole, limit_batches=limit).train()
+    seen: list[Any] = []
+
+    def stop(trainer: Trainer) -> None:
+        trainer.save_checkpoint("latest.pth", save_single_model=False)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stateful_trainer(tmp_path / "a", "map", seen, limit_batches=limit, hooks=[On(after_epoch=stop)]).train()
+    stateful_trainer(tmp_path / "a", "map", seen, limit_batches=limit, resume="auto").train()
+    assert seen == whole
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 def test_the_batch_of_a_stateful_loader_whose_step_failed_is_trained_by_another_train(tmp_path: Path) -> None:
     errors = [ZeroDivisionError]
 

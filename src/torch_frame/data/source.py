@@ -208,7 +208,7 @@ class StatefulSource(StatelessSource):
             return
         self._loader.load_state_dict(state_dict["loader"])
         self._resumes_inside = state_dict.get("inside", False)
-        if start or self._resumes_inside:
+        if state_dict.get("inside", start > 0):
             # an iteration under way has drawn its random numbers before those of the checkpoint were saved
             self._resumed = iter(self._loader)
 
