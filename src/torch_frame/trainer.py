@@ -361,6 +361,7 @@ class Trainer:
                     self.progress.begin_epoch()
                     if not self.progress.epoch_trained:
                         self.train_one_epoch()
+                        checks.check_epoch(type(self), self.length, is_trained=self.progress.epoch_trained)
                     with (
                         self.schedule_free.shown(),
                         self._saver.rolled_back_if_stopped(parts_of_hooks(run), partial(beside_hooks, run)),
@@ -415,7 +416,7 @@ class Trainer:
         else:
             self._run.modes.restore()
         if self.model_ema is not None:
-            self.model_ema.bind(self.model)
+            self.model_ema.begin(self.model)
         self.optimization.refresh()
         self.schedule_free.train()
         self._own_step.begin_epoch(self.train_one_iter, Trainer.train_one_iter)

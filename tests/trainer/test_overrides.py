@@ -275,6 +275,26 @@ def test_few_library_frames_stand_above_an_error_in_a_hook(stage: str, tmp_path:
 # ---------------------------------------------------------------- other methods of 1.7
 
 
+def test_an_override_of_train_one_epoch_that_trains_by_itself_is_refused(tmp_path: Path) -> None:
+    """The run ended behind it, with nothing counted and without a word."""
+
+    class Epoch(Trainer):
+        def train_one_epoch(self) -> None:
+            for batch, _ in self.batches():
+                self.train_one_iter(batch)
+
+    class Skips(Trainer):
+        def train_one_epoch(self) -> None:
+            if self.epoch != 1:
+                super().train_one_epoch()
+
+    for kind in (Epoch, Skips):
+        model = Net()
+        trainer = kind(model, SGD(model.parameters(), lr=0.1), None, make_batches(), 3, tmp_path, hooks=[])
+        with pytest.raises(SettingError, match=rf"{kind.__name__}.train_one_epoch returned, but no epoch was trained"):
+            trainer.train()
+
+
 def test_train_one_epoch_of_17_is_refused_with_its_new_name(tmp_path: Path) -> None:
     class Epoch(Trainer):
         def _train_one_epoch(self) -> None: ...

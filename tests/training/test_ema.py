@@ -192,6 +192,59 @@ def test_a_model_changed_afterwards_is_named() -> None:
         ema.update(model)
 
 
+@pytest.mark.parametrize(
+    ("head", "match"),
+    [
+        (
+            nn.Linear(8, 5),
+            r"layers\.2\.weight was torch\.float32 of shape \[1, 8\]; now it is torch\.float32 of shape \[5, 8\]",
+        ),
+        (nn.Linear(8, 1).double(), r"now it is torch\.float64 of shape \[1, 8\]"),
+    ],
+    ids=["shape", "dtype"],
+)
+def test_a_layer_replaced_by_one_of_another_form_is_named(head: nn.Module, match: str) -> None:
+    model = Net()
+    ema = EMA(model)
+    model.layers[2] = head
+    with pytest.raises(SettingError, match=match):
+        ema.update(model)
+
+
+def fill(model: nn.Module) -> nn.Module:
+    """As if pretrained weights were loaded into the model."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.5)
+    return model
+
+
+@pytest.mark.parametrize("when", ["", "before_train", "before_epoch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_a_script_loads_before_the_first_step_begin_the_average(
+    when: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    data = [(x.to(dtype), y.to(dtype)) for x, y in make_batches()]
+    settings: dict[str, Any] = {"data": data, "use_ema": True, "ema_ramp": 0, "max_epochs": 1}
+    expected = make_trainer(tmp_path, fill(Net().to(dtype)), **settings)
+    hooks = [On(**{when: lambda trainer: fill(trainer.model)})] if when else []
+    trainer = make_trainer(tmp_path, Net(seed=1).to(dtype), hooks=hooks, **settings)
+    if not when:
+        fill(trainer.model)
+    expected.train()
+    trainer.train()
+    assert differences(weights_of(expected.model_evaluate), weights_of(trainer.model_evaluate)) == []
+
+
+def test_weights_that_a_script_loads_into_the_average_stay(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, Net(seed=1), use_ema=True, ema_ramp=0, max_epochs=1)
+    with torch.no_grad():
+        for parameter in trainer.model_evaluate.parameters():
+            parameter.fill_(7.0)
+    trainer.train()
+    assert trainer.model_evaluate.layers[0].weight.mean().item() == pytest.approx(7.0, abs=0.01)
+
+
 def test_replaced_parameters_are_followed_from_train_on(tmp_path: Path) -> None:
     model = Net()
     trainer = make_trainer(tmp_path, model, use_ema=True, ema_decay=0.0)

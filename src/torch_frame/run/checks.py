@@ -193,6 +193,21 @@ def check_names_of_17(kind: type) -> None:
         )
 
 
+def check_epoch(kind: type, length: RunLength, *, is_trained: bool) -> None:
+    """An override of train_one_epoch has left the epoch to the loop, which counts and saves.
+
+    Args:
+        kind: of the trainer.
+        length: of the run, which `max_iters` may have cut.
+        is_trained: all of the epoch's batches are counted.
+    """
+    if not is_trained and not length.is_cut():
+        raise SettingError(
+            f"{kind.__name__}.train_one_epoch returned, but no epoch was trained and counted. Call super().train_one_epoch() in "
+            "it; a step of your own goes into train_one_iter."
+        )
+
+
 def check_step(optimization: Optimization, step: Any, standard: Any) -> None:
     """A dict of optimizers needs a step of the user's, which says which loss is whose; its gradients are not mixed."""
     optimization.check()

@@ -105,7 +105,7 @@ def begin(run: Run) -> None:
     run.frozen.begin()
     run.metric_storage.allow_repeats()
     if run.ema is not None:
-        run.ema.bind(run.model)
+        run.ema.begin(run.model)
     run.feed.tell()
     run.hook_caller.begin()
     log_first_lines(first_block.ordered(_rows(run)), run.resumption.told, run.info_params)

@@ -67,6 +67,7 @@ class EMA:
         self._source: nn.Module | None = None
         self._is_new = False
         self._wide: dict[str, Tensor] = {}  # averages in float32 of parameters of 16 bits
+        self._writes_at_first = self._writes(bare)
 
     @property
     def limit(self) -> float:
@@ -112,6 +113,28 @@ class EMA:
         if self._buffers is not None:
             self._buffers.copy()
 
+    @torch.no_grad()
+    def begin(self, model: nn.Module) -> None:
+        """An epoch begins: `bind`. Before the first update the average begins with the weights that `model` has now.
+
+        They may have been loaded since the average was made. Weights that a script has loaded into the average stay.
+        """
+        bare = _bare(model)
+        if self.updates == 0 and self._writes(bare) == self._writes_at_first:
+            weights = dict(bare.named_parameters())
+            for name, own in self.model.named_parameters():
+                weight = weights.get(name, own)
+                if weight is not own and _are_alike(own, weight):  # not shared
+                    own.copy_(weight)
+            self._forget_wide()
+            self._writes_at_first = self._writes(bare)
+        self.bind(model)
+
+    def _writes(self, bare: nn.Module) -> int:
+        """How often the average's own parameters have been written to."""
+        shared = {id(parameter) for parameter in bare.parameters()}
+        return sum(own._version for own in self.model.parameters() if id(own) not in shared)
+
     def _has_changed(self) -> bool:
         """An optimizer has got a group of parameters, or a forward pass has made a buffer that was registered as None."""
         if self._empty and any(owner[name] is not None for owner, name in self._empty):
@@ -122,7 +145,7 @@ class EMA:
         """Look up the tensors to follow, and the modes; needed again if a model's tensors have been replaced by others.
 
         Raises:
-            SettingError: where `model` is built differently, or is on another device than the average.
+            SettingError: where `model` is built differently: its parameters have other names, shapes or dtypes.
         """
         bare = _bare(model)
         averages, weights = dict(self.model.named_parameters()), dict(bare.named_parameters())
@@ -132,6 +155,13 @@ class EMA:
                 f"EMA was made of a model with other parameters than the one it is to follow: {', '.join(differing[:5])} "
                 f"{'and more ' if len(differing) > 5 else ''}are only in one of them. "
                 "Change the model before the Trainer is made."
+            )
+        other = [name for name, average in averages.items() if not _are_alike(average, weights[name])]
+        if other:
+            was, now = averages[other[0]], weights[other[0]]
+            raise SettingError(
+                f"EMA was made of a model whose {other[0]} was {was.dtype} of shape {list(was.shape)}; now it is {now.dtype} of "
+                f"shape {list(now.shape)}. Change the model before the Trainer is made."
             )
         follow_modes(self.model, bare)
         own = {name: average for name, average in averages.items() if average is not weights[name]}  # not shared
@@ -202,6 +232,7 @@ class EMA:
             for average, weight in zip(self.model.parameters(), bare.parameters(), strict=True):
                 average.copy_(weight)
         self._forget_wide()
+        self._writes_at_first = self._writes(bare)
 
     def follow_modes(self, model: nn.Module) -> None:
         """Give the average's modules the modes of those of `model`."""
@@ -265,6 +296,10 @@ def _with_infinities(model: nn.Module) -> set[str]:
     named = {name: p.detach() for name, p in model.named_parameters() if _can_be_averaged(p) and not p.is_meta}
     finite = {name: p.isfinite().all() for name, p in named.items()}
     return {name for name, flag in finite.items() if not flag}
+
+
+def _are_alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype
 
 
 def _groups(optimizers: Iterable[Optimizer]) -> tuple[tuple[int, int], ...]:
