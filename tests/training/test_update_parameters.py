@@ -295,3 +295,13 @@ def test_a_group_may_be_added_during_the_warm_up(tmp_path: Path) -> None:
     ).train()
     assert [lrs[0] for lrs in used] == [0.025] * 4 + [0.05]
     assert used[-1] == [0.05, 0.5]
+
+
+def test_a_zero_grad_that_an_object_carries_is_called(tmp_path: Path) -> None:
+    """apex puts methods of its own into the optimizer object."""
+    model = Net()
+    optimizer = SGD(model.parameters(), lr=0.05)
+    calls: list[int] = []
+    optimizer.zero_grad = lambda *args: calls.append(1)  # type: ignore[method-assign,misc]
+    make_trainer(tmp_path, model, optimizer, data=make_batches(5), max_epochs=1).train()
+    assert len(calls) == 5

@@ -117,7 +117,9 @@ class Update:
         self._optimized = [p for key, p in in_model.items() if key in optimized]
         self._optimized += [p for key, p in optimized.items() if key not in in_model]
         self._num_groups = [(optimizer, len(optimizer.param_groups)) for optimizer in self.optimizers]
-        self._with_own_zero_grad = [one for one in self.optimizers if type(one).zero_grad is not Optimizer.zero_grad]
+        self._with_own_zero_grad = [
+            one for one in self.optimizers if type(one).zero_grad is not Optimizer.zero_grad or "zero_grad" in vars(one)
+        ]
         # All the model's: what no optimizer has would add up for ever.
         self._to_clear = list({**in_model, **optimized}.values()) if self._is_alone else self._optimized
         self._finite_check = FiniteCheck(self._optimized)
