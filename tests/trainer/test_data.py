@@ -14,7 +14,16 @@ import pytest
 import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    WeightedRandomSampler,
+)
 
 from tests.small_data import KINDS, descendants, make_loader, processes_gone
 from tests.small_hooks import On, Recorder, at_iter
@@ -401,6 +410,63 @@ def test_a_stateful_data_loader_resumes_inside_an_epoch(tmp_path: Path, num_work
     resumed = build([])
     resumed.load_checkpoint(f"{first.ckpt_dir}/latest.pth")
     assert not differences(end_of(resumed), expected)
+
+
+class Growing(Sampler[int]):
+    """4 samples in the first epoch, 8 in the second, and so on; of batches: so many of them."""
+
+    def __init__(self, *, in_batches: bool) -> None:
+        self.in_batches = in_batches
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return 4 * (self.epoch + 1)
+
+    def __iter__(self) -> Iterator[Any]:
+        indices = torch.randint(SIZE, (len(self), 2)).tolist()
+        return iter(indices if self.in_batches else [first for first, _ in indices])
+
+
+@pytest.mark.parametrize("in_batches", [False, True])
+@pytest.mark.parametrize("at", [5, 7])
+def test_a_sampler_whose_length_is_of_the_epoch_can_be_resumed(
+    in_batches: bool, at: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Batch samplers that fill batches by length have another number of them in each epoch."""
+
+    def build(hooks: list[HookBase]) -> Trainer:
+        sampler = Growing(in_batches=in_batches)
+        which = {"batch_sampler": sampler} if in_batches else {"sampler": sampler, "batch_size": 2}
+        return trainer_of(tmp_path, DataLoader(Samples(), **which), seed=7, hooks=hooks)
+
+    seed_everything(1)
+    expected = end_of(build([]))
+    seed_everything(1)
+    first = build([SaveLatest(at)])
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    resumed = build([])
+    resumed.load_checkpoint(f"{first.ckpt_dir}/latest.pth")
+    assert not differences(end_of(resumed), expected)
+    assert "By the sampler, an epoch's data was" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [RandomSampler, WeightedRandomSampler, DistributedSampler])
+def test_another_length_of_torchs_own_samplers_is_refused(kind: Any, tmp_path: Path) -> None:
+    make: dict[Any, Any] = {
+        RandomSampler: lambda size: RandomSampler(range(SIZE), replacement=True, num_samples=size),
+        WeightedRandomSampler: lambda size: WeightedRandomSampler([1.0] * SIZE, size),
+        DistributedSampler: lambda size: DistributedSampler(range(size), 1, 0),  # type: ignore[arg-type]
+    }
+    first = trainer_of(tmp_path, DataLoader(Samples(), 4, sampler=make[kind](12)), seed=7, hooks=[SaveLatest(2)])
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    resumed = trainer_of(tmp_path, DataLoader(Samples(), 4, sampler=make[kind](16)), seed=7)
+    with pytest.raises(CheckpointError, match="an epoch's data was 12 samples, now it is 16 samples"):
+        resumed.load_checkpoint(f"{first.ckpt_dir}/latest.pth")
 
 
 def stateful_trainer(folder: Path, kind: str, seen: list[Any], **settings: Any) -> Trainer:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import (
+    BatchSampler,
     DistributedSampler,
     RandomSampler,
     SequentialSampler,
@@ -263,6 +264,11 @@ def _simple(element: Any) -> Any:
 
 _DRAW_AT_ONCE = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
 """Samplers that draw from the global generators before they yield, and not later."""
+
+
+def may_vary(sampler: Any) -> bool:
+    """Its length may be another one in each epoch: it is a user's, or inside one."""
+    return any(type(one) not in (*_DRAW_AT_ONCE, BatchSampler) for one in _with_inner(sampler))
 
 
 def _with_inner(sampler: Any) -> Iterator[Any]:

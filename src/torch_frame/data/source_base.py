@@ -32,6 +32,11 @@ class Source(Protocol):
         ...
 
     @property
+    def length_varies(self) -> bool:
+        """The length may be another one in each epoch."""
+        ...
+
+    @property
     def num_batches(self) -> int | None:
         """Batches in an epoch, on this rank; None if it is not known."""
         ...
@@ -90,6 +95,10 @@ class StatelessSource:
     @property
     def length(self) -> tuple[int, str] | None:
         return None if self.num_batches is None else (self.num_batches, "batches")
+
+    @property
+    def length_varies(self) -> bool:
+        return False
 
     def num_left(self, position: int, num_dealt: int) -> int | None:
         return None

@@ -12,7 +12,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from torch_frame.data.loading import Fetched, Loading
-from torch_frame.data.order import hash_ints
+from torch_frame.data.order import hash_ints, may_vary
 from torch_frame.data.plan import BatchPlace, BatchPlan, plan_of
 from torch_frame.data.source_base import BatchAndPosition, StatelessSource, length_of
 from torch_frame.data.workers import as_it_is, no_second_warning, worker_settings
@@ -89,6 +89,12 @@ class OrderedSource(StatelessSource):
             return self.plan.num_samples, "samples"
         except (TypeError, NotImplementedError):  # a sampler without a length
             return None
+
+    @property
+    def length_varies(self) -> bool:
+        """A sampler of the user's gives the length."""
+        loader = self._loader
+        return may_vary(loader.sampler if loader.batch_sampler is None else loader.batch_sampler)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[BatchAndPosition]:
         """The epoch's batches from position `start` on.

@@ -303,14 +303,34 @@ class ClassesPart(FactPart):
 
 
 class LengthPart(FactPart):
-    """The length of an epoch's data, as (number, of what); None if it is not known, or the loader was set during the run."""
+    """The length of an epoch's data, as (number, of what); None if it is not known, or the loader was set during the run.
+
+    Args:
+        length: as it is now.
+        varies: a sampler of the user's gives it, perhaps another one in each epoch, so it is only told.
+    """
+
+    def __init__(self, length: tuple[int, str] | None, *, varies: bool) -> None:
+        super().__init__(length)
+        self._varies = varies
 
     def differences(self, saved: tuple[int, str] | None, unknown: Collection[str]) -> list[str]:
+        now, text = self._value, self._differing(saved)
+        if text is None or (self._varies and saved is not None and saved[1] == now[1]):
+            return []
+        same_kind = saved is not None and saved[1] == now[1]
+        return [text if same_kind else f"{text}: another kind of loader, or take_over has changed"]
+
+    def lines(self, saved: tuple[int, str] | None) -> list[Line]:
+        """What to say when the run is resumed all the same."""
+        text = self._differing(saved)
+        return [] if text is None else [(logging.INFO, f"By the sampler, {text}.")]
+
+    def _differing(self, saved: tuple[int, str] | None) -> str | None:
         now = self._value
         if saved is None or now is None or tuple(saved) == tuple(now):
-            return []
-        text = f"an epoch's data was {saved[0]} {saved[1]}, now it is {now[0]} {now[1]}"
-        return [text if saved[1] == now[1] else f"{text}: another kind of loader, or take_over has changed"]
+            return None
+        return f"an epoch's data was {saved[0]} {saved[1]}, now it is {now[0]} {now[1]}"
 
 
 ENVIRONMENT = frozenset(

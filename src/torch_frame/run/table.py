@@ -37,7 +37,7 @@ def table(run: Run) -> dict[str, Part]:
         "precision": parts.SettingPart("precision", run.precision.name),
         "seed": parts.SeedPart(run.seed, run.seed_is_explicit),
         "loader_seed": parts.LoaderSeedPart(run.feed.loader),
-        "data_length": parts.LengthPart(run.feed.length),
+        "data_length": parts.LengthPart(run.feed.length, varies=run.feed.source.length_varies),
         "environment": environment(run),
         **run.feed.parts(),
         "rng": parts.RandomPart(run.strategy),
