@@ -236,6 +236,18 @@ def test_weights_that_a_script_loads_before_the_first_step_begin_the_average(
     assert differences(weights_of(expected.model_evaluate), weights_of(trainer.model_evaluate)) == []
 
 
+def test_weights_that_a_script_loads_are_evaluated_and_saved_before_the_run(tmp_path: Path) -> None:
+    hook = EvalHook([0], lambda model, batch: {"mean": [float(model.layers[0].weight.mean())]}, progress_bar=False)
+    trainer = make_trainer(tmp_path / "run", Net(seed=1), use_ema=True, hooks=[hook])
+    fill(trainer.model)
+    assert trainer.evaluate()["eval_mean"] == 0.5
+    trainer = make_trainer(tmp_path / "run", Net(seed=1), use_ema=True)
+    fill(trainer.model)
+    trainer.save_checkpoint("first.pth")
+    saved = torch.load(f"{trainer.ckpt_dir}/first.pth", weights_only=True)
+    assert differences(saved, weights_of(trainer.model)) == []
+
+
 def test_weights_that_a_script_loads_into_the_average_stay(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, Net(seed=1), use_ema=True, ema_ramp=0, max_epochs=1)
     with torch.no_grad():

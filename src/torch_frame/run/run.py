@@ -127,7 +127,11 @@ class Run:
     @property
     def model_to_use(self) -> nn.Module:
         """The model to evaluate and to use: EMA's if there is one."""
-        return self.bare_model if self.ema is None else self.ema.model
+        if self.ema is None:
+            return self.bare_model
+        if self.ema.updates == 0:
+            self.ema.begin(self.model)  # weights may have been loaded into the model, which is evaluated before the run
+        return self.ema.model
 
     @property
     def window_len(self) -> int:

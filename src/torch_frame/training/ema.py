@@ -271,6 +271,8 @@ class EMA:
 
     def weights(self, model: nn.Module) -> dict[str, Any]:
         """The average's `state_dict`; one that leaves frozen parts out sees those that are frozen in `model`."""
+        if self.updates == 0:
+            self.begin(model)
         flags = [(average, average.requires_grad) for average in self.model.parameters()]
         try:
             for (average, _), weight in zip(flags, _bare(model).parameters(), strict=True):
