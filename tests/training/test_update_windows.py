@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import ExponentialLR
@@ -142,3 +143,21 @@ def test_a_window_that_an_error_has_interrupted_is_told_and_dropped(
     trainer.train()
     assert "gradient_accumulation_steps=4: the gradients of its 2 batches are dropped" in caplog.text
     assert trainer.progress.num_updates == 2
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_window_without_a_gradient_for_the_optimizer_changes_nothing(clip: float, tmp_path: Path) -> None:
+    """The epoch's last window, which is shorter, holds a batch whose loss depends on what is not optimized."""
+    model = Net()
+    model.other = nn.Parameter(torch.ones(()))
+    optimizer = SGD(model.layers.parameters(), lr=0.05)
+    seen: list[Any] = []
+
+    def step(model: Any, batch: Any) -> Any:
+        seen.append(weights_of(model))
+        return model(batch) if len(seen) < 5 else model.other * 2
+
+    settings: dict[str, Any] = {"max_epochs": 1, "step_fn": step, "clip_grad_norm": clip}
+    make_trainer(tmp_path, model, optimizer, data=make_batches(5), gradient_accumulation_steps=2, **settings).train()
+    assert differences(seen[4], weights_of(model)) == []
+    assert differences(seen[0], seen[4])

@@ -245,7 +245,9 @@ class Update:
             for optimizer in self.optimizers:
                 self._scaler.unscale_(optimizer)
         if isinstance(correction, Tensor) or correction != 1.0:
-            torch._foreach_mul_(self._gradients(), correction)
+            gradients = self._gradients()
+            if gradients:  # none if a window's losses depend on other parameters only
+                torch._foreach_mul_(gradients, correction)
 
     def step(self) -> bool:
         """End the window: one step of each optimizer, or none if the gradient is not finite and may be skipped.
