@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from torch_frame.checkpoint.values import decode, encode
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import SettingError
 from torch_frame.hooks.evaluation import EvaluationHook, check_dataloader, first_batch, same_buffers
@@ -308,7 +309,8 @@ def merge_over_ranks(metrics: Sequence[Any], strategy: Strategy) -> None:
         return
     of_torchmetrics = [is_torchmetrics(metric) and has_states(metric) for metric in metrics]
     own = [states_of(m) if is_theirs else m.state_dict() for m, is_theirs in zip(metrics, of_torchmetrics, strict=True)]
-    of_metrics = zip(*strategy.collect(own), strict=True)  # none on the other ranks
+    sent = [encode(state, f"the state of {type(metric).__name__}") for metric, state in zip(metrics, own, strict=True)]
+    of_metrics = zip(*map(decode, strategy.collect(sent)), strict=True)  # none on the other ranks
     for metric, is_theirs, of_ranks in zip(metrics, of_torchmetrics, of_metrics, strict=False):
         if is_theirs:
             put_together(metric, of_ranks)
