@@ -27,7 +27,6 @@ from torch_frame.distributed.accelerate import (
 )
 from torch_frame.errors import SettingError
 from torch_frame.hooks.base import HookBase
-from torch_frame.run import alike
 from torch_frame.run.modes import Modes
 from torch_frame.run.resume import load_best
 from torch_frame.run.saving import Contents
@@ -73,7 +72,7 @@ class AccelerateTrainer(Trainer):
 
     # fmt: off
     _own_attributes = frozenset((
-        "accelerator", "_accelerated", "_is_prepared", "_is_told_apart", "_named_warmup", "_project_dir",
+        "accelerator", "_accelerated", "_is_prepared", "_named_warmup", "_project_dir",
         "_resume_settings", "_save_frozen", "_serves", "_shown", "_takes_hooks",
     ))
     # fmt: on
@@ -122,7 +121,6 @@ class AccelerateTrainer(Trainer):
         hooks = hooks if self._takes_hooks else []
         self._is_prepared = False
         self._save_frozen, self._resume_settings = settings.get("save_frozen", True), settings.get("resume_settings")
-        self._is_told_apart = False  # that the processes train different models
         self._serves = False  # the other processes wait for what this one's `save_checkpoint` needs of them
         device = self.accelerator.device
         data_seed = self.accelerator.dataloader_config.data_seed
@@ -225,16 +223,10 @@ class AccelerateTrainer(Trainer):
         super().register_hooks(hooks if self._takes_hooks else [])
 
     def batches(self) -> Iterator[tuple[Any, int]]:
-        """As in `Trainer`; what hooks of the main process have changed since the last epoch is shared first."""
+        """As in `Trainer`; hooks of the main process see one process meanwhile."""
         if isinstance(self._accelerated, AcceleratedRanks) and self._shares:
             self._accelerated.surround(self.stages)
-            alike.share_changes(self.strategy, self.model_or_module, self.optimization.optimizers)
         return super().batches()
-
-    def _finish_epoch(self) -> None:
-        if self._shares and not self._is_told_apart:
-            self._is_told_apart = not alike.tell_of_differences(self.strategy, self.model_or_module)
-        super()._finish_epoch()
 
     @property
     def _shares(self) -> bool:

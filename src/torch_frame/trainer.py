@@ -27,7 +27,7 @@ from torch_frame.hooks.caller import HookCaller, checked_hooks
 from torch_frame.hooks.defaults import default_hooks
 from torch_frame.hooks.evaluation import evaluate_all
 from torch_frame.progress import Progress
-from torch_frame.run import checks, opening
+from torch_frame.run import alike, checks, opening
 from torch_frame.run.attributes import Attributes
 from torch_frame.run.delegated import delegated
 from torch_frame.run.feed import Feed
@@ -370,6 +370,7 @@ class Trainer:
                         with self._ranks.alone():
                             for call in self.stages["after_epoch"]:  # not by `call`: a frame less above errors
                                 call()
+                        alike.follow_length(self._run)
                         is_last, is_whole = self.length.is_last_epoch(), self.progress.epoch_trained
                         metric, storage = self.lr_scheduler_metric if is_whole else None, self.metric_storage
                         step_by_metric(self.optimization, metric, storage, self.strategy, is_last=is_last)
@@ -411,10 +412,11 @@ class Trainer:
             self._run.modes.begin_epoch()
             with self._ranks.alone():
                 self.call("before_epoch")
-            self._ranks.meet_if_alone()
+            alike.follow_main(self._run)
             self._run.modes.after_before_epoch()
         else:
             self._run.modes.restore()
+            alike.follow_main(self._run)
         if self.model_ema is not None:
             self.model_ema.begin(self.model)
         self.optimization.refresh()
@@ -566,6 +568,7 @@ class Trainer:
 
     def _finish_epoch(self) -> None:
         self._own_step.end_look()
+        alike.tell_if_apart(self._run)
         if self.optimization.window_open:  # the loader yielded fewer batches than its length says, or has none
             values: dict[str, Any] = {}
             for run in self.optimization.close_window(values):

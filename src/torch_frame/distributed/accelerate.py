@@ -137,6 +137,10 @@ class AcceleratedRanks(DDP):
     def shares_gradients(self) -> bool:
         return not self.exchanges_itself and super().shares_gradients
 
+    @property
+    def keeps_ranks_alike(self) -> bool:
+        return not self.exchanges_itself and super().keeps_ranks_alike
+
     def run_backward(self, loss: Tensor, inputs: Sequence[Tensor] | None) -> None:
         _backward(self.accelerator, loss, inputs)
 

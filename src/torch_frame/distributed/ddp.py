@@ -258,11 +258,15 @@ class DDP(SingleProcess):
         if wrapped is None:
             return True  # `reduce_gradients` averages them
         hooks = [hook for hook, _ in wrapped._comm_hooks]
-        return (
-            all(hook in _same_on_all_ranks() for hook in hooks)
-            and not wrapped.parameters_to_ignore
-            and dist.get_world_size(wrapped.process_group) == self.world_size
-        )
+        return all(hook in _same_on_all_ranks() for hook in hooks) and self.keeps_ranks_alike
+
+    @property
+    def keeps_ranks_alike(self) -> bool:
+        """See the function: not if some parameters or ranks are left out of the exchange."""
+        wrapped = self._wrapped
+        if wrapped is None:
+            return True
+        return not wrapped.parameters_to_ignore and dist.get_world_size(wrapped.process_group) == self.world_size
 
     # ---------------------------------------------------------------- together
 

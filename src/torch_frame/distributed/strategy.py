@@ -49,6 +49,14 @@ def shares_gradients(strategy: Strategy) -> bool:
     return bool(getattr(strategy, "shares_gradients", False))
 
 
+def keeps_ranks_alike(strategy: Strategy) -> bool:
+    """Each of several ranks holds the whole model, and they train with the same gradients from the same weights.
+
+    A strategy says so by an attribute of this name.
+    """
+    return bool(getattr(strategy, "keeps_ranks_alike", False))
+
+
 @runtime_checkable
 class Strategy(Protocol):
     """How one training is spread over processes and devices.
@@ -62,7 +70,8 @@ class Strategy(Protocol):
         own_shards: the script's data loader gives each rank a part of its own already.
         short_batch: what happens to an epoch's last samples if they are fewer than the ranks: "wrap" or "drop".
 
-    It may have the attribute `shares_gradients`, which saves an exchange at each update (see the function of this name).
+    It may have the attributes `shares_gradients`, which saves an exchange at each update, and `keeps_ranks_alike`, with which
+    weights that differ are told or shared (see the functions of these names).
     """
 
     @property

@@ -1,4 +1,4 @@
-"""Ranks train alike when only rank 0 has hooks: what these change at an epoch's border is taken over by the others.
+"""Ranks train alike: what only rank 0 was given, or what hooks that only it has have changed, is taken over by the others.
 
 A hook that sets a learning rate, loads weights or freezes a layer would otherwise do so on one rank, and the ranks would train
 different models from then on, without an error.
@@ -15,14 +15,69 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from torch_frame.distributed.strategy import Strategy
+from torch_frame.distributed.strategy import Strategy, keeps_ranks_alike
 from torch_frame.errors import SettingError
+from torch_frame.run.run import Run
+from torch_frame.training.modes import modes_of, set_modes
 
 _logger = logging.getLogger("torch_frame")
+_CURE = "Give the hook to all of them (AccelerateTrainer: hook_only_main_gpu=False)."
+
+
+def begin_alike(run: Run) -> None:
+    """Before a new run's first step, on all ranks: rank 0's weights, if a script has loaded some on rank 0 only. Told."""
+    if run.progress.iter > 0 or not keeps_ranks_alike(run.strategy) or _same_weights(run.strategy, run.bare_model):
+        return
+    if run.ranks.hooks_on_all:
+        _logger.warning(
+            "The ranks have different weights before the first step: weights were loaded or set on some of them only. All "
+            "have rank 0's now. Do it on all ranks."
+        )
+    _share_weights(run.strategy, run.bare_model)
+    if run.ema is not None:
+        _share_weights(run.strategy, run.ema.model)
+
+
+def follow_main(run: Run) -> None:
+    """Before an epoch's first batch, on all ranks: wait for the hooks that only rank 0 has, and take over what they have changed.
+
+    Raises:
+        SettingError: if they have changed what the other ranks cannot take over.
+    """
+    if run.ranks.hooks_on_all:
+        return
+    is_other = run.strategy.gather(run.feed.next_loader is not run.feed.loader)
+    if len(set(is_other)) > 1:
+        raise SettingError(
+            f"A hook that only rank 0 has set another data_loader, which the other ranks have not. {_CURE}"
+        )
+    run.optimization.window_len = run.strategy.broadcast(run.optimization.window_len)
+    if keeps_ranks_alike(run.strategy):
+        share_changes(run.strategy, run.bare_model, run.optimization.optimizers)
+
+
+def follow_length(run: Run) -> None:
+    """Behind `before_train` and `after_epoch` of hooks that only rank 0 has: the run is as long as it is there.
+
+    Raises:
+        SettingError: if they have set another loader.
+    """
+    if not run.ranks.hooks_on_all:
+        _check_loaders(run)
+        length = run.length
+        length.max_epochs, length.own_max_iters = run.strategy.broadcast((length.max_epochs, length.own_max_iters))
+
+
+def _check_loaders(run: Run) -> None:
+    is_other = run.strategy.gather(run.feed.next_loader is not run.feed.loader)
+    if len(set(is_other)) > 1:
+        raise SettingError(
+            f"A hook that only rank 0 has set another data_loader, which the other ranks have not. {_CURE}"
+        )
 
 
 def share_changes(strategy: Strategy, model: nn.Module, optimizers: Mapping[str, Optimizer]) -> None:
-    """Before an epoch's first batch, on all ranks: rank 0's settings of the optimizers, its weights and what it trains.
+    """On all ranks: rank 0's settings of the optimizers, its weights, what it trains, and its modules' modes.
 
     Args:
         strategy: of the run.
@@ -33,16 +88,18 @@ def share_changes(strategy: Strategy, model: nn.Module, optimizers: Mapping[str,
         SettingError: if rank 0 has another model, or other groups of parameters.
     """
     trained = [parameter.requires_grad for parameter in model.parameters()]
+    modes = list(modes_of(model).values())
     settings = {name: [_settings(group) for group in one.param_groups] for name, one in optimizers.items()}
     sizes = [(name, [len(group["params"]) for group in one.param_groups]) for name, one in optimizers.items()]
-    of_ranks = strategy.gather([len(trained), sizes])
+    of_ranks = strategy.gather([len(trained), len(modes), sizes])
     if any(one != of_ranks[0] for one in of_ranks):
         raise SettingError(
-            "A hook that only rank 0 has changed the model or the groups of the optimizer, which the other ranks have not. Give "
-            "the hook to all of them (AccelerateTrainer: hook_only_main_gpu=False)."
+            "A hook that only rank 0 has changed the model or the groups of the optimizer, which the other ranks have not. "
+            f"{_CURE}"
         )
-    trained, settings = strategy.broadcast((trained, settings))
+    trained, modes, settings = strategy.broadcast((trained, modes, settings))
     if strategy.rank != 0:
+        set_modes(dict(zip(model.modules(), modes, strict=True)))
         for parameter, is_trained in zip(model.parameters(), trained, strict=True):
             if parameter.requires_grad is not is_trained:
                 parameter.requires_grad_(is_trained)
@@ -50,8 +107,13 @@ def share_changes(strategy: Strategy, model: nn.Module, optimizers: Mapping[str,
             for group, of_main in zip(one.param_groups, settings[name], strict=True):
                 _take_over(group, of_main)
     if not _same_weights(strategy, model):
-        for tensor in (*model.parameters(), *model.buffers()):
-            strategy.share([tensor])
+        _share_weights(strategy, model)
+
+
+def tell_if_apart(run: Run) -> None:
+    """Behind an epoch's last batch, if only rank 0 has hooks: that the ranks have trained different models is told, once."""
+    if not run.ranks.hooks_on_all and not run.ranks.told_apart and keeps_ranks_alike(run.strategy):
+        run.ranks.told_apart = not tell_of_differences(run.strategy, run.bare_model)
 
 
 def tell_of_differences(strategy: Strategy, model: nn.Module) -> bool:
@@ -64,9 +126,15 @@ def tell_of_differences(strategy: Strategy, model: nn.Module) -> bool:
     if not same:
         _logger.warning(
             "The ranks have other weights by the end of this epoch: a hook that only rank 0 has changes the weights, a learning "
-            "rate or the gradients in the middle of it. Give it to all ranks (AccelerateTrainer: hook_only_main_gpu=False)."
+            f"rate or the gradients in the middle of it. {_CURE}"
         )
     return same
+
+
+def _share_weights(strategy: Strategy, model: nn.Module) -> None:
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not is_lazy(tensor):
+            strategy.share([tensor])  # one by one: no second copy of a large model
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:

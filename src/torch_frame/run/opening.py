@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-from torch_frame.run import checks, doubts, first_block
+from torch_frame.run import alike, checks, doubts, first_block
 from torch_frame.run.resume import Found, newest
 from torch_frame.run.run import Run
 from torch_frame.run.session import Session, log_first_lines
@@ -147,6 +147,8 @@ def make_ready(run: Run) -> None:
     """
     run.start.apply(run.progress, run.length.epoch_len)
     run.start.in_train = True
+    alike.begin_alike(run)
+    alike.follow_length(run)
     _look(run)
     run.feed.use_next(run.length.last_epoch)
     run.resumption.restore_last(partial(table, run))

@@ -27,6 +27,7 @@ class Ranks:
 
     Attributes:
         hooks_on_all: all ranks have the same hooks.
+        told_apart: it was told that the ranks train different models.
         wants_stop: this rank wants the run to end.
         on_stop: called when it does: there is something to look at, at the next safe point.
         agree_in_epoch: behind a batch: whether any rank wants something at this safe point (`Meetings.agree`).
@@ -36,6 +37,7 @@ class Ranks:
         self._strategy = strategy
         self._several = strategy.world_size > 1
         self.hooks_on_all = True
+        self.told_apart = False
         self.wants_stop = False
         self._stops = False
         self.on_stop: Callable[[], None] = lambda: None
@@ -80,11 +82,6 @@ class Ranks:
     def meet(self) -> None:
         """Go on together."""
         if self._several:
-            self._strategy.agree(False)
-
-    def meet_if_alone(self) -> None:
-        """Let the ranks without hooks wait here for those of rank 0."""
-        if not self.hooks_on_all:
             self._strategy.agree(False)
 
     def begin_batches(self, *, asks: bool) -> None:
