@@ -275,11 +275,25 @@ class WholeState(HookBase):
         self.trainer.save_checkpoint("state.pth", save_single_model=False)
 
 
+def train_alone_by_batches(folder: Path) -> int:
+    """Evaluate for 2.7 s behind the third batch."""
+    settings: Any = {"period": 3, "period_unit": "iter", "progress_bar": False}
+    hooks = [EvalHook(make_batches(3), slow_scores, **settings)] if torch.distributed.get_rank() == 0 else []
+    data = DataLoader(TensorDataset(torch.randn(20, 3), torch.randn(20, 1)), 2)
+    trainer = make_trainer(folder / "batches", Net(), None, None, data, max_iters=4, hooks=hooks)
+    trainer.train(5, 5)
+    return trainer.progress.iter
+
+
+def train_both(folder: Path) -> Any:
+    return train_alone(folder), train_alone_by_batches(folder)
+
+
 def test_ranks_wait_for_rank_0_for_longer_than_the_time_out_and_end_with_it(tmp_path: Path) -> None:
-    """The evaluation takes 3.6 s, the group's time-out is 2 s."""
-    results = on_processes(train_alone, tmp_path, 2, tmp_path, group_timeout_s=2.0)
+    """The evaluations take 3.6 s behind an epoch and 2.7 s behind a batch, the group's time-out is 2 s."""
+    results = on_processes(train_both, tmp_path, 2, tmp_path, group_timeout_s=2.0)
     files = ["best.pth", "latest.pth", "mine.pth", "previous.pth", "state.pth"]
-    assert results == [{"epochs": 2, "files": files}] * 2
+    assert results == [({"epochs": 2, "files": files}, 4)] * 2
 
 
 # ---------------------------------------------------------------- what differs between ranks

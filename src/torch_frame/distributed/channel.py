@@ -58,6 +58,7 @@ class Channel:
         self._received = [torch.empty(2, dtype=torch.int64) for _ in range(self.world_size)]
         self._exchanged: Any = None  # tensors of the exchange under way
         self._is_kept = False
+        self._num_alone = 0  # `alone` inside each other
         atexit.register(_close, weakref.ref(self))
 
     # ---------------------------------------------------------------- exchanges
@@ -179,11 +180,15 @@ class Channel:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """On rank 0: the others wait, however long what is inside takes."""
-        self._store.set("alone", "1")
+        self._num_alone += 1
+        if self._num_alone == 1:
+            self._store.set("alone", "1")
         try:
             yield
         finally:
-            self._store.set("alone", "0")
+            self._num_alone -= 1
+            if self._num_alone == 0:
+                self._store.set("alone", "0")
 
     def tell_failure(self, what: str) -> None:
         """Tell the others that this rank ends, and why."""

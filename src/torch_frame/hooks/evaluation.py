@@ -236,7 +236,8 @@ class EvaluationHook(CheckpointerHook):
         """The conditions of the evaluation: eval mode, no gradients, its precision; everything as before afterwards."""
         trainer = self.trainer
         autocast = trainer.strategy.autocast(trainer.precision.autocast()) if self.precision == "train" else None
-        return evaluating(trainer.model_evaluate, self.inference_mode, autocast, trainer.schedule_free.shown())
+        alone = None if trainer.hook_strategy is trainer.strategy else trainer.strategy.alone()
+        return evaluating(trainer.model_evaluate, self.inference_mode, autocast, trainer.schedule_free.shown(), alone)
 
     def batches(self, dataloader: Iterable[Any], desc: str) -> Iterator[Any]:
         """A loader's batches, of several ranks this rank's part, on the model's device, with a bar.
@@ -336,10 +337,12 @@ def evaluating(
     inference_mode: bool = False,
     autocast: AbstractContextManager[Any] | None = None,
     weights: AbstractContextManager[None] | None = None,
+    alone: AbstractContextManager[None] | None = None,
 ) -> Iterator[None]:
     """Eval mode, no gradients, the weights to evaluate; modes, random-number states and weights as before afterwards."""
     modes = modes_of(model)
     with (
+        alone or _NOTHING,  # in a step, too, the other ranks wait however long it takes
         weights or _NOTHING,
         preserved_rng(),
         torch.inference_mode() if inference_mode else torch.no_grad(),

@@ -38,6 +38,7 @@ class Ranks:
         self._several = strategy.world_size > 1
         self.hooks_on_all = True
         self.told_apart = False
+        self._told_unequal = False
         self.wants_stop = False
         self._stops = False
         self.on_stop: Callable[[], None] = lambda: None
@@ -156,14 +157,25 @@ class Ranks:
         return self._in_step(batches) if self._several else batches
 
     def _in_step(self, batches: Iterator[T]) -> Iterator[T]:
+        num = 0
         for batch in batches:
             if self._strategy.agree(False):
-                _logger.info(
-                    "The epoch ends here, because another rank has no more batches; this one had at least one."
-                )
+                self._tell_of_unequal(num, has_more=True)
                 return
+            num += 1
             yield batch
         self._strategy.agree(True)
+        self._tell_of_unequal(num, has_more=False)
+
+    def _tell_of_unequal(self, num: int, *, has_more: bool) -> None:
+        """On all ranks, for the one that has no more may be the one that prints."""
+        if self._strategy.agree(has_more) and not self._told_unequal:
+            self._told_unequal = True
+            _logger.warning(
+                "The epoch ends after %d batches on each rank, because one of them has no more. Others have at least one more, "
+                "which is not trained on. Give all ranks as many batches.",
+                num,
+            )
 
     def share_values(self, state_dict: Callable[[], Any], load_state_dict: Callable[[Any], None]) -> None:
         """Before hooks decide: those of all ranks see rank 0's values, and whether the run ends."""
