@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    TensorDataset,
+)
 
 from tests.distributed.threads import ThreadStrategy, on_ranks
 from torch_frame import InfiniteDataLoader, SettingError
@@ -57,10 +67,55 @@ LOADERS = {
     ),
     "a DistributedSampler, which pads": padded,
     "infinite": lambda size: InfiniteDataLoader(TensorDataset(torch.arange(size)), 2, shuffle=True),
+    "indices that are no numbers": lambda size: DataLoader(Named(), batch_sampler=NamedBatches(size)),  # type: ignore[arg-type]
+    "arrays of indices": lambda size: DataLoader(
+        TensorDataset(torch.arange(size)),
+        batch_sampler=np.array_split(np.arange(size), -(-size // 2)),  # type: ignore[arg-type]
+    ),
     "a list": lambda size: list(torch.arange(size).split(2)),
     "a stream": lambda size: DataLoader(Stream(size), 2),
     "an iterable": Batches,
 }
+
+
+class Named:
+    """A dataset whose indices are texts and pairs, as those of samplers that choose a size are."""
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, index: Any) -> Tensor:
+        text, (number, size) = index
+        assert (text, size) == (f"{number:03d}", 8)
+        return torch.tensor(number)
+
+
+class NamedBatches:
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __iter__(self) -> Iterator[Any]:
+        for numbers in torch.arange(self.size).split(2):
+            yield [(f"{number:03d}", (np.int64(number), 8)) for number in numbers.tolist()]
+
+
+class OwnParts(Sampler[int]):
+    """Gives each rank a part of some of the samples, and pads."""
+
+    def __init__(self, indices: list[int], rank: int, num_replicas: int) -> None:
+        self.indices, self.rank, self.num_replicas = indices, rank, num_replicas
+
+    def __iter__(self) -> Iterator[int]:
+        padded = self.indices + self.indices[: -len(self.indices) % self.num_replicas]
+        return iter(padded[self.rank :: self.num_replicas])
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.num_replicas)
+
+
+class OwnBatches(OwnParts):
+    def __iter__(self) -> Any:
+        return iter([index, index + 50] for index in super().__iter__())
 
 
 def values(batches: Any) -> list[int]:
@@ -81,6 +136,46 @@ def test_every_sample_is_on_one_rank(make: Any, size: int, world_size: int) -> N
     results = on_ranks(work, world_size)
     assert sorted(value for seen, _ in results for value in seen) == list(range(size))  # type: ignore[misc]
     check_reports([report for _, report in results], "eval")  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_of_a_sampler_that_gives_each_rank_a_part_all_parts_are_evaluated_once(world_size: int) -> None:
+    """And no sample that it leaves out: it may be over the held-out part of the training's dataset."""
+    data = TensorDataset(torch.arange(100))
+    indices = [3, 1, 4, 15, 9, 2, 6]
+
+    def work(strategy: ThreadStrategy) -> Any:
+        rank, size = strategy.rank, strategy.world_size
+        single = DataLoader(data, 2, sampler=OwnParts(indices, rank, size))
+        batches = DataLoader(data, batch_sampler=OwnBatches(indices, rank, size))
+        of_part = DataLoader(data, 2, sampler=DistributedSampler(range(5), size, rank))  # type: ignore[arg-type]
+        return [values(deal(loader, strategy)) for loader in (single, batches, of_part)]
+
+    single, batches, of_part = zip(*on_ranks(work, world_size), strict=True)  # type: ignore[misc]
+    assert sorted(chain(*single)) == sorted(indices)
+    assert sorted(chain(*batches)) == sorted([*indices, *(index + 50 for index in indices)])
+    assert sorted(chain(*of_part)) == list(range(5))
+
+
+def test_a_hook_of_one_rank_evaluates_the_parts_of_all(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """Rank 0 alone has the hook: its sampler is asked as on each rank."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    data = TensorDataset(torch.arange(100))
+    indices = [3, 1, 4, 15, 9, 2, 6]
+    assert sorted(values(deal(DataLoader(data, 2, sampler=OwnParts(indices, 0, 3)), SingleProcess()))) == sorted(
+        indices
+    )
+    assert not caplog.records
+    fixed = OwnParts(indices, 0, 3)
+    fixed.__class__ = FixedParts
+    assert values(deal(DataLoader(data, 2, sampler=fixed), SingleProcess())) == [3, 15, 6]
+    assert "FixedParts has the part of this rank only" in caplog.text
+
+
+class FixedParts(OwnParts):
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices[::3])
 
 
 def test_batches_are_those_of_one_process() -> None:

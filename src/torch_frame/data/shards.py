@@ -5,13 +5,24 @@ Batches stay whole, so a sample's scores have the bits that they have in one pro
 
 from __future__ import annotations
 
+import copy
+import logging
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, zip_longest
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    Sampler,
+    SequentialSampler,
+)
 
 from torch_frame.data.infinite import InfiniteDataLoader
 from torch_frame.data.move import leaves
@@ -23,6 +34,7 @@ from torch_frame.distributed.launch import num_processes
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import SettingError
 
+_logger = logging.getLogger("torch_frame")
 Report = tuple[int, int, int]
 """Batches that a rank has evaluated, batches that it knows there are, and a digest of the first one (0: not compared)."""
 
@@ -161,10 +173,9 @@ def _is_of_a_map(loader: Any) -> bool:
 
 def _index_batches(loader: DataLoader[Any], strategy: Strategy) -> list[Any]:
     """The indices of all batches, the same on all ranks."""
-    if splits_by_itself(loader):  # a DistributedSampler pads, so some samples would count twice
-        whole: Any = SequentialSampler(loader.dataset)  # type: ignore[arg-type]
-        return list(whole if loader.batch_size is None else BatchSampler(whole, loader.batch_size, drop_last=False))
     drawn: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    if splits_by_itself(loader):
+        return _all_parts(loader, drawn, strategy)
     is_plain = type(drawn) is BatchSampler and type(drawn.sampler) is SequentialSampler
     if is_plain or type(drawn) is SequentialSampler:
         return list(drawn)
@@ -172,8 +183,64 @@ def _index_batches(loader: DataLoader[Any], strategy: Strategy) -> list[Any]:
     return strategy.broadcast(batches)  # random orders: rank 0's
 
 
-def _plain(indices: Any) -> Any:
-    return [int(index) for index in indices] if isinstance(indices, list | tuple) else indices
+def _all_parts(loader: DataLoader[Any], drawn: Any, strategy: Strategy) -> list[Any]:
+    """The batches of a sampler that gives each rank a part: each index once, for it pads.
+
+    A sampler of the user's may be over some of the samples only, so the ranks put together what theirs draw. Of a hook that only
+    one rank has it is asked as on each of the ranks.
+    """
+    sampler = drawn.sampler if type(drawn) is BatchSampler else drawn
+    if type(sampler) is DistributedSampler:
+        all_indices: Any = SequentialSampler(sampler.dataset)  # type: ignore[arg-type]
+        return list(all_indices if drawn is sampler else BatchSampler(all_indices, drawn.batch_size, drop_last=False))
+    if strategy.world_size > 1:
+        parts = strategy.gather([_plain(element) for element in drawn])
+    else:
+        parts = [[_plain(element) for element in _as_on_rank(rank, drawn)] for rank in range(num_processes())]
+        if all(part == parts[0] for part in parts):
+            _logger.warning(
+                "The evaluation's %s has the part of this rank only, so only this part is evaluated. Pass a DataLoader of the "
+                "whole dataset, or give the hook to all ranks.",
+                type(sampler).__name__,
+            )
+    in_turn = [element for elements in zip_longest(*parts) for element in elements if element is not None]
+    seen: set[Any] = set()
+    batches = [_unseen(element, seen) for element in in_turn]
+    return [element for element in batches if element not in ([], None)]
+
+
+def _as_on_rank(rank: int, sampler: Any) -> Any:
+    """A copy of a sampler, or of a batch sampler around one, that believes to be on this rank."""
+    as_there = copy.copy(sampler)
+    for name, value in vars(sampler).items():
+        if name.lstrip("_") == "rank":
+            setattr(as_there, name, rank)
+        elif isinstance(value, Sampler):
+            setattr(as_there, name, _as_on_rank(rank, value))
+    return as_there
+
+
+def _unseen(element: Any, seen: set[Any]) -> Any:
+    """A batch without the indices that were seen before, or a single index, None if it was."""
+    if isinstance(element, list):
+        return [index for index in element if _unseen(index, seen) is not None]
+    if element in seen:
+        return None
+    seen.add(element)
+    return element
+
+
+def _plain(index: Any) -> Any:
+    """What a sampler draws, in types that can be sent: lists of indices, which may be numbers, texts or tuples of these."""
+    if isinstance(index, Tensor | np.ndarray):
+        index = index.tolist()
+    if isinstance(index, list):
+        return [_plain(one) for one in index]
+    if isinstance(index, tuple):
+        return tuple(_plain(one) for one in index)
+    if isinstance(index, str):
+        return str(index)
+    return int(index) if isinstance(index, Integral) and not isinstance(index, bool) else index
 
 
 def _of(loader: DataLoader[Any], batches: list[Any]) -> DataLoader[Any]:
