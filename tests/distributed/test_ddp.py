@@ -131,12 +131,45 @@ class Unfreeze(HookBase):
         self.trainer.model_or_module.layers[0].requires_grad_(self.trainer.epoch > 0)  # type: ignore[union-attr, operator]
 
 
+class Rows(torch.nn.Module):
+    """Two tables with sparse gradients; the second one is used by samples with a word of 6 or more only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.rare = (torch.nn.Embedding(8, 2, sparse=True).double() for _ in range(2))
+        for table in (self.words, self.rare):
+            torch.nn.init.ones_(table.weight)
+
+    def loss(self, words: Tensor) -> Tensor:
+        rare = self.rare(words[words >= 6]) if (words >= 6).any() else torch.zeros(1)
+        total: Tensor = (self.words(words).square().sum() + rare.square().sum()) / len(words)
+        return total
+
+
+def train_sparse(folder: Path, world_size: int) -> dict[str, Tensor]:
+    """The step calls a method, so DDP does not exchange; the last samples, all of them rank 1's, use the second table."""
+    model = Rows()
+    words = TensorDataset(torch.tensor([1, 2, 1, 6, 3, 1, 7, 6]))
+    make_trainer(
+        folder,
+        model,
+        torch.optim.SparseAdam(list(model.parameters()), lr=0.1),
+        None,
+        DataLoader(words, 4 // world_size),
+        2,
+        clip_grad_norm=1.0,
+        step_fn=lambda model, batch: model.loss(batch[0]),
+    ).train(5, 5)
+    return weights_of(model)
+
+
 def train_odd(folder: Path, world_size: int) -> dict[str, dict[str, Tensor]]:
     return {
         "a window whose end was not foreseen": train_unsized(
             folder / "unsized", world_size, 0 if world_size > 1 else None
         ),
         "a layer that is unfrozen": train_unfrozen(folder / "unfrozen", world_size),
+        "sparse": train_sparse(folder / "sparse", world_size),
     }
 
 
@@ -231,6 +264,21 @@ def train_with(folder: Path, strategy: DDP, **settings: Any) -> dict[str, Tensor
     return weights_of(model)
 
 
+def train_compiled(folder: Path) -> dict[str, Tensor]:
+    """What torch.compile makes of a model that is wrapped already; the weights are those of its file."""
+    compiled = torch.compile(DistributedDataParallel(Net()), backend="eager")
+    data = TensorDataset(*(torch.cat(part) for part in zip(*make_batches(4, 8), strict=True)))
+    settings: Any = {"seed": 1, "gradient_accumulation_steps": 2}
+    trainer = make_trainer(folder, compiled, SGD(compiled.parameters(), 0.1), None, DataLoader(data, 4), 2, **settings)
+    trainer.train(5, 5)
+    trainer.save_checkpoint("weights.pth")
+    assert not any(isinstance(module, DistributedDataParallel) for module in trainer.model_or_module.modules())
+    if trainer.rank > 0:
+        return weights_of(trainer.model_or_module)
+    weights: dict[str, Tensor] = torch.load(Path(trainer.ckpt_dir) / "weights.pth", weights_only=True)
+    return weights
+
+
 def message_of(error: type[Exception], work: Any) -> str:
     try:
         work()
@@ -252,6 +300,7 @@ def try_more(folder: Path) -> dict[str, Any]:
         "views": train_with(folder / "b", DDP(gradient_as_bucket_view=True)),
         "static": train_with(folder / "c", DDP(static_graph=True)),
         "accumulated": train_with(folder / "g", DDP(), gradient_accumulation_steps=2),
+        "compiled, accumulated": train_compiled(folder / "i"),
         "static, accumulated": train_with(folder / "h", DDP(static_graph=True), gradient_accumulation_steps=2),
         "unused": train_with(folder / "d", DDP(find_unused_parameters=True)),
         "compressed": train_with(folder / "e", DDP(comm_hook="fp16")),
@@ -286,6 +335,7 @@ def test_settings_cuts_and_what_one_rank_finds(tmp_path: Path) -> None:
     for name in ("views", "static", "unused"):
         assert distance(first[name], first["plain"]) < 1e-6, name
     assert distance(first["static, accumulated"], first["accumulated"]) < 1e-6
+    assert differences(first["compiled, accumulated"], first["accumulated"]) == []
     assert 0 < distance(first["compressed"], first["plain"]) < 1e-2
     assert distance(first["alone"], first["plain"]) > 1e-3, "one process with the whole data, in as many steps"
 

@@ -15,11 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torch_frame.distributed.channel import Channel
 from torch_frame.distributed.launch import join_group
-from torch_frame.distributed.strategy import SingleProcess, Summable
+from torch_frame.distributed.strategy import SingleProcess, Summable, wrapper_of
 
 T = TypeVar("T")
 _logger = logging.getLogger("torch_frame")
 
+_NONE, _DENSE, _SPARSE = range(3)  # kinds of gradients
 CommHook = str | Callable[[Any, Any], Any] | tuple[Any, Callable[[Any, Any], Any]]
 
 
@@ -86,22 +87,23 @@ class DDP(SingleProcess):
     # ---------------------------------------------------------------- the model and its step
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """The model in DistributedDataParallel; one that is wrapped already is used as it is.
+        """The model in DistributedDataParallel; one that is wrapped already, and perhaps compiled, is used as it is.
 
         Raises:
             ValueError: for a setting that a wrapped model cannot be given any more, or that its device does not have.
         """
-        if isinstance(model, DistributedDataParallel):
+        given = wrapper_of(model)
+        if isinstance(given, DistributedDataParallel):
             self._check_unset()
-            wrapped = model
+            wrapped = given
         else:
-            wrapped = self._wrap(model)
+            wrapped = model = self._wrap(model)
         if self._comm_hook is not None:
             wrapped.register_comm_hook(*self._comm_hook)
-        wrapped.register_forward_pre_hook(self._note_call)
+        model.register_forward_pre_hook(self._note_call)  # of torch.compile(DDP(...)) outside of what is compiled
         self._wrapped = wrapped
         self._reduced = frozenset(id(p) for p in wrapped.module.parameters() if p.requires_grad)
-        return wrapped
+        return model
 
     def replicate(self, model: nn.Module) -> nn.Module:
         """The bare model.
@@ -111,7 +113,7 @@ class DDP(SingleProcess):
         Raises:
             ValueError: for a model that is wrapped, or for settings of the wrapper.
         """
-        if isinstance(model, DistributedDataParallel):
+        if isinstance(wrapper_of(model), DistributedDataParallel):
             raise ValueError(
                 "the model is wrapped in DistributedDataParallel, but a dict of optimizers needs the bare one. Pass model.module."
             )
@@ -231,16 +233,20 @@ class DDP(SingleProcess):
         """Average gradients; a rank that has none counts as zero, and none is made if no rank has one."""
         if not parameters:
             return
-        present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=parameters[0].device)
-        dist.all_reduce(present, op=dist.ReduceOp.MAX)
-        used = [p for p, any_rank in zip(parameters, present.tolist(), strict=True) if any_rank]
-        for (device, dtype), group in _by_kind(used).items():
+        kinds = torch.tensor([_kind(p.grad) for p in parameters], dtype=torch.uint8, device=parameters[0].device)
+        dist.all_reduce(kinds, op=dist.ReduceOp.MAX)
+        of_all = list(zip(parameters, kinds.tolist(), strict=True))
+        for (device, dtype), group in _by_kind(p for p, kind in of_all if kind == _DENSE).items():
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
             flat = torch.cat([gradient.reshape(-1) for gradient in gradients]).to(device, dtype)
             dist.all_reduce(flat)
             flat /= self.world_size
             for p, part in zip(group, flat.split([p.numel() for p in group]), strict=True):
                 p.grad = part.view_as(p).clone()
+        for p in (p for p, kind in of_all if kind == _SPARSE):
+            total = _no_rows(p) if p.grad is None else p.grad.coalesce()
+            dist.all_reduce(total)
+            p.grad = total / self.world_size
 
     def warm_up(self, step: Callable[[], None]) -> None:
         """Let a new wrapper put its buckets in order, as the first backward pass of the run that is resumed did.
@@ -315,6 +321,16 @@ class WithMethods(DistributedDataParallel):
             if name == "module":
                 raise
             return getattr(self.module, name)
+
+
+def _kind(gradient: Tensor | None) -> int:
+    return _NONE if gradient is None else _SPARSE if gradient.is_sparse else _DENSE
+
+
+def _no_rows(parameter: Tensor) -> Tensor:
+    """The sparse gradient of an embedding that was not asked for any row."""
+    indices = torch.empty(1, 0, dtype=torch.int64, device=parameter.device)
+    return torch.sparse_coo_tensor(indices, parameter.new_empty(0, *parameter.shape[1:]), parameter.shape)
 
 
 def _by_kind(parameters: Iterable[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:

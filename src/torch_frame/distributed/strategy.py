@@ -21,6 +21,12 @@ Summable = TypeVar("Summable", bound=Tensor | float)
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
+def wrapper_of(model: nn.Module) -> Any:
+    """The DistributedDataParallel or DataParallel that a model is, or that torch.compile was given; None for a bare model."""
+    inner = model._modules.get("_orig_mod", model)
+    return inner if isinstance(inner, _WRAPPERS) else None
+
+
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """torch's `clip_grad_norm_`, for sparse gradients too."""
     parameters = list(parameters)
@@ -211,7 +217,8 @@ class SingleProcess:
         """There is one rank."""
 
     def unwrap(self, model: nn.Module) -> nn.Module:
-        inner: nn.Module = model.module if isinstance(model, _WRAPPERS) else model
+        wrapper = wrapper_of(model)
+        inner: nn.Module = model if wrapper is None else wrapper.module
         return inner
 
     def autocast(self, own: AbstractContextManager[Any]) -> AbstractContextManager[Any]:
