@@ -234,6 +234,41 @@ def test_no_image_counts_twice_or_not_at_all(world_size: int, sizes: list[int], 
                     assert values[f"{name}_ranks"] == min(of_rank, world_size), "all ranks work"
 
 
+class Caching(Net):
+    """Keeps what it has computed, as long as the data was, and counts in a buffer that is saved."""
+
+    def __init__(self, *, persistent: bool) -> None:
+        super().__init__()
+        size = 3 + 2 * torch.distributed.get_rank()
+        self.register_buffer("scale", torch.tensor(1.0 + torch.distributed.get_rank()))
+        self.register_buffer("cache", torch.zeros(size), persistent=persistent)
+        if torch.distributed.get_rank() == 0:
+            self.register_buffer("only_here", torch.zeros(1), persistent=False)
+
+
+def evaluate_caching(folder: Path) -> Any:
+    found: list[Any] = []
+    for persistent in (False, True):
+        model = Caching(persistent=persistent)
+        hook = EvalHook(make_batches(3), lambda model, batch: {"scale": [model.scale]}, progress_bar=False)
+        strategy = DDP()
+        strategy.prepare = lambda model: model  # type: ignore[method-assign]  # as one that does not share buffers
+        trainer = make_trainer(folder, model, None, None, train_loader(), 1, hooks=[hook], strategy=strategy)
+        try:
+            found.append((trainer.evaluate(), len(model.cache), float(model.scale)))
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {error}")
+    return found
+
+
+def test_buffers_of_another_size_are_each_ranks_own_or_told(tmp_path: Path) -> None:
+    (first, first_told), (second, second_told) = on_processes(evaluate_caching, tmp_path, 2, tmp_path)
+    assert first == ({"eval_scale": 1.0}, 3, 1.0)
+    assert second == ({"eval_scale": 1.0}, 5, 2.0), "rank 0's scale, while it evaluates"
+    assert "SettingError: The buffer 'cache' has shape (3,) on rank 0 and (5,) on rank 1" in second_told
+    assert "RanksError" in first_told
+
+
 # ---------------------------------------------------------------- hooks on rank 0 alone
 
 

@@ -306,3 +306,23 @@ def test_an_eval_func_that_cannot_be_called_is_refused() -> None:
 def test_nan_scores_give_nan(tmp_path: Path) -> None:
     trainer = evaluate(tmp_path, [0], lambda model, batch: {"a": [1.0, math.nan]})
     assert math.isnan(trainer.metric_storage["eval_a"].latest)
+
+
+@pytest.mark.parametrize("form", ["tensor", "array", "list of tensors", "list of arrays"])
+def test_scores_that_the_next_batch_overwrites_count_as_they_were(form: str, tmp_path: Path) -> None:
+    """A model that writes into one buffer: torch.compile(mode="reduce-overhead") makes such."""
+    buffer = torch.zeros(2)
+
+    def score(model: Any, batch: int) -> Any:
+        buffer.fill_(batch)
+        rows = [buffer[:1], buffer[1:]]
+        forms = {
+            "tensor": buffer,
+            "array": buffer.numpy(),
+            "list of tensors": rows,
+            "list of arrays": [row.numpy() for row in rows],
+        }
+        return {"a": forms[form]}
+
+    trainer = evaluate(tmp_path, [1, 2, 6], score)
+    assert trainer.metric_storage["eval_a"].latest == 3.0

@@ -76,7 +76,7 @@ class EvalHook(EvaluationHook):
         with self.evaluating(), same_buffers(model, strategy):
             for batch in self.batches(self.dataloader, self.prefix.rstrip("_")):
                 for name, of_samples in _checked(self._eval_func(model, batch)).items():
-                    scores.setdefault(name, []).append(of_samples)
+                    scores.setdefault(name, []).append(_kept(of_samples))
         of_ranks = strategy.collect({name: _numbers(parts, name) for name, parts in scores.items()})
         merged = {name: [ranks[name] for ranks in of_ranks if name in ranks] for ranks in of_ranks for name in ranks}
         means = {self.prefix + name: _mean(torch.cat(parts).tolist()) for name, parts in merged.items()}
@@ -109,6 +109,15 @@ def _checked(result: Any) -> Scores:
         elif not isinstance(of_samples, Iterable) or isinstance(of_samples, str | bytes | Mapping | Set):
             raise TypeError(_not_of_samples(name, of_samples))
     return scores
+
+
+def _kept(scores: Any) -> Any:
+    """The scores as they are now: a model may write those of its next batch into the same tensor."""
+    if isinstance(scores, Tensor):
+        return scores.detach().clone()
+    if isinstance(scores, np.ndarray):
+        return scores.copy()
+    return [_kept(score) for score in scores] if isinstance(scores, list | tuple) else scores
 
 
 def _not_of_samples(name: str, scores: Any) -> str:

@@ -357,7 +357,13 @@ def evaluating(
 
 @contextlib.contextmanager
 def same_buffers(model: nn.Module, strategy: Strategy) -> Iterator[None]:
-    """Rank 0's buffers on all ranks inside: its statistics are those that are saved with the weights."""
+    """Rank 0's buffers on all ranks inside: its statistics are those that are saved with the weights.
+
+    A buffer that is not saved may have another size on each rank, or be on some of them only: a cache that grows with the data.
+
+    Raises:
+        SettingError: if one that is saved has another size than on rank 0.
+    """
     if strategy.world_size == 1 or next(model.buffers(), None) is None:
         yield
         return
@@ -365,7 +371,13 @@ def same_buffers(model: nn.Module, strategy: Strategy) -> Iterator[None]:
     own.take()
     buffers = dict(model.named_buffers())
     for name, value in strategy.broadcast(buffers).items():
-        buffers[name].data.copy_(value)
+        if name in buffers and buffers[name].shape == value.shape:
+            buffers[name].data.copy_(value)
+        elif name in model.state_dict():
+            raise SettingError(
+                f"The buffer {name!r} has shape {tuple(value.shape)} on rank 0 and {tuple(buffers[name].shape)} on rank "
+                f"{strategy.rank}, so the ranks would evaluate different models. Let it have one size on all of them."
+            )
     try:
         yield
     finally:
