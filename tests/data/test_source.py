@@ -494,6 +494,20 @@ def test_a_stateful_data_loader_is_used_through_its_state() -> None:
     assert not differences(list(other.epoch(0, 2)), rest)
 
 
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+def test_a_stateful_data_loader_of_a_stream_goes_on_though_it_has_no_length() -> None:
+    stateful = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+    source = source_of(stateful(Stream(10), batch_size=2), SEED)
+    running = source.epoch(0)
+    for _ in range(2):
+        next(running)
+    state = source.state_dict(2)
+    other = source_of(stateful(Stream(10), batch_size=2), SEED)
+    other.load_state_dict(state, 2)
+    resumed = [batch[:, 0].tolist() for batch, _ in other.epoch(0, 2)]
+    assert resumed == [batch[:, 0].tolist() for batch, _ in running] == [[4, 5], [6, 7], [8, 9]]
+
+
 # ---------------------------------------------------------------- errors, and what is left behind
 
 

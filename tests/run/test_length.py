@@ -502,3 +502,24 @@ def test_constant_schedules_by_updates_train_over_a_stream(tmp_path: Path) -> No
     )  # fmt: skip
     trainer.train()
     assert trainer.lr == 0.1
+
+
+def test_max_iters_at_an_epochs_end_leaves_the_loaders_own_generator_where_the_epoch_does(tmp_path: Path) -> None:
+    """torch's RandomSampler draws from it when its last index has been given; a run that goes on needs it as it is then."""
+
+    def train(folder: str, seen: list[Any], **settings: Any) -> None:
+        def step(model: Any, batch: Any) -> Tensor:
+            seen.append(batch.flatten().tolist())
+            return model.layers[2].weight.square().sum()
+
+        generator = torch.Generator().manual_seed(1)
+        data = DataLoader(torch.arange(8.0), 2, shuffle=True, generator=generator)  # type: ignore[arg-type]
+        fixed: Any = {"hooks": [CheckpointerHook()], "create_new_dir": None, "take_over": False, "step_fn": step}
+        make_trainer(tmp_path / folder, data=data, **fixed, **settings).train()
+
+    whole: list[Any] = []
+    parts: list[Any] = []
+    train("whole", whole, max_epochs=2)
+    train("parts", parts, max_epochs=2, max_iters=4)
+    train("parts", parts, max_epochs=2, resume="auto")
+    assert parts == whole

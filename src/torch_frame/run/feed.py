@@ -16,6 +16,7 @@ from torch_frame.data.source_base import batch_size_of
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.progress import Progress
 from torch_frame.run import checks, parts
+from torch_frame.run.of_ranks import OfRanks
 from torch_frame.run.samplers import Samplers
 from torch_frame.run.state import Part
 from torch_frame.signals.stop import StopSignals
@@ -178,7 +179,10 @@ class Feed:
     def parts(self) -> dict[str, Part]:
         """What is restored before the first batch, where the data stands."""
         assert self._samplers is not None
+        data = parts.DataPart(self.source, self._samplers, self.loader, self._first_loader, self._progress)
         return {
-            "data": parts.DataPart(self.source, self._samplers, self.loader, self._first_loader, self._progress),
-            "loader_generators": parts.LoaderGeneratorsPart(self.loader),
+            "data": OfRanks(data, "loader", self._strategy),
+            "loader_generators": OfRanks(
+                parts.LoaderGeneratorsPart(self.loader), "loader's generators", self._strategy
+            ),
         }

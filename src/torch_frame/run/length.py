@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 from torch_frame.errors import SettingError
@@ -165,7 +165,12 @@ class RunLength:
             for limit, trained in ((self.own_max_iters, done.iter), (self.limit_batches, done.inner_iter))
             if limit is not None
         ]
-        return islice(batches, max(min(limits), 0)) if limits else batches
+        if not limits:
+            return batches
+        limit, length = max(min(limits), 0), self._loader_len()
+        if length is not None and limit == length - done.inner_iter:  # it ends with the epoch, for the loader too
+            return chain(islice(batches, limit), _ended(batches))
+        return islice(batches, limit)
 
     # ---------------------------------------------------------------- in words
 
@@ -265,3 +270,10 @@ def check_schedules_have_epochs(schedulers: Iterable[Any], interval: str, max_ep
             "lr_scheduler_interval is 'epoch', but max_epochs is None: over a stream the schedule would never step. Pass "
             "lr_scheduler_interval='iter', with a schedule made for the number of updates, or max_epochs."
         )
+
+
+def _ended(batches: Iterator[T]) -> Iterator[T]:
+    """No batch; but the iteration is brought to its end, where torch's RandomSampler draws once more."""
+    next(batches, None)
+    return
+    yield
