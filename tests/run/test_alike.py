@@ -23,6 +23,8 @@ from torch_frame.run.alike import share_changes, tell_of_differences
 def change_on_rank_0() -> dict[str, Any]:
     strategy, model = DDP(), Net(norm=True)
     model.phase = nn.Parameter(torch.tensor([1 + 2j]))
+    model.low = nn.Parameter(torch.ones(2).to(torch.float8_e4m3fn), requires_grad=False)
+    model.register_buffer("wide", torch.ones(1).expand(3))
     optimizer = AdamW(model.parameters(), lr=torch.tensor(0.1))
     optimizers = {"optimizer": optimizer}
     is_first = dist.get_rank() == 0
@@ -36,10 +38,12 @@ def change_on_rank_0() -> dict[str, Any]:
     group = optimizer.param_groups[0]
     if is_first:
         model.phase.data.mul_(1j)
+        model.low.data.copy_(torch.tensor([2.0, 3.0]).to(torch.float8_e4m3fn))
     told = tell_of_differences(strategy, model)
     share_changes(strategy, model, optimizers)
     found = {
         "phase": (told, complex(model.phase)),
+        "low": model.low.float().tolist(),
         "same": (before, differ, tell_of_differences(strategy, model)),
         "group": (float(group["lr"]), group["betas"], group["weight_decay"]),
         "frozen": not model.layers[0].bias.requires_grad,
@@ -58,6 +62,7 @@ def test_the_other_ranks_take_over_what_rank_0_has_changed(tmp_path: Path) -> No
     first, second = on_processes(change_on_rank_0, tmp_path)
     assert first["same"] == second["same"] == (True, False, True)
     assert first["phase"] == second["phase"] == (False, -2 + 1j)
+    assert first["low"] == second["low"] == [2.0, 3.0]
     assert first["group"] == second["group"]
     assert second["group"][1:] == ((0.5, 0.6), 0.0)
     assert second["frozen"]

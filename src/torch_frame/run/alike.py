@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch_frame.distributed.strategy import Strategy, keeps_ranks_alike
 from torch_frame.errors import SettingError
 from torch_frame.run.run import Run
+from torch_frame.training.buffers import once
 from torch_frame.training.modes import modes_of, set_modes
 
 _logger = logging.getLogger("torch_frame")
@@ -133,8 +134,22 @@ def tell_of_differences(strategy: Strategy, model: nn.Module) -> bool:
 
 def _share_weights(strategy: Strategy, model: nn.Module) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
-        if not is_lazy(tensor):
-            strategy.share([tensor])  # one by one: no second copy of a large model
+        raw = _raw(tensor)
+        if raw is not None:
+            strategy.share([once(raw)])  # one by one: no second copy of a large model
+
+
+def _raw(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The same memory as numbers that can be added and sent; None of lazy, sparse and quantized tensors, and other classes."""
+    if is_lazy(tensor):
+        return None
+    bare = tensor.detach()
+    if type(bare) is not torch.Tensor or bare.layout is not torch.strided or bare.is_quantized:
+        return None
+    if bare.is_complex():
+        return torch.view_as_real(bare)
+    is_short = bare.is_floating_point() and bare.element_size() == 1  # float8
+    return bare.view(torch.uint8) if is_short else bare
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,8 +174,7 @@ def _is_plain(value: Any) -> bool:
 @torch.no_grad()
 def _same_weights(strategy: Strategy, model: nn.Module) -> bool:
     """By their sums in float64: ranks that get the same gradients have the same bits."""
-    there = [parameter.detach() for parameter in model.parameters() if not is_lazy(parameter)]
-    sums = [(torch.view_as_real(one) if one.is_complex() else one).sum(dtype=torch.float64) for one in there]
+    sums = [raw.sum(dtype=torch.float64) for raw in map(_raw, model.parameters()) if raw is not None]
     numbers = torch.stack([one.to(sums[0].device) for one in sums]).tolist() if sums else []  # one wait for the device
     of_ranks = strategy.gather([repr(number) for number in numbers])  # NaN is like NaN
     return all(one == of_ranks[0] for one in of_ranks)
