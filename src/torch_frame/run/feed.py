@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from torch_frame.data.move import move_to_device
+from torch_frame.data.plan import splits_by_itself
 from torch_frame.data.prefetch import has_streams, prefetch_to_device
 from torch_frame.data.rng import loader_generator_states
 from torch_frame.data.source import SequenceSource, Source, length_of, source_of
@@ -180,9 +181,9 @@ class Feed:
         """What is restored before the first batch, where the data stands."""
         assert self._samplers is not None
         data = parts.DataPart(self.source, self._samplers, self.loader, self._first_loader, self._progress)
+        generators = parts.LoaderGeneratorsPart(self.loader)
+        apart = self._strategy.own_shards or splits_by_itself(self.loader)
         return {
-            "data": OfRanks(data, "loader", self._strategy),
-            "loader_generators": OfRanks(
-                parts.LoaderGeneratorsPart(self.loader), "loader's generators", self._strategy
-            ),
+            "data": OfRanks(data, "loader", self._strategy, may_differ=apart),
+            "loader_generators": OfRanks(generators, "loader's generators", self._strategy, may_differ=apart),
         }

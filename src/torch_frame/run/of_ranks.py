@@ -23,16 +23,18 @@ class OfRanks:
         part: of this rank.
         what: it is, for the line that says what cannot be restored.
         strategy: of the run.
+        may_differ: False spares the ranks the exchange.
     """
 
-    def __init__(self, part: Part, what: str, strategy: Strategy) -> None:
+    def __init__(self, part: Part, what: str, strategy: Strategy, *, may_differ: bool = True) -> None:
         self._part = part
         self._what = what
         self._strategy = strategy
+        self._may_differ = may_differ
 
     def state_dict(self) -> Any:
         own = self._part.state_dict()
-        if self._strategy.world_size == 1:
+        if self._strategy.world_size == 1 or not self._may_differ:
             return own
         states = self._strategy.gather(plain(own))
         return own if len({fingerprint(state) for state in states}) == 1 else {_KEY: states}
