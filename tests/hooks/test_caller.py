@@ -541,3 +541,49 @@ def test_a_subclass_with_a_state_of_its_own_has_both(tmp_path: Path) -> None:
     hook = OwnState()
     resumed(tmp_path, [OwnState()], [hook])
     assert (hook.more, hook.epochs) == ({1}, [0, 1])
+
+
+class Collector(EvalHook):
+    """As in 1.7's scripts: keeps what each evaluation gave, under names that other hooks of ours use."""
+
+    def __init__(self) -> None:
+        super().__init__(make_batches(1), scores(0.5), save_last=False, progress_bar=False)
+        self.results: list[float] = []
+        self.pictures: dict[int, float] = {}
+
+    def _do_eval(self) -> None:
+        super()._do_eval()
+        value = self.metric_storage["eval_acc"].latest
+        self.results.append(value)
+        self.pictures[self.trainer.epoch] = value
+
+
+def test_attributes_with_the_names_of_another_hooks_resume(tmp_path: Path) -> None:
+    hook = Collector()
+    resumed(tmp_path, [Collector()], [hook])
+    assert hook.results == [0.5, 0.5]
+    assert hook.pictures == {0: 0.5, 1: 0.5}
+
+
+class KeepsElsewhere(CheckpointerHook):
+    """A save_model of 1.7's kind that keeps the last two files in a folder of its own, by their paths."""
+
+    def __init__(self) -> None:
+        super().__init__(max_to_keep=2, save_last=False)
+
+    def save_model(self) -> None:
+        path = Path(self.trainer.work_dir, f"head_{self.trainer.epoch}.pth")
+        torch.save(self.trainer.model.state_dict(), path)
+        self._recent_checkpoints.append(str(path))
+        if len(self._recent_checkpoints) > 2:
+            Path(self._recent_checkpoints.pop(0)).unlink()
+
+
+def test_files_that_a_save_model_keeps_in_its_own_way_are_noted_as_they_were(tmp_path: Path) -> None:
+    first = make_trainer(tmp_path / "run", hooks=[KeepsElsewhere(), CheckpointerHook()], max_epochs=3)
+    first.train()
+    second = make_trainer(
+        tmp_path / "run", hooks=[KeepsElsewhere(), CheckpointerHook()], max_epochs=4, create_new_dir=None, resume="auto"
+    )
+    second.train()
+    assert sorted(path.name for path in (tmp_path / "run").glob("head_*")) == ["head_2.pth", "head_3.pth"]

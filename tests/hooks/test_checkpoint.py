@@ -231,6 +231,14 @@ class Extends(EvalHook):
         super().save_model()
 
 
+class Decorated(EvalHook):
+    """The same under a decorator, as 1.7's own methods have one."""
+
+    @torch.no_grad()
+    def save_model(self) -> None:
+        super().save_model()
+
+
 class Replaces(EvalHook):
     """Saves in its own way."""
 
@@ -253,6 +261,7 @@ def extending(kind: type[EvalHook]) -> EvalHook:
         ([CheckpointerHook, NLL, SCORE], {"best.pth": 2, "best_score.pth": 0}),
         ([lambda: extending(Extends), SCORE], {"best.pth": 1, "best_score.pth": 0}),
         ([lambda: extending(Extends), CheckpointerHook], {"best.pth": 1}),
+        ([lambda: extending(Decorated), CheckpointerHook], {"best.pth": 1}),
         ([lambda: extending(Replaces), SCORE], {"best.pth": 0}),
         ([lambda: extending(Replaces), CheckpointerHook], {"best.pth": 3}),
         ([lambda: extending(Replaces)], {}),

@@ -326,3 +326,60 @@ def test_scores_that_the_next_batch_overwrites_count_as_they_were(form: str, tmp
 
     trainer = evaluate(tmp_path, [1, 2, 6], score)
     assert trainer.metric_storage["eval_a"].latest == 3.0
+
+
+class ByItself(EvalHook):
+    """As in 1.7's scripts: evaluates in a way of its own, and hands on whatever it likes."""
+
+    def __init__(self, dataloader: Any, **settings: Any) -> None:
+        super().__init__(dataloader, None, save_metric="acc", **settings)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def _do_eval(self) -> None:
+        self.log(self.trainer.epoch, smooth=False, window_size=1, **{f"{self.prefix}acc": 0.75})
+
+
+@pytest.mark.parametrize("dataloader", [None, [], iter([1])], ids=["None", "empty", "iterator"])
+def test_an_evaluation_of_the_scripts_own_needs_no_loader_and_no_function(dataloader: Any, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, hooks=[ByItself(dataloader)])
+    trainer.train()
+    assert trainer.metric_storage["eval_acc"].latest == 0.75
+    assert Path(trainer.ckpt_dir, "best.pth").exists()
+
+
+def test_evaluate_by_hand_is_not_another_evaluation_than_the_scripts_own(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="ByItself evaluates in a _do_eval of its own"):
+        make_trainer(tmp_path, hooks=[ByItself(None)]).evaluate()
+
+    class Both(ByItself):
+        def evaluate(self) -> dict[str, float]:
+            return {"eval_acc": 0.25}
+
+    assert make_trainer(tmp_path, hooks=[Both(None)]).evaluate() == {"eval_acc": 0.25}
+
+    class Extended(EvalHook):
+        @torch.no_grad()
+        def _do_eval(self) -> None:
+            super()._do_eval()
+
+    hook = Extended(make_batches(1), lambda model, batch: {"acc": [0.5]}, progress_bar=False)
+    assert make_trainer(tmp_path, hooks=[hook]).evaluate() == {"eval_acc": 0.5}
+
+
+def test_scores_logged_by_iterations_do_not_go_on_by_epochs(tmp_path: Path) -> None:
+    def run(max_epochs: int, prefix: str = "val", **unit: Any) -> Trainer:
+        hooks = [
+            EvalHook(make_batches(1), lambda m, b: {"acc": [0.5]}, progress_bar=False, prefix=prefix, **unit),
+            EvalHook(make_batches(1), lambda m, b: {"acc": [0.5]}, progress_bar=False, prefix="val_ood",
+                     period=2, period_unit="iter"),
+        ]  # fmt: skip
+        trainer = make_trainer(tmp_path / "run", hooks=hooks, max_epochs=max_epochs, create_new_dir=None, resume="auto")
+        trainer.train()
+        return trainer
+
+    run(1, period=2, period_unit="iter")
+    with pytest.raises(SettingError, match=r"'val_acc' was logged by iterations.* at 4.*period_unit='iter'"):
+        run(2)
+    assert run(2, prefix="other").metric_storage["other_acc"].latest == 0.5
+    assert run(3, prefix="other").progress.epoch == 3
+    assert run(4, prefix="other", period=2, period_unit="iter").progress.epoch == 4

@@ -531,3 +531,40 @@ def test_a_metric_of_1_7_that_has_nothing_to_say_logs_nothing(tmp_path: Path) ->
     trainer = make_trainer(tmp_path, hooks=[EvalTotalHook([0], BaseMetric())], max_epochs=1)
     trainer.train()
     assert not [name for name in trainer.metric_storage if name.startswith("eval")]
+
+
+class TwoNames:
+    """Results whose names, behind the prefixes "val" and "val_ood", may be the same."""
+
+    def update(self, model: nn.Module, batch: Any) -> None: ...
+
+    def reset(self) -> None: ...
+
+    def compute(self) -> dict[str, float]:
+        return {"acc": 0.5, "ood_acc": 0.25}
+
+
+@pytest.mark.parametrize("save_metric", ["val_acc", None])
+def test_two_loaders_of_one_hook_do_not_hide_each_others_values(save_metric: str | None, tmp_path: Path) -> None:
+    hook = EvalTotalHook({"val": labelled(), "val_ood": labelled()}, TwoNames(), save_metric=save_metric)
+    with pytest.raises(SettingError, match="Two evaluations yield 'val_ood_acc'"):
+        trainer_of(tmp_path, hook).train()
+
+
+class Single:
+    def __init__(self, result: Any) -> None:
+        self.result = result
+
+    def update(self, model: nn.Module, batch: Any) -> None: ...
+
+    def reset(self) -> None: ...
+
+    def compute(self) -> Any:
+        return self.result
+
+
+@pytest.mark.parametrize("result", [np.float32(0.5), np.float64(0.5), np.array(0.5), 0.5, torch.tensor(0.5)], ids=repr)
+def test_a_single_result_may_be_any_number(result: Any, tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, EvalTotalHook(labelled(), Single(result)))
+    trainer.train()
+    assert trainer.metric_storage["eval_Single"].latest == 0.5

@@ -73,6 +73,18 @@ def test_tensorboard_gets_the_figure_of_each_evaluation(tmp_path: Path) -> None:
     assert hook.pictures["eval_curves"].axes[0].get_legend().get_title().get_text() == "AP, mean 1.000"
 
 
+def test_a_figure_is_in_the_group_of_its_own_loader(tmp_path: Path) -> None:
+    hook = EvalTotalHook(
+        {"val": LOADER, "val_ood": LOADER},
+        MeanAveragePrecision(["cat", "dog"]),
+        inputs=lambda model, batch: (batch[0], [FOUND], batch[1]),
+        figures={"curves": plot_precision_recall},
+        progress_bar=False,
+    )
+    trainer = train(tmp_path, hook, LoggerHook(progress_bar=False), max_epochs=1)
+    assert images_of(trainer) == {"val/val_curves": [0], "val_ood/val_ood_curves": [0]}
+
+
 def test_the_image_is_the_figure_pixel_by_pixel(tmp_path: Path) -> None:
     from matplotlib.figure import Figure
     from PIL import Image

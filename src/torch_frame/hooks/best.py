@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 BEST = "best.pth"
@@ -64,10 +65,21 @@ def assign_best_files(hooks: Sequence[Follower], saving_method: Any) -> None:
 
 def writes_by_itself(hook: Follower, saving_method: Any) -> bool:
     """Whether the hook has no `save_model` of its own that does not call the inherited one."""
-    methods = [vars(kind)["save_model"] for kind in type(hook).__mro__ if "save_model" in vars(kind)]
-    own = [vars(hook)["save_model"]] if "save_model" in vars(hook) else []
-    own += methods[: methods.index(saving_method)]
-    return all("save_model" in getattr(getattr(method, "__code__", None), "co_names", ()) for method in own)
+    return calls_inherited(hook, saving_method)
+
+
+def calls_inherited(hook: Any, method: Callable[..., Any]) -> bool:
+    """Whether all overrides of a method that the hook has, under a decorator too (1.7's `@torch.no_grad()`), call the next one.
+
+    Args:
+        method: the inherited function, which is called at the end.
+    """
+    name = method.__name__
+    methods = [vars(kind)[name] for kind in type(hook).__mro__ if name in vars(kind)]
+    own = [vars(hook)[name]] if name in vars(hook) else []
+    own += methods[: methods.index(method)]
+    codes = [getattr(inspect.unwrap(override), "__code__", None) for override in own]
+    return all(name in getattr(code, "co_names", ()) for code in codes)
 
 
 def _free_name(metric: str, taken: set[str | None]) -> str:

@@ -299,7 +299,9 @@ class CheckpointerHook(HookBase):
         attributes = state_dict.get("attributes", {} if is_ours(type(self)) or "save_metric" in state_dict else older)
         for name, value in attributes.items():  # a state of 1.7 has them beside the rest
             setattr(self, name, like(value, getattr(self, name, None)))
-        self._recent_checkpoints = [Path(name).name for name in state_dict["recent_checkpoints"]]
+        kept = list(state_dict["recent_checkpoints"])  # of a save_model of the script's in whatever way it notes them
+        is_ours_to_name = writes_by_itself(self, CheckpointerHook.save_model)
+        self._recent_checkpoints = [Path(name).name for name in kept] if is_ours_to_name else kept
         self._recent_steps = list(state_dict.get("recent_steps", ()))
         self._written = {name: list(found) for name, found in state_dict.get("written", {}).items()}
         now = self.save_metric, self.max_first

@@ -53,9 +53,10 @@ class EvalHook(EvaluationHook):
         self.prefix = f"{prefix}_"
         full_name = None if save_metric is None else self.prefix + save_metric
         super().__init__(period, max_to_keep, full_name, max_first, save_last, **settings)
-        if not callable(eval_func):
-            raise TypeError(f"eval_func is {eval_func!r}; it has to be a function of (model, batch).")
-        check_dataloader(dataloader)
+        if not self._evaluates_by_itself():
+            if not callable(eval_func):
+                raise TypeError(f"eval_func is {eval_func!r}; it has to be a function of (model, batch).")
+            check_dataloader(dataloader)
         self._eval_func = eval_func
         self.dataloader = dataloader
 

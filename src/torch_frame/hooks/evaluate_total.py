@@ -68,6 +68,7 @@ class EvalTotalHook(EvaluationHook):
     """
 
     identified_by = ("_prefixes",)
+    _kept_otherwise = EvaluationHook._kept_otherwise | {"results", "pictures"}
 
     def __init__(
         self,
@@ -87,7 +88,7 @@ class EvalTotalHook(EvaluationHook):
         self.prefix = f"{prefix}_"
         self.dataloaders = dict(dataloader) if isinstance(dataloader, Mapping) else {prefix: dataloader}
         self._prefixes = ", ".join(self.dataloaders)
-        for loader in self.dataloaders.values():
+        for loader in () if self._evaluates_by_itself() else self.dataloaders.values():
             check_dataloader(loader)
         self._metrics = _with_names(eval_metric, has_inputs=inputs is not None)
         if inputs is not None and not callable(inputs):

@@ -17,7 +17,8 @@ from torch_frame.data.source import length_of
 from torch_frame.data.workers import iterate
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import SettingError
-from torch_frame.hooks.base import HookBase
+from torch_frame.hooks.base import HookBase, is_ours
+from torch_frame.hooks.best import calls_inherited
 from torch_frame.hooks.checkpoint import CheckpointerHook
 from torch_frame.hooks.logger import LoggerHook
 from torch_frame.hooks.trial import is_late, names_if_it_works
@@ -65,8 +66,6 @@ class EvaluationHook(CheckpointerHook):
     _kept_otherwise = CheckpointerHook._kept_otherwise | {
         "_score_names",
         "_columns",
-        "results",
-        "pictures",
         "_is_due",
         "_evaluated_at",
     }
@@ -129,9 +128,13 @@ class EvaluationHook(CheckpointerHook):
     def metric_prefixes(self) -> list[str]:
         return [prefix for prefix in self.loaders() if prefix]
 
+    def _evaluates_by_itself(self) -> bool:
+        """The evaluation is a subclass's: a `_do_eval`, as in 1.7, that does not call the inherited one."""
+        return not calls_inherited(self, EvaluationHook._do_eval)
+
     def check(self) -> None:
         super().check()
-        for prefix, loader in self.loaders().items():
+        for prefix, loader in {} if self._evaluates_by_itself() else self.loaders().items():
             if length_of(loader) == 0:
                 raise SettingError(
                     f"The evaluation {prefix!r} of {self.class_name} has no batch: its dataloader is empty. "
@@ -141,6 +144,7 @@ class EvaluationHook(CheckpointerHook):
     def before_train(self) -> None:
         """Evaluate one batch, so that a wrong name or form is told now and not after the first epoch."""
         super().before_train()
+        self._check_unit()
         if type(self)._do_eval is not EvaluationHook._do_eval:
             return
         rivals = [hook for hook in self.trainer.hooks if isinstance(hook, EvaluationHook) and hook is not self]
@@ -170,6 +174,20 @@ class EvaluationHook(CheckpointerHook):
             if length_of(loader) is None:
                 with preserved_rng():
                     first_batch(loader)
+
+    def _check_unit(self) -> None:
+        """A resumed run's scores go on in the unit that they were logged in: of epochs behind iterations none would be newer."""
+        if self.period_unit != "epoch" or self.trainer.resumed_iter is None:
+            return
+        known = {prefix for hook in self.trainer.hooks for prefix in hook.metric_prefixes()}
+        for name, logged_at in self.metric_storage.latest_iters().items():
+            of_name = [prefix for prefix in known if name.startswith(f"{prefix}_")]
+            prefix = max(of_name, key=len, default=None)  # "val_ood" before "val"
+            if prefix in self.metric_prefixes() and logged_at > self.trainer.epoch:
+                raise SettingError(
+                    f"{name!r} was logged by iterations, the last time at {logged_at}, and {self.class_name} would log it by "
+                    "epochs now, which no reader would take for newer. Pass period_unit='iter' again, or another prefix."
+                )
 
     def _check_save_metric(self) -> None:
         assert self.save_metric is not None
@@ -274,10 +292,16 @@ def evaluate_all(hooks: Iterable[HookBase]) -> dict[str, float]:
         raise SettingError("No hook evaluates. Register one: hooks=[EvalHook(...)] or EvalTotalHook(...).")
     values: dict[str, float] = {}
     for hook in evaluating_hooks:
+        evaluate: Any = type(hook).evaluate
+        if hook._evaluates_by_itself() and is_ours(evaluate):
+            raise SettingError(
+                f"{hook.class_name} evaluates in a _do_eval of its own, which logs and returns nothing, so evaluate() would be "
+                "another evaluation. Override evaluate() instead, to return {name: value}: _do_eval logs that."
+            )
         found = hook.evaluate()
         both = sorted(found.keys() & values.keys())
         if both:
-            raise SettingError(_two_of_one_name(both))
+            raise SettingError(two_of_one_name(both))
         values |= found
     return values
 
@@ -291,13 +315,14 @@ def check_apart(hook: EvaluationHook, rivals: Iterable[EvaluationHook]) -> None:
     for rival in rivals:
         both = sorted((hook._score_names or set()) & (rival._score_names or set()))
         if both:
-            raise SettingError(_two_of_one_name(both))
+            raise SettingError(two_of_one_name(both))
 
 
-def _two_of_one_name(names: list[str]) -> str:
+def two_of_one_name(names: Iterable[str]) -> str:
+    """What is said of values that would hide each other."""
     return (
         f"Two evaluations yield {', '.join(map(repr, names))}, so one value would hide the other. Give one of the hooks another "
-        "prefix: EvalHook(..., prefix='test')."
+        "prefix: EvalHook(..., prefix='test'); or, of several dataloaders of one hook, one of them another name."
     )
 
 

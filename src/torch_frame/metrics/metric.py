@@ -7,6 +7,8 @@ from typing import Any, Protocol, Self, runtime_checkable
 
 from torch import Tensor, nn
 
+from torch_frame.scalars import is_number
+
 
 @runtime_checkable
 class Metric(Protocol):
@@ -97,7 +99,7 @@ def results_of(metric: Any) -> dict[str, Any]:
         return dict(results)
     if results is None and compute is None:
         return {}  # 1.7's metrics may have nothing to say
-    if isinstance(results, Tensor | int | float):
+    if isinstance(results, Tensor) or is_number(results):
         return {type(metric).__name__: results}
     raise TypeError(
         f"{type(metric).__name__}.{method.__name__}() returned {type(results).__name__}; it has to return a dict: name -> value."
