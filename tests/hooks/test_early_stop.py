@@ -216,3 +216,49 @@ def test_two_of_them_both_survive_a_resume(tmp_path: Path) -> None:
     resumed.load_checkpoint("latest.pth")
     resumed.train()
     assert resumed.progress.epoch == 5
+
+
+class Scores:
+    """An eval_func whose values are the given ones, one after the other; the first is of the trial too."""
+
+    def __init__(self, values: list[float]) -> None:
+        self.values = values
+        self.num_seen = 0
+
+    def __call__(self, model: Any, batch: Any) -> dict[str, list[float]]:
+        self.num_seen += 1
+        return {"acc": [self.values[self.num_seen - 1]]}
+
+
+def by_iterations(tmp_path: Path, values: list[float], *, is_first: bool = False, **settings: Any) -> Trainer:
+    evaluation = EvalHook([0], Scores(values), period=2, period_unit="iter", progress_bar=False)
+    stopping = EarlyStoppingHook("eval_acc", patience=2)
+    hooks = [stopping, evaluation] if is_first else [evaluation, stopping]
+    trainer = make_trainer(
+        tmp_path / "run", data=make_batches(8), max_epochs=4, hooks=[*hooks, CheckpointerHook()], **settings
+    )
+    trainer.train()
+    return trainer
+
+
+def test_each_evaluation_by_iterations_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="torch_frame"):
+        trainer = by_iterations(tmp_path, [0.1, 0.2, 0.9, 0.3, 0.9, 1.0])  # the third is the best, inside an epoch
+    assert trainer.progress.iter == 10
+    assert "has not been better than 0.9 for 2 evaluations" in caplog.text
+    resumed = by_iterations(tmp_path, [1.0] * 20, create_new_dir=None, resume="auto")
+    assert resumed.progress.iter == 10
+
+
+def test_one_that_is_registered_before_the_evaluation_sees_it_a_batch_later(tmp_path: Path) -> None:
+    assert by_iterations(tmp_path, [0.1, 0.2, 0.9, 0.3, 0.9, 1.0], is_first=True).progress.iter == 11
+
+
+def test_evaluations_by_iterations_count_over_epochs_and_a_resume(tmp_path: Path) -> None:
+    values = [0.5, 0.5, 0.6, 0.6, 0.7, 0.7, 0.8, 0.8, 0.8, 0.9]
+    assert by_iterations(tmp_path / "whole", values).progress.iter == 18
+    evaluation = EvalHook([0], Scores(values), period=2, period_unit="iter", progress_bar=False)
+    hooks = [evaluation, EarlyStoppingHook("eval_acc", patience=2), CheckpointerHook()]
+    make_trainer(tmp_path / "run", data=make_batches(8), max_epochs=2, hooks=hooks).train()
+    resumed = by_iterations(tmp_path, values[8:], create_new_dir=None, resume="auto")
+    assert resumed.progress.iter == 18

@@ -9,6 +9,7 @@ from typing import Any
 from torch_frame.errors import NonFiniteError, SettingError
 from torch_frame.hooks.base import HookBase
 from torch_frame.hooks.checkpoint import check_direction
+from torch_frame.hooks.evaluation import evaluates_in_steps
 from torch_frame.scalars import is_whole
 
 _logger = logging.getLogger("torch_frame")
@@ -17,8 +18,9 @@ _logger = logging.getLogger("torch_frame")
 class EarlyStoppingHook(HookBase):
     """Ends training when a metric has not become better in `patience` of its evaluations in a row.
 
-    Runs after each epoch; an epoch in which the metric was not logged (an evaluation every few epochs) does not count. Register
-    it behind the hook that logs it. On several ranks the value of rank 0 decides. The run ends as it would after its last epoch:
+    Runs after each epoch; an epoch in which the metric was not logged (an evaluation every few epochs) does not count. Of
+    evaluations with `period_unit="iter"` each one counts, and the run may end behind it, inside an epoch. Register it behind the
+    hook that logs the metric. On several ranks the value of rank 0 decides. The run ends as it would after its last epoch:
     `after_train` is called, and `latest.pth` is written if a CheckpointerHook writes it.
 
     Args:
@@ -32,6 +34,7 @@ class EarlyStoppingHook(HookBase):
     """
 
     identified_by = ("metric", "max_first")
+    _looks_in_steps = False  # an evaluation that is counted in iterations logs the metric
 
     def __init__(self, metric: str, patience: int = 10, max_first: bool = True, min_delta: float = 0.0) -> None:
         if not is_whole(patience) or patience < 1:
@@ -50,7 +53,12 @@ class EarlyStoppingHook(HookBase):
     def check(self) -> None:
         check_direction(self.trainer.hooks, "EarlyStoppingHook's metric", self.metric, self.max_first)
 
+    @property
+    def asks_in_steps(self) -> bool:
+        return self._looks_in_steps
+
     def before_train(self) -> None:
+        self._looks_in_steps = any(evaluates_in_steps(hook, self.metric) for hook in self.trainer.hooks)
         if self.num_bad_epochs >= self.patience:  # a run that had ended this way is resumed
             self._stop()
 
@@ -60,7 +68,14 @@ class EarlyStoppingHook(HookBase):
     def logged_metrics(self) -> set[str] | None:
         return set() if type(self) is EarlyStoppingHook else None
 
+    def after_iter(self) -> None:
+        if self._looks_in_steps and self.metric_storage.updated_at(self.metric) not in (None, self._seen_at):
+            self._look()
+
     def after_epoch(self) -> None:
+        self._look()
+
+    def _look(self) -> None:
         storage = self.metric_storage
         found = (storage.value(self.metric), storage.latest_iters()[self.metric]) if self.metric in storage else None
         found = self.trainer.hook_strategy.broadcast(found)  # rank 0's decides for all

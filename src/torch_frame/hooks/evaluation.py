@@ -306,6 +306,12 @@ def evaluate_all(hooks: Iterable[HookBase]) -> dict[str, float]:
     return values
 
 
+def evaluates_in_steps(hook: HookBase, metric: str) -> bool:
+    """The hook evaluates by iterations and may log this name."""
+    in_steps = isinstance(hook, EvaluationHook) and hook.period_unit == "iter"
+    return in_steps and any(metric.startswith(f"{prefix}_") for prefix in hook.metric_prefixes())
+
+
 def check_apart(hook: EvaluationHook, rivals: Iterable[EvaluationHook]) -> None:
     """No two evaluations yield a value of the same name.
 

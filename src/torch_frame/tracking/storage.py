@@ -246,6 +246,10 @@ class MetricStorage(dict[str, HistoryBuffer]):
             )
         return iter
 
+    def updated_at(self, name: str) -> int | None:
+        """When the latest value is of that `update` was given under a name, or None; reads nothing from the device."""
+        return self._latest_iter.get(name)
+
     def latest_iters(self) -> dict[str, int]:
         """For each name, when its latest value is of."""
         self.flush()
