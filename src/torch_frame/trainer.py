@@ -174,7 +174,7 @@ class Trainer:
         "_run.start_iter", "Batches before the epoch that this `train()` began with (1.7's name)."
     )
     updates_per_epoch: int | None = delegated("_run.updates_per_epoch", "Optimizer steps in an epoch; None: not known.")
-    hooks: list[HookBase] = delegated("hook_caller.registered", "The registered hooks, in the order they run.")
+    hooks: tuple[HookBase, ...] = delegated("hook_caller.registered", "The registered hooks, in the order they run.")
     model_or_module: nn.Module = delegated("_run.bare_model", "Without the wrapper of DDP or DataParallel.")
     model_evaluate: nn.Module = delegated("_run.model_to_use", "To evaluate and to use: EMA's if EMA is on.")
     should_stop: bool = delegated("_ranks.stops", "The run ends at the next safe point; set it to True.", settable=True)
@@ -353,7 +353,8 @@ class Trainer:
             opening.begin(run)
             self._prepare_for_training(console_log_level, file_log_level)
             with self._ranks.alone():
-                self.call("before_train")
+                for call in self.stages["before_train"]:  # not by `call`: a frame less above errors
+                    call()
             opening.make_ready(run)  # random numbers are restored last
             with ended_by_signals(self._save_last):
                 while not self.length.is_over() and not self._ranks.agree_on_stop():
@@ -368,7 +369,7 @@ class Trainer:
                     ):
                         self._ranks.share_values(self.metric_storage.state_dict, self.metric_storage.load_state_dict)
                         with self._ranks.alone():
-                            for call in self.stages["after_epoch"]:  # not by `call`: a frame less above errors
+                            for call in self.stages["after_epoch"]:
                                 call()
                         alike.follow_length(self._run)
                         is_last, is_whole = self.length.is_last_epoch(), self.progress.epoch_trained
@@ -383,7 +384,8 @@ class Trainer:
             self._ranks.meet()  # all files are complete
             self.schedule_free.show()
             with self._ranks.alone():
-                self.call("after_train")
+                for call in self.stages["after_train"]:
+                    call()
             self._leave_together()
 
     def evaluate(self) -> dict[str, float]:
@@ -411,7 +413,8 @@ class Trainer:
             self.metric_storage.begin_epoch()
             self._run.modes.begin_epoch()
             with self._ranks.alone():
-                self.call("before_epoch")
+                for run in self.stages["before_epoch"]:
+                    run()
             alike.follow_main(self._run)
             self._run.modes.after_before_epoch()
         else:
@@ -553,7 +556,7 @@ class Trainer:
         """For subclasses: called before a state is restored and the folder is made."""
 
     def call(self, stage: str) -> None:
-        """Run the hooks of a stage."""
+        """Run the hooks of a stage, for steps of your own; the loop calls the hooks itself."""
         for run in self.stages[stage]:
             run()
 
@@ -760,7 +763,7 @@ class Trainer:
         trainer: HookTrainer = self  # mypy checks that hooks find what they are promised
         for hook in hooks:
             hook.trainer = weakref.proxy(trainer)
-        self.hook_caller.add(hooks)
+        self.hook_caller.add(hooks, under_way=self._run.in_train, has_begun=self._run.start.in_train)
         self._feed.times = self.hook_caller.time_split or self._feed.times
 
     def register(self, name: str, thing: Any) -> None:

@@ -150,7 +150,7 @@ def test_hooks_run_in_the_order_of_registration_with_the_logger_last(tmp_path: P
     first, second, third, logger = Stages(), Stages(), Stages(), LoggerHook()
     trainer = make_trainer(tmp_path, hooks=[logger, first, None, second])
     trainer.register_hooks([third])
-    assert trainer.hooks == [first, second, third, logger]
+    assert trainer.hooks == (first, second, third, logger)
     assert trainer.registered_hook_names == ["Stages", "Stages", "Stages", "LoggerHook"]
 
 

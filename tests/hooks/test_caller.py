@@ -15,9 +15,18 @@ import numpy as np
 import pytest
 import torch
 
-from tests.small_hooks import On
+from tests.small_hooks import On, Recorder, at_iter
 from tests.small_runs import CountingHook, Net, environment, make_batches, make_trainer, raised_by, run_python
-from torch_frame import CheckpointerHook, CheckpointError, EvalHook, EvalTotalHook, HookBase, LoggerHook, SettingError
+from torch_frame import (
+    CheckpointerHook,
+    CheckpointError,
+    EvalHook,
+    EvalTotalHook,
+    HookBase,
+    LoggerHook,
+    SettingError,
+    ThroughputHook,
+)
 from torch_frame.hooks.early_stop import EarlyStoppingHook
 from torch_frame.hooks.identity import identity_of
 from torch_frame.metrics.metric import Metric
@@ -587,3 +596,53 @@ def test_files_that_a_save_model_keeps_in_its_own_way_are_noted_as_they_were(tmp
     )
     second.train()
     assert sorted(path.name for path in (tmp_path / "run").glob("head_*")) == ["head_2.pth", "head_3.pth"]
+
+
+# ---------------------------------------------------------------- hooks that come when the run has begun
+
+
+def test_a_hook_registered_in_before_train_is_one_of_the_run(tmp_path: Path) -> None:
+    calls: list[str] = []
+    late = On(**{stage: lambda t, stage=stage: calls.append(stage) for stage in ("before_train", "after_epoch")})
+    late.check = lambda: calls.append("check")  # type: ignore[method-assign]
+    make_trainer(
+        tmp_path / "first", max_epochs=1, hooks=[On(before_train=lambda t: t.register_hooks([late])), LoggerHook()]
+    ).train()
+    assert calls == ["check", "before_train", "after_epoch"]
+    with pytest.raises(SettingError, match="Make a new one"):
+        make_trainer(tmp_path / "second", hooks=[late])
+
+
+def test_what_is_wrong_with_it_is_an_error_before_the_first_step(tmp_path: Path) -> None:
+    for wrong in (LoggerHook(), ThroughputHook()):
+        trainer = make_trainer(
+            tmp_path, hooks=[On(before_train=lambda t, wrong=wrong: t.register_hooks([wrong])), LoggerHook()]
+        )
+        with pytest.raises(SettingError, match=wrong.class_name):
+            trainer.train()
+        assert trainer.progress.iter == 0
+
+
+def test_a_hook_that_misses_its_before_train_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    late: list[HookBase] = [CheckpointerHook(every_n_minutes=1), Recorder(lambda trainer: trainer.cur_iter)]
+    add = at_iter(1, lambda trainer: trainer.register_hooks(late))
+    make_trainer(tmp_path, hooks=[On(after_iter=add)], max_epochs=1).train()
+    assert "CheckpointerHook is registered when the run has begun: its before_train is not called" in caplog.text
+    assert "Recorder" not in caplog.text  # it has none
+    assert late[1].values == [1, 2, 3, 4]  # type: ignore[attr-defined]
+
+
+def test_between_two_trains_hooks_come_as_before_the_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = make_trainer(tmp_path, max_epochs=1)
+    trainer.train()
+    trainer.max_epochs = 2
+    trainer.register_hooks([ThroughputHook(), LoggerHook(progress_bar=False)])
+    trainer.train()
+    assert "its before_train" not in caplog.text
+    assert "batches_per_s" in trainer.metric_storage
+
+
+def test_the_list_of_hooks_cannot_be_changed_behind_the_runs_back(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(AttributeError):
+        trainer.hooks.append(CheckpointerHook())  # type: ignore[attr-defined]

@@ -303,6 +303,25 @@ def test_train_one_epoch_of_17_is_refused_with_its_new_name(tmp_path: Path) -> N
         build(Epoch, tmp_path)
 
 
+def test_call_hooks_of_17_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    class Timed(Trainer):
+        def _call_hooks(self, stage: str) -> None: ...
+
+    with pytest.raises(SettingError, match=r"Timed overrides _call_hooks.*Write a hook"):
+        build(Timed, tmp_path)
+
+
+def test_a_method_of_ones_own_called_call_is_not_the_loops(tmp_path: Path) -> None:
+    class Old17(Trainer):
+        def call(self, number: int) -> int:  # type: ignore[override]
+            return number + 1
+
+    stages = Stages("before_train", "before_epoch", "after_epoch", "after_train")
+    build(Old17, tmp_path, hooks=[stages]).train()
+    assert stages.calls[0] == "before_train"
+    assert stages.calls[-1] == "after_train"
+
+
 def test_overrides_of_17s_private_methods_are_called(tmp_path: Path) -> None:
     calls: list[Any] = []
 

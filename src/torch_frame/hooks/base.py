@@ -228,8 +228,8 @@ class HookTrainer(Protocol):
     def tb_log_dir(self) -> str: ...
 
     @property
-    def hooks(self) -> list[HookBase]:
-        """The registered hooks, in the order they run."""
+    def hooks(self) -> tuple[HookBase, ...]:
+        """The registered hooks, in the order they run; `register_hooks` adds to them."""
         ...
 
     def register_hooks(self, hooks: Iterable[HookBase | None]) -> None:

@@ -44,13 +44,24 @@ class HookCaller:
         self._run = object()  # marks the hooks that have been through a run's before_train
 
     @property
-    def registered(self) -> list[HookBase]:
-        """A list of them, to keep."""
-        return list(self.hooks)
+    def registered(self) -> tuple[HookBase, ...]:
+        """For others: what is put into a list of them would never run."""
+        return tuple(self.hooks)
 
-    def add(self, hooks: Iterable[HookBase]) -> None:
-        """Register hooks; a state that was restored before they came is handed to them now."""
+    def add(self, hooks: Iterable[HookBase], *, under_way: bool = False, has_begun: bool = False) -> None:
+        """Register hooks; a state that was restored before they came is handed to them now.
+
+        Args:
+            under_way: a `train()` has begun, so they join it.
+            has_begun: its `before_train` is over, which they miss.
+        """
+        hooks = list(hooks)
         for hook in hooks:
+            if under_way and _turn(hook) < 0:
+                raise SettingError(
+                    f"{hook.class_name} runs before all other hooks, so it cannot join a run that has begun. Register it before "
+                    "train()."
+                )
             if any(hook is other for other in self.hooks):
                 raise SettingError(
                     f"The same {hook.class_name} object is registered twice; each hook needs its own object."
@@ -68,6 +79,22 @@ class HookCaller:
             else:
                 methods[:] = split.around(calls)
         self.load_state_dict(None)
+        if under_way:
+            self._join(hooks, has_begun=has_begun)
+
+    def _join(self, hooks: Iterable[HookBase], *, has_begun: bool) -> None:
+        """Hooks come to a run that has begun: what is done for all when it begins is done for them now."""
+        for hook in hooks:
+            hook._begun_run = self._run
+        self._tell_notes(hooks)
+        for hook in hooks:
+            hook.check()
+            if has_begun and _overrides(hook, "before_train"):
+                _logger.warning(
+                    "%s is registered when the run has begun: its before_train is not called. Register it in before_train of "
+                    "another hook, or before train().",
+                    hook.class_name,
+                )
 
     def names_with(self, *stages: str) -> list[str]:
         """Names of the hooks that do something at one of these stages."""
@@ -121,11 +148,15 @@ class HookCaller:
         """The run begins: its hooks belong to it, and what was found when it was resumed is told."""
         for hook in self.hooks:
             hook._begun_run = self._run
+        self._tell_of_one_side()
+        self._tell_notes(self.hooks)
+
+    def _tell_notes(self, hooks: Iterable[HookBase]) -> None:
+        """What was found when their states were loaded."""
         for level, text in self._told:
             _logger.log(level, text)
         self._told = []
-        self._tell_of_one_side()
-        for hook in self.hooks:
+        for hook in hooks:
             if isinstance(hook, CheckpointerHook):
                 hook._tell()
 

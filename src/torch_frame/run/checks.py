@@ -191,6 +191,11 @@ def check_names_of_17(kind: type) -> None:
             f"{kind.__name__} overrides _train_one_epoch, which would never be called: it is train_one_epoch() now. Rename it; "
             "super().train_one_epoch() trains the epoch."
         )
+    if hasattr(kind, "_call_hooks"):
+        raise SettingError(
+            f"{kind.__name__} overrides _call_hooks, which would never be called: the loop calls the methods of the hooks one by "
+            "one. Write a hook that does it at the stages you want (HookBase), and register it where it is to run."
+        )
 
 
 def check_epoch(kind: type, length: RunLength, *, is_trained: bool) -> None:
