@@ -128,7 +128,6 @@ class Trainer:
     Attributes:
         progress: the counters (`torch_frame.progress.Progress`).
         length: where the run ends (`torch_frame.run.length.RunLength`).
-        metric_storage: the run's values by name.
         model_ema: the `EMA`, or None.
         optimizer: as it was given: one, a tuple, or a mapping of names; another one may be set.
         lr_scheduler: the scheduler inside its warm-up (`LRWarmupScheduler`), in the same form; a torch scheduler may be set.
@@ -162,6 +161,7 @@ class Trainer:
     )
     cur_iter: int = delegated("progress.current_iter", "Index in the run of the batch under way, or of the last one.")
     hook_strategy: Strategy = delegated("_ranks.of_hooks", "`strategy`, or one process if only rank 0 has hooks.")
+    metric_storage: MetricStorage = delegated("_run.metric_storage", "The run's values by name.", settable=True)
     model: nn.Module = delegated("_run.model", "As the loop calls it: prepared, wrapped.", settable=True)
     seed: int = delegated("_run.script_seed", "Of the data's order; set it before `train()`.", settable=True)
     lr_scheduler_metric: str | None = delegated("_run.lr_scheduler_metric", "What a plateau follows.", settable=True)
@@ -251,7 +251,7 @@ class Trainer:
         self.stages = self.hook_caller.stages
         self._names = MetricNames()
         # weak: the storage must not keep the trainer, and so the model, alive
-        self.metric_storage = storage = run_storage(self._names, weakref.WeakMethod(self._check_read))
+        storage = run_storage(self._names, weakref.WeakMethod(self._check_read))
 
         prepare = strategy.replicate if isinstance(optimizer, Mapping) else strategy.prepare
         prepared = prepare(model if device is None else model.to(self.device))
@@ -270,7 +270,7 @@ class Trainer:
             strategy,
             self.progress,
             self.stages,
-            lambda: {name: buffer.latest for name, buffer in storage.items()},
+            lambda: {name: buffer.latest for name, buffer in proxy.metric_storage.items()},
             interval=lr_scheduler_interval,
             warmup=Warmup(warmup_method, warmup_iters, warmup_factor),
             settings=UpdateSettings(
@@ -534,7 +534,7 @@ class Trainer:
             with self._names.own_values():
                 self._update_iter_metrics(*arguments_of_17(values))
         else:
-            self.metric_storage.record(self.progress.iter - 1, values)
+            self._run.storage.record(self.progress.iter - 1, values)
         if not self._names_checked:
             self._names_checked = True
             if self._ranks.has_hooks:

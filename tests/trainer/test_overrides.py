@@ -26,7 +26,7 @@ from tests.small_runs import (
     weights_of,
 )
 from tests.training.small_updates import poisoned, poisoned_step
-from torch_frame import CheckpointerHook, HookBase, LoggerHook, Trainer
+from torch_frame import CheckpointerHook, HookBase, LoggerHook, MetricStorage, Trainer
 from torch_frame.errors import SettingError, StepOutputError
 from torch_frame.hooks.defaults import default_hooks
 from torch_frame.run.table import table
@@ -593,3 +593,48 @@ def test_what_is_set_wrongly_is_an_error_before_the_first_step(name: str, tmp_pa
     with pytest.raises(error, match=text):
         set_and_train()
     assert trainer.progress.iter == 0
+
+
+# ---------------------------------------------------------------- another metric_storage
+
+
+def replaced(storage: MetricStorage) -> Any:
+    def put(trainer: Trainer) -> None:
+        trainer.metric_storage = storage
+
+    return put
+
+
+@pytest.mark.parametrize("stage", ["script", "before_train", "before_epoch"])
+def test_a_metric_storage_that_is_set_is_the_runs(stage: str, tmp_path: Path) -> None:
+    own = MetricStorage(default_win_size=50)
+    put = replaced(own)
+    hooks = [CheckpointerHook(save_metric="total_loss", max_first=False), LoggerHook(progress_bar=False)]
+    hooks += [] if stage == "script" else [On(**{stage: put})]
+    trainer = build(Trainer, tmp_path, schedule=False, epochs=1, hooks=hooks)
+    if stage == "script":
+        put(trainer)
+    trainer.train(5, 5)
+    assert trainer.metric_storage is own
+    assert own.value("lr") == 0.1
+    saved = torch.load(f"{trainer.ckpt_dir}/latest.pth")["metric_storage"]
+    assert saved["total_loss"]["latest_iter"] == 6
+    assert Path(trainer.ckpt_dir, "best.pth").exists()
+    assert "total_loss" in Path(trainer.work_dir, "metrics.jsonl").read_text()
+
+
+def test_steps_that_are_skipped_are_in_no_mean_of_a_storage_that_is_set(tmp_path: Path) -> None:
+    def run(name: str, *hooks: HookBase) -> Trainer:
+        settings = {"step_fn": poisoned_step, "data": poisoned(7, {2}, "nan_gradient"), "on_nonfinite": "skip"}
+        seed_everything(0)
+        trainer = build(Trainer, tmp_path / name, epochs=2, hooks=[*hooks], **settings)
+        trainer.train(5, 5)
+        return trainer
+
+    own = run("own", On(before_epoch=lambda trainer: replaced(MetricStorage())(trainer) if trainer.epoch else None))
+    assert own.value("total_loss") == run("plain").value("total_loss")
+
+
+def test_something_else_than_a_metric_storage_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="it has to be a MetricStorage"):
+        build(Trainer, tmp_path).metric_storage = {}  # type: ignore[assignment]

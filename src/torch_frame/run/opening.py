@@ -13,7 +13,6 @@ from torch_frame.run import alike, checks, doubts, first_block
 from torch_frame.run.resume import Found, newest
 from torch_frame.run.run import Run
 from torch_frame.run.session import Session, log_first_lines
-from torch_frame.run.skipped import follow_skips
 from torch_frame.run.table import table
 from torch_frame.run.values import check_plateaus
 from torch_frame.tracking.console import open_run_log
@@ -101,7 +100,7 @@ def begin(run: Run) -> None:
     run.optimization.tell_of_interrupted()
     run.optimization.reset()
     run.schedule_free.train()
-    follow_skips(run.metric_storage, run.optimization, has_scaler=run.precision.scaler is not None)
+    run.follow_skips()
     run.frozen.begin()
     run.metric_storage.allow_repeats()
     if run.ema is not None:

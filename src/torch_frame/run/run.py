@@ -23,6 +23,7 @@ from torch_frame.run.resume import Resumption
 from torch_frame.run.saving import Saver
 from torch_frame.run.script_settings import AllSettings
 from torch_frame.run.session import Stages, log_parameters
+from torch_frame.run.skipped import follow_skips
 from torch_frame.run.start_epoch import StartEpoch
 from torch_frame.run.trained import FrozenParameters
 from torch_frame.run.work_dir import WorkDir
@@ -78,6 +79,7 @@ class Run:
         resumed_iter: batches that were trained when this `train()` resumed the run; None if it began anew.
         info_params, named_params: lines that the script wants in the log, and values that it has named.
         in_train: `train()` is under way.
+        storage: the run's values by name; `metric_storage` sets another one.
         schedule_free: switches those of the optimizers that are schedule-free.
     """
 
@@ -88,7 +90,7 @@ class Run:
     precision: Precision
     progress: Progress
     length: RunLength
-    metric_storage: MetricStorage
+    storage: MetricStorage
     hook_caller: Hooks
     optimization: Optimization
     settings: AllSettings
@@ -113,6 +115,25 @@ class Run:
     def __post_init__(self) -> None:
         optimization = self.optimization
         self.schedule_free = ScheduleFree(lambda: optimization.optimizers.values())
+
+    @property
+    def metric_storage(self) -> MetricStorage:
+        """The run's values by name."""
+        return self.storage
+
+    @metric_storage.setter
+    def metric_storage(self, storage: MetricStorage) -> None:
+        """One that a script or a hook sets takes the place of the one before, whose values are not the run's any more."""
+        if not isinstance(storage, MetricStorage):
+            raise TypeError(f"trainer.metric_storage was set to {storage!r}; it has to be a MetricStorage.")
+        storage.take_place_of(self.storage)
+        self.storage = storage
+        if self.in_train:
+            self.follow_skips()
+
+    def follow_skips(self) -> None:
+        """From now on the storage knows which batches were trained on."""
+        follow_skips(self.storage, self.optimization, has_scaler=self.precision.scaler is not None)
 
     @property
     def bare_model(self) -> nn.Module:

@@ -168,6 +168,16 @@ class MetricStorage(dict[str, HistoryBuffer]):
         held_from = math.inf if self._held_from is None else self._held_from
         return {iter: trained if iter < held_from else None for iter, trained in found.items()}
 
+    def take_place_of(self, other: MetricStorage) -> None:
+        """Record a run's values from now on, as the storage did that was the run's until now."""
+        if other is self:
+            return
+        other.flush()
+        for name, smooth in other._declared.items():
+            self.declare(name, smooth=smooth)
+        self.on_read, self.renamed = other.on_read, other.renamed
+        other.on_read = other.renamed = other.before_record = None
+
     def begin_epoch(self) -> None:
         """From now on values are of a new epoch."""
         self.flush()
