@@ -29,7 +29,7 @@ from torch_frame.hooks.evaluation import evaluate_all
 from torch_frame.progress import Progress
 from torch_frame.run import alike, checks, opening
 from torch_frame.run.attributes import Attributes
-from torch_frame.run.delegated import delegated
+from torch_frame.run.delegated import delegated, is_overridden
 from torch_frame.run.feed import Feed
 from torch_frame.run.length import RunLength
 from torch_frame.run.modes import Modes
@@ -176,7 +176,6 @@ class Trainer:
     updates_per_epoch: int | None = delegated("_run.updates_per_epoch", "Optimizer steps in an epoch; None: not known.")
     hooks: tuple[HookBase, ...] = delegated("hook_caller.registered", "The registered hooks, in the order they run.")
     model_or_module: nn.Module = delegated("_run.bare_model", "Without the wrapper of DDP or DataParallel.")
-    model_evaluate: nn.Module = delegated("_run.model_to_use", "To evaluate and to use: EMA's if EMA is on.")
     should_stop: bool = delegated("_ranks.stops", "The run ends at the next safe point; set it to True.", settable=True)
     data_loader: Iterable[Any] = delegated(
         "_feed.next_loader", "Of the training; one that is set counts from the next epoch on.", settable=True
@@ -387,6 +386,11 @@ class Trainer:
                 for call in self.stages["after_train"]:
                     call()
             self._leave_together()
+
+    @property
+    def model_evaluate(self) -> nn.Module:
+        """To evaluate and to use, and what a file of weights holds: EMA's if EMA is on."""
+        return self.model_or_module if self.model_ema is None else self._run.model_to_use
 
     def evaluate(self) -> dict[str, float]:
         """Run the evaluations of the registered hooks now; nothing is logged or saved, training is undisturbed.
@@ -663,9 +667,9 @@ class Trainer:
 
     def _contents(self) -> Contents:
         """What can be saved now."""
-        return contents(
-            self._run, None if type(self).save_checkpoint is Trainer.save_checkpoint else self.save_checkpoint
-        )
+        own_save = self.save_checkpoint if is_overridden(self, Trainer, "save_checkpoint") else None
+        own_model = self.model_evaluate if is_overridden(self, Trainer, "model_evaluate", "model_or_module") else None
+        return contents(self._run, own_save, own_model)
 
     def _save_last(self) -> None:
         """The last save before the run ends by a signal, or inside an epoch by `should_stop`: complete when this returns."""

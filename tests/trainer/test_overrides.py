@@ -26,8 +26,8 @@ from tests.small_runs import (
     weights_of,
 )
 from tests.training.small_updates import poisoned, poisoned_step
-from torch_frame import CheckpointerHook, HookBase, LoggerHook, MetricStorage, Trainer
-from torch_frame.errors import SettingError, StepOutputError
+from torch_frame import CheckpointerHook, EvalHook, HookBase, LoggerHook, MetricStorage, Trainer
+from torch_frame.errors import NonFiniteError, SettingError, StepOutputError
 from torch_frame.hooks.defaults import default_hooks
 from torch_frame.run.table import table
 
@@ -638,3 +638,57 @@ def test_steps_that_are_skipped_are_in_no_mean_of_a_storage_that_is_set(tmp_path
 def test_something_else_than_a_metric_storage_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="it has to be a MetricStorage"):
         build(Trainer, tmp_path).metric_storage = {}  # type: ignore[assignment]
+
+
+# ---------------------------------------------------------------- another model to use
+
+
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Net()
+
+    def forward(self, batch: Any) -> Any:
+        return self.inner(batch)
+
+
+@pytest.mark.parametrize("name", ["model_or_module", "model_evaluate"])
+def test_files_hold_the_weights_of_the_model_that_is_evaluated(name: str, tmp_path: Path) -> None:
+    class Old17(Trainer):
+        pass
+
+    setattr(Old17, name, property(lambda trainer: trainer.model.inner))
+    model, seen = Wrapped(), []
+
+    def score(evaluated: nn.Module, batch: Any) -> dict[str, list[float]]:
+        seen.append(evaluated)
+        return {"acc": [1.0]}
+
+    trainer = Old17(
+        model,
+        SGD(model.parameters(), lr=0.1),
+        None,
+        make_batches(2),
+        1,
+        tmp_path,
+        hooks=[EvalHook(make_batches(1), score, save_metric="acc", progress_bar=False)],
+    )
+    trainer.train(5, 5)
+    assert all(evaluated is model.inner for evaluated in seen)
+    best = torch.load(f"{trainer.ckpt_dir}/best.pth")
+    assert not differences(best, model.inner.state_dict())
+    assert list(torch.load(f"{trainer.ckpt_dir}/latest.pth")["model"]) == list(model.state_dict())
+
+
+def test_nan_is_looked_for_in_the_model_that_a_file_holds(tmp_path: Path) -> None:
+    other = Net()
+    with torch.no_grad():
+        next(other.parameters()).fill_(float("nan"))
+
+    class Old17(Trainer):
+        @property
+        def model_evaluate(self) -> nn.Module:
+            return other
+
+    with pytest.raises(NonFiniteError):
+        build(Old17, tmp_path, step_fn=None).save_checkpoint("best.pth")

@@ -1,4 +1,4 @@
-"""An attribute of the trainer that another object holds."""
+"""Attributes of the trainer that another object holds, and those that a subclass has of its own."""
 
 from __future__ import annotations
 
@@ -14,3 +14,8 @@ def delegated(place: str, text: str, *, settable: bool = False) -> Any:
         setattr(attrgetter(owner)(trainer), name, value)
 
     return property(attrgetter(place), set_it if settable else None, doc=text)
+
+
+def is_overridden(thing: Any, base: type, *names: str) -> bool:
+    """The object's class has another method or property than `base` under one of the names."""
+    return any(getattr(type(thing), name) is not getattr(base, name) for name in names)

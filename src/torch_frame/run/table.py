@@ -6,6 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 from torch_frame.run import parts
 from torch_frame.run.optimizers import OptimizersPart
 from torch_frame.run.run import Run
@@ -78,20 +80,23 @@ def beside_hooks(run: Run) -> list[Any]:
     return [run.bare_model, run.feed.generator_states(), *parts_of_steps, *ema, *run.attributes.things()]
 
 
-def contents(run: Run, own_save: Callable[[str, bool], object] | None) -> Contents:
+def contents(run: Run, own_save: Callable[[str, bool], object] | None, own_model: nn.Module | None = None) -> Contents:
     """What can be saved now.
 
     Args:
         own_save: a trainer's own `save_checkpoint`, which saves instead; None: it has none.
+        own_model: that a trainer of the script's evaluates and uses; files of weights hold it. None: the run's.
     """
+    weights = parts.weights_to_use(run.model, run.ema, run.strategy) if own_model is None else own_model.state_dict
+    models = [run.bare_model] if own_model is None else [run.bare_model, own_model]
     return Contents(
         run.work_dir.checkpoints,
         run.where,
         (run.work_dir.renew, run.metric_storage.flush, partial(run.frozen.look, values=True)),
-        parts.weights_to_use(run.model, run.ema, run.strategy),
+        weights,
         partial(parts.as_saved, run.frozen),
         partial(table, run),
-        lambda: parts.finite_names(run.bare_model),
+        lambda: set().union(*map(parts.finite_names, models)),
         run.optimization.window_open,
         own_save,
     )
