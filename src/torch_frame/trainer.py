@@ -29,7 +29,7 @@ from torch_frame.hooks.evaluation import evaluate_all
 from torch_frame.progress import Progress
 from torch_frame.run import alike, checks, opening
 from torch_frame.run.attributes import Attributes
-from torch_frame.run.delegated import delegated, is_overridden
+from torch_frame.run.delegated import delegated, is_overridden, overridden
 from torch_frame.run.feed import Feed
 from torch_frame.run.length import RunLength
 from torch_frame.run.modes import Modes
@@ -193,9 +193,9 @@ class Trainer:
     )
     epoch_len: int | None = delegated("length.epoch_len", "Batches in an epoch, on this rank; None: not known.")
     work_dir: str = delegated("_run.work_dir.path", "Where the run's files go; final once `train()` has begun.")
-    ckpt_dir: str = delegated("_run.work_dir.checkpoints", "Where its checkpoints go.")
+    ckpt_dir: str = delegated("_run.work_dir.default_checkpoints", "Where its checkpoints go.")
     tb_log_dir: str = delegated("_run.work_dir.tb_logs", "Where TensorBoard's files go.")
-    log_file: str = delegated("_run.work_dir.log", "The run's log.txt.")
+    log_file: str = delegated("_run.work_dir.default_log", "The run's log.txt.")
     _own_attributes: frozenset[str] = frozenset()  # that a trainer of ours sets before Trainer.__init__
 
     def __init__(
@@ -328,6 +328,7 @@ class Trainer:
             seed_is_given,
             lr_scheduler_metric,
         )
+        self._run.work_dir.own = overridden(self, Trainer, "ckpt_dir", "log_file")
         self.register_hooks(self._build_default_hooks() if hooks is None else hooks)
 
     # ---------------------------------------------------------------- the loop

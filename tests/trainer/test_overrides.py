@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau
 
-from tests.small_hooks import On, Stages
+from tests.small_hooks import On, Stages, at_iter
 from tests.small_runs import (
     Net,
     Unsized,
@@ -692,3 +692,60 @@ def test_nan_is_looked_for_in_the_model_that_a_file_holds(tmp_path: Path) -> Non
 
     with pytest.raises(NonFiniteError):
         build(Old17, tmp_path, step_fn=None).save_checkpoint("best.pth")
+
+
+# ---------------------------------------------------------------- other places for files
+
+
+class InItsOwnPlaces(Trainer):
+    """As a subclass of 1.7 that has its files elsewhere; `sub` is set when the trainer is made already."""
+
+    sub = "a/weights"
+
+    @property
+    def ckpt_dir(self) -> str:
+        return str(Path(self.work_dir, self.sub))
+
+    @property
+    def log_file(self) -> str:
+        return str(Path(self.work_dir, "train.log"))
+
+
+def trained_in_its_own_places(kind: type[Trainer], work_dir: Path, epochs: int, **settings: Any) -> Trainer:
+    score = lambda model, batch: {"acc": [float(trainer.epoch)]}  # noqa: E731
+    hooks = [
+        EvalHook(make_batches(1), score, save_metric="acc", max_to_keep=1, progress_bar=False),
+        LoggerHook(progress_bar=False),
+    ]
+    trainer = build(kind, work_dir, epochs=epochs, hooks=hooks, step_fn=None, **settings)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("where", ["inside", "outside"])
+@pytest.mark.parametrize("resume", ["auto", None])
+def test_an_override_of_ckpt_dir_says_where_checkpoints_are(resume: str | None, where: str, tmp_path: Path) -> None:
+    class Placed(InItsOwnPlaces):
+        sub = InItsOwnPlaces.sub if where == "inside" else str(tmp_path / "elsewhere")
+
+    first = trained_in_its_own_places(Placed, tmp_path / "run", 2)
+    files = lambda: sorted(path.name for path in Path(first.ckpt_dir).iterdir())  # noqa: E731
+    assert files() == ["best.pth", "epoch_1.pth", "latest.pth", "previous.pth"]
+    assert not Path(first.work_dir, "checkpoints").exists()
+    assert f"{Path(first.ckpt_dir, 'best.pth')}" in Path(first.work_dir, "train.log").read_text()
+    assert not Path(first.work_dir, "log.txt").exists()
+    second = build(Placed, tmp_path / "run", epochs=3, hooks=[CheckpointerHook(max_to_keep=1)], resume=resume)
+    if resume is None:
+        second.load_checkpoint("latest.pth")
+        assert where == "outside" or second.work_dir == first.work_dir
+    second.train()
+    assert second.progress.iter == 21
+    assert files() == ["best.pth", "epoch_1.pth", "epoch_2.pth", "latest.pth", "previous.pth"]
+    second.load_best()
+
+
+def test_the_last_block_finds_the_state_to_continue_from(tmp_path: Path) -> None:
+    hooks = [CheckpointerHook(every_n_iters=2), LoggerHook(progress_bar=False), On(after_iter=at_iter(3, fail))]
+    trainer = build(InItsOwnPlaces, tmp_path / "run", hooks=hooks, step_fn=None)
+    raised_by(trainer.train, UserError)
+    assert str(Path(trainer.ckpt_dir, "latest.pth")) in Path(trainer.log_file).read_text()

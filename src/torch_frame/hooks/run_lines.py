@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -257,6 +258,7 @@ class RunLines:
             "columns": self._columns,
             "scores": self._scores(),
             "command": command_line() if trainer.strategy.world_size == 1 else None,
+            "checkpoints": os.path.relpath(trainer.ckpt_dir, trainer.work_dir),
             "settings": trainer.run_parameters,
         }
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable, Mapping
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -19,3 +22,9 @@ def delegated(place: str, text: str, *, settable: bool = False) -> Any:
 def is_overridden(thing: Any, base: type, *names: str) -> bool:
     """The object's class has another method or property than `base` under one of the names."""
     return any(getattr(type(thing), name) is not getattr(base, name) for name in names)
+
+
+def overridden(thing: Any, base: type, *names: str) -> Mapping[str, Callable[[], Any]]:
+    """name -> what gives its value, of the properties that the object's class has of its own; they do not keep it alive."""
+    proxy = weakref.proxy(thing)
+    return {name: partial(getattr, proxy, name) for name in names if is_overridden(thing, base, name)}

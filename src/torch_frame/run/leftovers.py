@@ -9,13 +9,14 @@ import os
 from torch_frame.errors import WorkDirError
 
 LOG = "log.txt"
-_PLACES = ("metrics.jsonl", "tb_logs", "checkpoints", "run.json", "table.jsonl")
+CHECKPOINTS = "checkpoints"
+_PLACES = ("metrics.jsonl", "tb_logs", CHECKPOINTS, "run.json", "table.jsonl")
 
 
 def holds_a_run(folder: str) -> bool:
     """Whether a run has left its files in a folder; a script's own files, beside them, do not count."""
     files = [os.path.join(folder, name) for name in (LOG, "metrics.jsonl")]
-    checkpoints = glob.glob(os.path.join(glob.escape(folder), "checkpoints", "*.pth"))
+    checkpoints = glob.glob(os.path.join(glob.escape(folder), CHECKPOINTS, "*.pth"))
     return bool(checkpoints) or any(os.path.lexists(file) for file in files)
 
 

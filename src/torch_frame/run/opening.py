@@ -40,7 +40,7 @@ def opened(
     with run.work_dir.left_on_error():
         asked = run.resumption.asked
         if asked == "auto":
-            restore(run, run.ranks.find(lambda: newest(run.work_dir.candidates(), run.work_dir.take)))
+            restore(run, run.ranks.find(lambda: newest(*run.work_dir.to_look_in())))
         elif asked is not None:
             load_checkpoint(asked)
         run.start.apply(run.progress, run.length.epoch_len)

@@ -74,20 +74,20 @@ def read(path: str) -> State:
     return {**_NEWER_PARTS, **upgraded(state)}
 
 
-def newest(work_dirs: Sequence[str], take: Callable[[str], bool]) -> Found | None:
+def newest(work_dirs: Sequence[str], take: Callable[[str], bool], folder: str = "checkpoints") -> Found | None:
     """The newest whole state in some work dirs, or None if there is none. No other run trains in its work dir.
 
     Args:
         work_dirs: where to look.
         take: keeps other processes out of a work dir; False if one trains there.
+        folder: of the checkpoints, seen from a work dir.
 
     Raises:
         CheckpointError: if there are states, and all are damaged: beginning anew would overwrite them.
     """
     problems: list[str] = []
     in_use: dict[str, str] = {}
-    for path in _newest_first(work_dirs):
-        work_dir = os.path.dirname(os.path.dirname(path))
+    for work_dir, path in _newest_first(work_dirs, folder):
         if work_dir in in_use or not take(work_dir):
             in_use[work_dir] = (
                 f"{work_dir} is left alone, because another process trains there or it cannot be written."
@@ -110,18 +110,19 @@ def newest(work_dirs: Sequence[str], take: Callable[[str], bool]) -> Found | Non
     return None
 
 
-def _newest_first(work_dirs: Sequence[str]) -> list[str]:
-    """The files of whole states, by the time of their last change; in a folder `latest.pth` first, for a copy has new times."""
-    found: list[tuple[float, int, str]] = []
+def _newest_first(work_dirs: Sequence[str], folder: str) -> list[tuple[str, str]]:
+    """(work dir, path) of the files of whole states, by their last change; in a folder `latest.pth` first, for a copy has new
+    times."""
+    found: list[tuple[float, int, str, str]] = []
     for work_dir in work_dirs:
         limit = math.inf
         for turn, name in enumerate(("latest.pth", "previous.pth")):
-            path = os.path.join(work_dir, "checkpoints", name)
+            path = os.path.join(work_dir, folder, name)
             if _modified_s(path):
-                times = [*_modified_s(path), *_modified_s(os.path.join(work_dir, "checkpoints", "previous.pth"))]
+                times = [*_modified_s(path), *_modified_s(os.path.join(work_dir, folder, "previous.pth"))]
                 limit = min(limit, max(times) if turn == 0 else times[0])
-                found.append((-limit, turn, path))
-    return [path for _, _, path in sorted(found)]
+                found.append((-limit, turn, path, work_dir))
+    return [(work_dir, path) for _, _, path, work_dir in sorted(found)]
 
 
 def _modified_s(path: str) -> list[float]:

@@ -9,11 +9,11 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import WorkDirError
-from torch_frame.run.leftovers import LOG, Leftovers, holds_a_run
+from torch_frame.run.leftovers import CHECKPOINTS, LOG, Leftovers, holds_a_run
 from torch_frame.run.lock import FolderLock
 
 _logger = logging.getLogger(__name__)
@@ -40,9 +40,11 @@ class WorkDir:
 
     Attributes:
         path: absolute; final once `claim` or `enter` has been called.
+        own: "ckpt_dir", "log_file" -> what gives its path, if a subclass of the script's has places of its own, as in 1.7.
     """
 
     def __init__(self, work_dir: str | os.PathLike[str], create_new_dir: str | None, strategy: Strategy) -> None:
+        self.own: Mapping[str, Callable[[], str]] = {}
         self._given = os.path.abspath(_clean(work_dir))
         self.path: str = strategy.broadcast(get_workspace(self._given, create_new_dir))
         self._create_new_dir = create_new_dir
@@ -52,9 +54,25 @@ class WorkDir:
         self._leftovers = Leftovers(self.path)
 
     @property
+    def default_checkpoints(self) -> str:
+        """The folder of the checkpoints, if a subclass has none of its own."""
+        return os.path.join(self.path, CHECKPOINTS)
+
+    @property
+    def default_log(self) -> str:
+        """The run's log, if a subclass has none of its own."""
+        return os.path.join(self.path, LOG)
+
+    @property
     def checkpoints(self) -> str:
         """The folder of the checkpoints."""
-        return os.path.join(self.path, "checkpoints")
+        return os.path.abspath(self.own.get("ckpt_dir", lambda: self.default_checkpoints)())
+
+    @property
+    def checkpoints_name(self) -> str:
+        """That folder, seen from the run's; elsewhere its path."""
+        name = os.path.relpath(self.checkpoints, self.path) if "ckpt_dir" in self.own else CHECKPOINTS
+        return self.checkpoints if name.startswith(os.pardir) else name
 
     @property
     def tb_logs(self) -> str:
@@ -64,7 +82,7 @@ class WorkDir:
     @property
     def log(self) -> str:
         """The run's log."""
-        return os.path.join(self.path, LOG)
+        return os.path.abspath(self.own.get("log_file", lambda: self.default_log)())
 
     def claim(self, strategy: Strategy) -> None:
         """Make the folder; under another name if another run has taken the proposed one in the meantime.
@@ -126,11 +144,15 @@ class WorkDir:
 
     def find(self, checkpoint: str | os.PathLike[str]) -> str:
         """The checkpoint's place: as given, in this work dir, or in the newest sibling."""
-        return find_checkpoint(os.fspath(checkpoint), self._given)
+        return find_checkpoint(os.fspath(checkpoint), self._given, self.checkpoints_name)
 
     def candidates(self) -> list[str]:
         """The folders in which a run of this work dir may be: it, and those that `create_new_dir` makes beside it."""
         return [self._given, *_siblings(self._given)]
+
+    def to_look_in(self) -> tuple[list[str], Callable[[str], bool], str]:
+        """The candidates, what takes one of them, and where in it the checkpoints are."""
+        return self.candidates(), self.take, self.checkpoints_name
 
     def take(self, folder: str) -> bool:
         """Keep other processes out of one of the candidates; False if another run trains there, or it cannot be written."""
@@ -142,8 +164,9 @@ class WorkDir:
     def move_to(self, checkpoint_path: str) -> None:
         """Continue in the work dir that holds this checkpoint, known from the file's own place."""
         folder = os.path.dirname(os.path.abspath(checkpoint_path))
-        if os.path.basename(folder) == "checkpoints":
-            self.path = os.path.dirname(folder)
+        name = self.checkpoints_name
+        if folder.endswith(os.sep + name):
+            self.path = folder.removesuffix(os.sep + name)
             self._create_new_dir = None
             self._claimed = False
 
@@ -174,6 +197,7 @@ class WorkDir:
             self._make_and_lock()
         self._claimed = True
         with _in_words(self.path):
+            os.makedirs(os.path.dirname(self.checkpoints), exist_ok=True)
             _use(self.checkpoints, "The folder")
         if anew and not self._begun and self._create_new_dir is None and self._leftovers.folder == self.path:
             aside = self._leftovers.put_aside()
@@ -352,7 +376,7 @@ def _newest(paths: list[str]) -> str | None:
     return max(files, key=lambda path: (_modified_s(path), path), default=None)
 
 
-def find_checkpoint(name: str | os.PathLike[str], work_dir: str | os.PathLike[str]) -> str:
+def find_checkpoint(name: str | os.PathLike[str], work_dir: str | os.PathLike[str], folder: str = CHECKPOINTS) -> str:
     """Finds a checkpoint: as given, then in `work_dir/checkpoints`, then in the newest sibling `work_dir_*`.
 
     The newest sibling is the one whose `checkpoints/name` was changed last. A warning says so if such a file is newer
@@ -361,6 +385,7 @@ def find_checkpoint(name: str | os.PathLike[str], work_dir: str | os.PathLike[st
     Args:
         name: a path, or the name of a file as `"latest.pth"`.
         work_dir: the folder that the user named, without a suffix.
+        folder: of the checkpoints, seen from a work dir.
 
     Returns:
         The path of the file.
@@ -373,8 +398,8 @@ def find_checkpoint(name: str | os.PathLike[str], work_dir: str | os.PathLike[st
     if os.path.isabs(name):
         places, siblings = [name], []
     else:
-        places = [name, os.path.join(work_dir, "checkpoints", name)]
-        siblings = [os.path.join(folder, "checkpoints", name) for folder in _siblings(work_dir)]
+        places = [name, os.path.join(work_dir, folder, name)]
+        siblings = [os.path.join(sibling, folder, name) for sibling in _siblings(work_dir)]
     newest_sibling = _newest(siblings)
     found = next((place for place in places if os.path.isfile(place)), newest_sibling)
     if found is None:

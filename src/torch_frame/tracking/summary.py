@@ -30,13 +30,14 @@ def last_block(folder: str | os.PathLike[str], facts: Mapping[str, Any], last: E
         width: cells of the screen.
     """
     path = Path(folder)
+    checkpoints = Path(os.path.normpath(path / str(facts.get("checkpoints", "checkpoints"))))
     rows = {
-        "best": _best_row(path, facts.get("best")),
+        "best": _best_row(checkpoints, facts.get("best")),
         "last": _last_row(last, facts),
         "time": _time_row(facts),
-        "state": _saved_row(path),
+        "state": _saved_row(checkpoints),
         "files": _files_row(path),
-        "next": "\n".join(_next_steps(path, facts)),
+        "next": "\n".join(_next_steps(path, checkpoints, facts)),
     }
     return [
         _title(facts, last),
@@ -73,13 +74,13 @@ def _since(facts: Mapping[str, Any]) -> str:
     return f"{where}, begun {ago(time.time() - started)}" if isinstance(started, int | float) else where
 
 
-def _best_row(folder: Path, best: Any) -> str:
+def _best_row(checkpoints: Path, best: Any) -> str:
     if not isinstance(best, Mapping):
         return ""
     lines = []
     for metric, found in best.items():
         file = found.get("file")
-        where = f": {_path(folder, 'checkpoints', file)}" if file and (folder / "checkpoints" / file).exists() else ""
+        where = f": {checkpoints / file}" if file and (checkpoints / file).exists() else ""
         lines.append(f"{showable(metric)} {value_text(float(found['value']))} in {_lower(found['label'])}{where}")
     return "\n".join(lines)
 
@@ -100,15 +101,15 @@ def _time_row(facts: Mapping[str, Any]) -> str:
     return f"{duration(seconds)}{': ' if parts else ''}{parts}"
 
 
-def _saved_row(folder: Path) -> str:
+def _saved_row(checkpoints: Path) -> str:
     """What a run can be continued from."""
     for name in ("latest.pth", "previous.pth"):
         try:
-            status = (folder / "checkpoints" / name).stat()
+            status = (checkpoints / name).stat()
         except OSError:
             continue
         age = ago(time.time() - status.st_mtime)
-        return f"{_path(folder, 'checkpoints', name)}, {size_text(status.st_size)}, {age}"
+        return f"{checkpoints / name}, {size_text(status.st_size)}, {age}"
     return ""
 
 
@@ -117,21 +118,21 @@ def _files_row(folder: Path) -> str:
     return f"{folder}: {', '.join(there)}" if there else str(folder)
 
 
-def _next_steps(folder: Path, facts: Mapping[str, Any]) -> list[str]:
+def _next_steps(folder: Path, checkpoints: Path, facts: Mapping[str, Any]) -> list[str]:
     how = facts.get("how")
     if how in (STOPPED, FAILED, KILLED):
-        return _to_continue(folder, facts)
+        return _to_continue(checkpoints, facts)
     steps = [f"torch-frame show {shlex.quote(str(folder))}"]
     if (folder / "tb_logs").exists():
         steps.append(f"tensorboard --logdir {shlex.quote(str(folder / 'tb_logs'))}")
     weights = [found.get("file") for found in (facts.get("best") or {}).values()] or ["best.pth"]
-    if how == FINISHED and weights[0] and (folder / "checkpoints" / weights[0]).exists():
-        steps.append(f"model.load_state_dict(torch.load({_path(folder, 'checkpoints', weights[0])!r}))")
+    if how == FINISHED and weights[0] and (checkpoints / weights[0]).exists():
+        steps.append(f"model.load_state_dict(torch.load({str(checkpoints / weights[0])!r}))")
     return steps
 
 
-def _to_continue(folder: Path, facts: Mapping[str, Any]) -> list[str]:
-    latest = folder / "checkpoints" / "latest.pth"
+def _to_continue(checkpoints: Path, facts: Mapping[str, Any]) -> list[str]:
+    latest = checkpoints / "latest.pth"
     if not latest.exists():
         return ["nothing was saved yet: the run begins anew"]
     return [
@@ -139,10 +140,6 @@ def _to_continue(folder: Path, facts: Mapping[str, Any]) -> list[str]:
         'with Trainer(..., resume="auto"), or after',
         f"trainer.load_checkpoint({str(latest)!r})",
     ]
-
-
-def _path(folder: Path, *names: str) -> str:
-    return os.path.join(str(folder), *names)
 
 
 def command_line(words: Sequence[str] | None = None) -> str | None:
