@@ -296,7 +296,7 @@ def test_a_metrics_name_that_is_no_file_name_is_made_one(tmp_path: Path) -> None
         def after_epoch(self) -> None:
             self.log(self.trainer.epoch, **{"acc/top 1": 1.0}, smooth=False)
 
-    trainer = train(tmp_path, Logs(), SCORE(), Snapshots([1.0] * 4), CheckpointerHook(save_metric="acc/top 1"))
+    trainer = train(tmp_path, Logs(), Snapshots([1.0] * 4), SCORE(), CheckpointerHook(save_metric="acc/top 1"))
     assert {name for name in files_of(trainer) if name.startswith("best")} == {"best.pth", "best_acc_top_1.pth"}
 
 
@@ -481,3 +481,28 @@ def test_a_failed_save_is_told_at_the_next_safe_point_and_nothing_old_is_removed
     assert "epoch_1.pth" in files_of(trainer)
     assert load(trainer, "latest.pth")["progress"]["epoch"] == 2
     assert not [name for name in files_of(trainer) if name.endswith(".tmp")]
+
+
+def test_a_score_of_an_earlier_epoch_makes_no_other_weights_the_best(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scores = [0.5, 0.9, 0.2, 0.3, 0.95, 0.1]
+
+    def best(name: str, *, is_first: bool = False, period: int = 1, evaluation: int = 1) -> int | None:
+        caplog.clear()
+        score = lambda model, batch: {"acc": [scores[trainer.epoch]]}  # noqa: E731
+        hooks: list[Any] = [EvalHook([0], score, period=evaluation, progress_bar=False, save_last=False)]
+        hooks.insert(0 if is_first else 1, CheckpointerHook(period, save_metric="eval_acc", save_last=False))
+        snapshots = Snapshots()
+        trainer = make_trainer(tmp_path / name, max_epochs=6, hooks=[snapshots, *hooks])
+        trainer.train()
+        if "best.pth" not in files_of(trainer):
+            return None
+        weights = load(trainer, "best.pth")
+        return next(epoch for epoch in range(6) if not differences(snapshots.weights[epoch], dict(weights)))
+
+    told = "whose value is of an earlier epoch"
+    assert (best("behind"), told in caplog.text) == (4, False)
+    assert (best("rare", evaluation=2), told in caplog.text) == (1, False)
+    assert (best("before", is_first=True), caplog.text.count(told)) == (None, 1)
+    assert (best("another rhythm", period=3, evaluation=2), caplog.text.count(told)) == (5, 1)

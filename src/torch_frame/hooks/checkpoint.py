@@ -48,7 +48,8 @@ class CheckpointerHook(HookBase):
     Args:
         period: epochs between saves; 0: only after the last epoch.
         max_to_keep: how many `epoch_N.pth` to keep; None writes none.
-        save_metric: name in `trainer.metric_storage`: a loss of the training step ("total_loss") or an evaluation's result.
+        save_metric: name in `trainer.metric_storage`: a loss of the training step ("total_loss") or an evaluation's result, of a
+            hook that stands before this one. A value of an earlier epoch is of other weights, and does not count.
         max_first: higher is better; False: lower is better.
         save_last: write `latest.pth`.
         every_n_iters: write `latest.pth` every so many batches of the run as well.
@@ -78,6 +79,7 @@ class CheckpointerHook(HookBase):
             "_resume_notes",
             "_begun_run",
             "_has_told_nan",
+            "_has_told_old",
         }
     )
     """Attributes that are not looked at for a change."""
@@ -91,7 +93,7 @@ class CheckpointerHook(HookBase):
     _tells_of_nothing_written: bool = True
     _as_registered: Attributes | None = None
     _resume_notes: tuple[str, ...] = ()
-    _has_told_nan = False
+    _has_told_nan = _has_told_old = False
 
     def __init__(
         self,
@@ -205,11 +207,25 @@ class CheckpointerHook(HookBase):
         if value is not None and math.isnan(value) and not self._has_told_nan:
             self._has_told_nan = True
             _logger.warning("%s is NaN, which is never the best: no file of weights is written.", self.save_metric)
-        if value is None or not self.is_better(value):
+        if value is None or not self.is_better(value) or self._is_of_other_weights(self.save_metric):
             return False
         self.cur_best = value
         _logger.debug("%s is the best so far: %.6g", self.save_metric, value)
         return True
+
+    def _is_of_other_weights(self, name: str) -> bool:
+        """The value is of an earlier epoch: the hook runs before the one that logs it, or in another rhythm. Told once."""
+        is_old = self.trainer.hook_strategy.broadcast(not self.metric_storage.is_of_this_epoch(name))
+        if is_old and not self._has_told_old:
+            self._has_told_old = True
+            _logger.warning(
+                "%s follows %r, whose value is of an earlier epoch and so of other weights: this epoch's are not taken for the "
+                "best. Register %s behind the hook that logs it, and let it save in epochs in which it is logged.",
+                self.class_name,
+                name,
+                self.class_name,
+            )
+        return bool(is_old)
 
     def _metric_value(self, name: str) -> float | None:
         """The metric's value; None as long as nothing has been logged under its name: an evaluation every few epochs."""
