@@ -646,3 +646,39 @@ def test_the_list_of_hooks_cannot_be_changed_behind_the_runs_back(tmp_path: Path
     trainer = make_trainer(tmp_path)
     with pytest.raises(AttributeError):
         trainer.hooks.append(CheckpointerHook())  # type: ignore[attr-defined]
+
+
+class SavesAllAttributes(HookBase):
+    """As 1.7's own hooks did, and those of its users."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def after_epoch(self) -> None:
+        self.count += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "trainer"}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        vars(self).update(state_dict)
+
+
+def test_a_hook_that_saves_all_its_attributes_resumes(tmp_path: Path) -> None:
+    hook = SavesAllAttributes()
+    trainer = resumed(tmp_path, [SavesAllAttributes()], [hook])
+    assert hook.count == 2
+    trainer.max_epochs = 3
+    trainer.train()
+    assert hook.count == 3
+    with pytest.raises(SettingError, match="Make a new one"):
+        make_trainer(tmp_path / "second", hooks=[hook])
+
+
+@pytest.mark.parametrize("others", [[], [ThroughputHook]])
+def test_a_method_that_is_put_on_a_registered_hook_is_called(others: list[Any], tmp_path: Path) -> None:
+    hook, seen = HookBase(), []
+    trainer = make_trainer(tmp_path, max_epochs=1, hooks=[hook, *(make() for make in others)])
+    hook.after_iter = lambda: seen.append(hook.trainer.cur_iter)  # type: ignore[method-assign]
+    trainer.train()
+    assert seen == [0, 1, 2, 3, 4]

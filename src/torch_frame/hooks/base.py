@@ -303,7 +303,7 @@ class HookBase:
     time_split: TimeSplit | None = None
     identified_by: tuple[str, ...] = ()
 
-    _begun_run: object
+    _begun_run: str
     """Of the run whose before_train the hook has been through."""
 
     trainer: HookTrainer = None  # type: ignore[assignment]  # set when the hook is registered

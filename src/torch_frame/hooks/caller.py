@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import uuid
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -41,7 +42,8 @@ class HookCaller:
         self._taken: set[str] = set()  # keys of saved states that a hook has taken
         self._restored: set[int] = set()  # id() of the hooks that have taken one
         self._told: list[tuple[int, str]] = []
-        self._run = object()  # marks the hooks that have been through a run's before_train
+        # Marks the hooks that have been through a run's before_train; a text, for hooks of 1.7 save all their attributes.
+        self._run = uuid.uuid4().hex
 
     @property
     def registered(self) -> tuple[HookBase, ...]:
@@ -71,6 +73,13 @@ class HookCaller:
                 hook._note_attributes()
             self.hooks.append(hook)
         self.hooks.sort(key=_turn)  # stable: the order is otherwise kept
+        self._look_for_methods()
+        self.load_state_dict(None)
+        if under_way:
+            self._join(hooks, has_begun=has_begun)
+
+    def _look_for_methods(self) -> None:
+        """Which methods of the hooks, and of the objects themselves, each stage calls."""
         self.time_split = split = _the_one_split(self.hooks)
         for stage, methods in self.stages.items():
             calls = [(hook.class_name, getattr(hook, stage)) for hook in self.hooks if _overrides(hook, stage)]
@@ -78,9 +87,6 @@ class HookCaller:
                 methods[:] = [call for _, call in calls]
             else:
                 methods[:] = split.around(calls)
-        self.load_state_dict(None)
-        if under_way:
-            self._join(hooks, has_begun=has_begun)
 
     def _join(self, hooks: Iterable[HookBase], *, has_begun: bool) -> None:
         """Hooks come to a run that has begun: what is done for all when it begins is done for them now."""
@@ -148,6 +154,7 @@ class HookCaller:
         """The run begins: its hooks belong to it, and what was found when it was resumed is told."""
         for hook in self.hooks:
             hook._begun_run = self._run
+        self._look_for_methods()  # a script may have put some on its hooks since they were registered
         self._tell_of_one_side()
         self._tell_notes(self.hooks)
 

@@ -68,7 +68,7 @@ class EvalHook(EvaluationHook):
         with self.evaluating(), leaving_no_trace(model, [self.dataloader]):
             batch = first_batch(self.dataloader)
             scores = _checked(self._eval_func(model, self.placed(batch)))
-        names = {self.prefix + name: None for name in scores}.keys()  # in their order
+        names = {f"{self.prefix}{name}": None for name in scores}.keys()  # in their order
         return names or None  # nothing for the first batch: the others will tell
 
     def evaluate(self) -> dict[str, float]:
@@ -80,7 +80,7 @@ class EvalHook(EvaluationHook):
                     scores.setdefault(name, []).append(_kept(of_samples))
         of_ranks = strategy.collect({name: _numbers(parts, name) for name, parts in scores.items()})
         merged = {name: [ranks[name] for ranks in of_ranks if name in ranks] for ranks in of_ranks for name in ranks}
-        means = {self.prefix + name: _mean(torch.cat(parts).tolist()) for name, parts in merged.items()}
+        means = {f"{self.prefix}{name}": _mean(torch.cat(parts).tolist()) for name, parts in merged.items()}
         means = strategy.broadcast(means)
         if not means:
             raise SettingError(
