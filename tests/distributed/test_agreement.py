@@ -74,6 +74,16 @@ def stop_early(folder: Path) -> dict[str, Any]:
     return {"epochs": trainer.progress.epoch, "best": hooks[1].cur_best}  # type: ignore[attr-defined]
 
 
+def stop_early_inside_an_epoch(folder: Path, *, on_all: bool) -> int:
+    """By the second evaluation that is not better; the epoch has 4 batches."""
+    evaluation = EvalHook(make_batches(2), lambda m, b: {"acc": [0.5]}, period_unit="iter", progress_bar=False)
+    hooks: list[Any] = [evaluation, EarlyStoppingHook("eval_acc", patience=2), CheckpointerHook(save_metric="eval_acc")]
+    work_dir = folder / f"inside_{on_all}"
+    trainer = make_trainer(work_dir, Net(), None, None, loader(), 9, hooks=hooks if on_all or rank() == 0 else [])
+    trainer.train(5, 5)
+    return trainer.progress.iter
+
+
 def show(folder: Path) -> dict[str, Any]:
     output, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
@@ -177,6 +187,7 @@ def agree_on_all(folder: Path) -> dict[str, Any]:
     return {
         "stop": stop_by_rank_1(folder),
         "early": stop_early(folder),
+        "inside": [stop_early_inside_an_epoch(folder, on_all=on_all) for on_all in (True, False)],
         "show": show(folder),
         "weights": save_weights(folder),
         "short": fewer_samples_than_ranks(folder),
@@ -191,6 +202,7 @@ def test_ranks_agree(tmp_path: Path) -> None:
     assert first["stop"] == second["stop"] == {"done": [1, 4], "saved": [1, 4]}
     assert first["early"] == second["early"]
     assert first["early"]["epochs"] == 3, "rank 0's loss stands still"
+    assert first["inside"] == second["inside"] == [3, 3]
     assert "Epoch 1/1" in first["show"]["output"]
     assert second["show"]["output"] == ""
     assert first["show"]["work_dir"] == second["show"]["work_dir"]
