@@ -80,7 +80,10 @@ def test_import_paths_of_1_7_work(path, names):
 def test_modules_of_1_7_are_attributes(tmp_path):
     names = (
         "hooks trainer utils utils.dist_utils utils.metric utils.misc utils.ema utils.logger utils.progress_bar "
-        "utils.history_buffer metric misc lr_scheduler datasets utils.logger.setup_logger utils.misc.logger"
+        "utils.history_buffer metric misc lr_scheduler datasets utils.logger.setup_logger utils.misc.logger utils.test_speed "
+        "hooks.hookbase.HookBase hooks.checkpoint_hook hooks.eval_hook.EvalTotalHook hooks.logger_hook "
+        "datasets.dataloader_wrappers datasets.dataset_wrappers ddp_trainer accelerate_trainer vision.tools.object_detection "
+        "vision.augmentations.boxes vision.augmentations.colors vision.augmentations.base.mixup"
     )
     code = "import torch_frame\n" + "".join(f"torch_frame.{name}\n" for name in names.split())
     result = run_python(code, tmp_path)

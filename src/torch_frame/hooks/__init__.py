@@ -1,5 +1,9 @@
 """What runs beside the loop: one hook a file."""
 
+from torch_frame.hooks import checkpoint_hook as checkpoint_hook
+from torch_frame.hooks import eval_hook as eval_hook
+from torch_frame.hooks import hookbase as hookbase
+from torch_frame.hooks import logger_hook as logger_hook
 from torch_frame.hooks.base import HookBase
 from torch_frame.hooks.checkpoint import CheckpointerHook
 from torch_frame.hooks.early_stop import EarlyStoppingHook

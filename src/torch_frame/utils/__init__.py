@@ -15,6 +15,7 @@ from torch_frame.utils import logger as logger
 from torch_frame.utils import metric as metric
 from torch_frame.utils import misc as misc
 from torch_frame.utils import progress_bar as progress_bar
+from torch_frame.utils import test_speed as test_speed
 
 __all__ = [
     "EMA",
