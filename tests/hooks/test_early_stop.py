@@ -250,6 +250,14 @@ def test_each_evaluation_by_iterations_counts(tmp_path: Path, caplog: pytest.Log
     assert resumed.progress.iter == 10
 
 
+@pytest.mark.parametrize("unit", ["epoch", "iter"])
+def test_nothing_is_called_in_steps_if_there_is_nothing_to_see(unit: Any, tmp_path: Path) -> None:
+    evaluation = EvalHook([0], Scores([0.5] * 9), period_unit=unit, progress_bar=False)
+    trainer = make_trainer(tmp_path, max_epochs=1, hooks=[evaluation, EarlyStoppingHook("eval_acc")])
+    trainer.train()
+    assert len(trainer.stages["after_iter"]) == {"epoch": 0, "iter": 2}[unit]
+
+
 def test_one_that_is_registered_before_the_evaluation_sees_it_a_batch_later(tmp_path: Path) -> None:
     assert by_iterations(tmp_path, [0.1, 0.2, 0.9, 0.3, 0.9, 1.0], is_first=True).progress.iter == 11
 

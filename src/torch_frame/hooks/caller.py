@@ -73,10 +73,10 @@ class HookCaller:
                 hook._note_attributes()
             self.hooks.append(hook)
         self.hooks.sort(key=_turn)  # stable: the order is otherwise kept
-        self._look_for_methods()
         self.load_state_dict(None)
         if under_way:
             self._join(hooks, has_begun=has_begun)
+        self._look_for_methods()
 
     def _look_for_methods(self) -> None:
         """Which methods of the hooks, and of the objects themselves, each stage calls."""
@@ -154,7 +154,7 @@ class HookCaller:
         """The run begins: its hooks belong to it, and what was found when it was resumed is told."""
         for hook in self.hooks:
             hook._begun_run = self._run
-        self._look_for_methods()  # a script may have put some on its hooks since they were registered
+        self._look_for_methods()  # checks and scripts may have changed some since the hooks were registered
         self._tell_of_one_side()
         self._tell_notes(self.hooks)
 

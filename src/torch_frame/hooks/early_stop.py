@@ -52,13 +52,15 @@ class EarlyStoppingHook(HookBase):
 
     def check(self) -> None:
         check_direction(self.trainer.hooks, "EarlyStoppingHook's metric", self.metric, self.max_first)
+        self._looks_in_steps = any(evaluates_in_steps(hook, self.metric) for hook in self.trainer.hooks)
+        if type(self).after_iter is EarlyStoppingHook.after_iter:
+            self.idle_stages = frozenset(() if self._looks_in_steps else ("after_iter",))
 
     @property
     def asks_in_steps(self) -> bool:
         return self._looks_in_steps
 
     def before_train(self) -> None:
-        self._looks_in_steps = any(evaluates_in_steps(hook, self.metric) for hook in self.trainer.hooks)
         if self.num_bad_epochs >= self.patience:  # a run that had ended this way is resumed
             self._stop()
 
