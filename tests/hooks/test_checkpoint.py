@@ -501,8 +501,25 @@ def test_a_score_of_an_earlier_epoch_makes_no_other_weights_the_best(
         weights = load(trainer, "best.pth")
         return next(epoch for epoch in range(6) if not differences(snapshots.weights[epoch], dict(weights)))
 
-    told = "whose value is of an earlier epoch"
+    told = "whose value is of earlier weights"
     assert (best("behind"), told in caplog.text) == (4, False)
     assert (best("rare", evaluation=2), told in caplog.text) == (1, False)
     assert (best("before", is_first=True), caplog.text.count(told)) == (None, 1)
     assert (best("another rhythm", period=3, evaluation=2), caplog.text.count(told)) == (5, 1)
+
+
+@pytest.mark.parametrize(("period", "best", "num_told"), [(2, 1, 1), (5, 0, 0)])
+def test_nor_does_a_score_of_an_earlier_batch(
+    period: int, best: int, num_told: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Epochs of 5 batches: every second batch is evaluated (the tenth, and the last one, end an epoch), or each epoch's last."""
+    scores = {2: 0.9, 4: 0.8, 6: 0.7, 8: 0.6, 5: 0.95, 10: 0.5}
+    hook = EvalHook(
+        [0], lambda m, b: {"acc": [scores[trainer.progress.iter]]}, period, period_unit="iter", progress_bar=False
+    )
+    snapshots, saver = Snapshots(), CheckpointerHook(save_metric="eval_acc", save_last=False)
+    trainer = make_trainer(tmp_path, max_epochs=2, hooks=[snapshots, hook, saver])
+    trainer.train()
+    assert differences(snapshots.weights[best], dict(load(trainer, "best.pth"))) == []
+    assert saver.cur_best == scores[5 * (best + 1)]
+    assert caplog.text.count("whose value is of earlier weights") == num_told

@@ -49,7 +49,7 @@ class CheckpointerHook(HookBase):
         period: epochs between saves; 0: only after the last epoch.
         max_to_keep: how many `epoch_N.pth` to keep; None writes none.
         save_metric: name in `trainer.metric_storage`: a loss of the training step ("total_loss") or an evaluation's result, of a
-            hook that stands before this one. A value of an earlier epoch is of other weights, and does not count.
+            hook that stands before this one. A value of earlier weights does not count.
         max_first: higher is better; False: lower is better.
         save_last: write `latest.pth`.
         every_n_iters: write `latest.pth` every so many batches of the run as well.
@@ -214,18 +214,29 @@ class CheckpointerHook(HookBase):
         return True
 
     def _is_of_other_weights(self, name: str) -> bool:
-        """The value is of an earlier epoch: the hook runs before the one that logs it, or in another rhythm. Told once."""
-        is_old = self.trainer.hook_strategy.broadcast(not self.metric_storage.is_of_this_epoch(name))
+        """The value is of earlier weights: the hook runs before the one that logs it, or in another rhythm. Told once."""
+        is_old = self.trainer.hook_strategy.broadcast(not self._is_of_these_weights(name))
         if is_old and not self._has_told_old:
             self._has_told_old = True
             _logger.warning(
-                "%s follows %r, whose value is of an earlier epoch and so of other weights: this epoch's are not taken for the "
-                "best. Register %s behind the hook that logs it, and let it save in epochs in which it is logged.",
+                "%s follows %r, whose value is of earlier weights: these here are not taken for the best. Register %s behind the "
+                "hook that logs it, and let it save when that is logged; or give save_metric to the evaluation.",
                 self.class_name,
                 name,
                 self.class_name,
             )
         return bool(is_old)
+
+    def _is_of_these_weights(self, name: str) -> bool:
+        evaluated = [hook.evaluated_at(name) for hook in checkpointers(self.trainer.hooks)]
+        known = [iter for iter in evaluated if iter is not None]
+        if known:
+            return self.trainer.progress.iter in known
+        return self.metric_storage.is_of_this_epoch(name)
+
+    def evaluated_at(self, name: str) -> int | None:
+        """Batches trained when the hook's own evaluation yielded this name the last time; None: not known."""
+        return None
 
     def _metric_value(self, name: str) -> float | None:
         """The metric's value; None as long as nothing has been logged under its name: an evaluation every few epochs."""

@@ -237,8 +237,13 @@ class EvaluationHook(CheckpointerHook):
             if isinstance(hook, LoggerHook):
                 hook.write_scores()
 
+    def evaluated_at(self, name: str) -> int | None:
+        is_own = any(name.startswith(f"{prefix}_") for prefix in self.metric_prefixes())
+        return self._evaluated_at if is_own else None
+
     def _do_eval(self) -> None:
         """Run the evaluation and log what it yields."""
+        self._evaluated_at = self.trainer.progress.iter  # an override of after_epoch may come here directly
         step = self.trainer.epoch if self.period_unit == "epoch" else self.trainer.cur_iter
         self.log(step, **self.evaluate(), smooth=False, window_size=1)
         self._write_pictures(step)
