@@ -383,11 +383,3 @@ def test_scores_logged_by_iterations_do_not_go_on_by_epochs(tmp_path: Path) -> N
     assert run(2, prefix="other").metric_storage["other_acc"].latest == 0.5
     assert run(3, prefix="other").progress.epoch == 3
     assert run(4, prefix="other", period=2, period_unit="iter").progress.epoch == 4
-
-
-def test_names_that_are_no_texts_are_recorded_as_texts(tmp_path: Path) -> None:
-    hook = EvalHook(make_batches(1), lambda model, batch: {0: [0.25], 1: [0.75]}, save_metric="1", progress_bar=False)  # type: ignore[dict-item]
-    trainer = make_trainer(tmp_path, hooks=[hook])
-    trainer.train()
-    assert [trainer.metric_storage[name].latest for name in ("eval_0", "eval_1")] == [0.25, 0.75]
-    assert hook.cur_best == 0.75

@@ -533,24 +533,6 @@ def test_a_metric_of_1_7_that_has_nothing_to_say_logs_nothing(tmp_path: Path) ->
     assert not [name for name in trainer.metric_storage if name.startswith("eval")]
 
 
-class TwoNames:
-    """Results whose names, behind the prefixes "val" and "val_ood", may be the same."""
-
-    def update(self, model: nn.Module, batch: Any) -> None: ...
-
-    def reset(self) -> None: ...
-
-    def compute(self) -> dict[str, float]:
-        return {"acc": 0.5, "ood_acc": 0.25}
-
-
-@pytest.mark.parametrize("save_metric", ["val_acc", None])
-def test_two_loaders_of_one_hook_do_not_hide_each_others_values(save_metric: str | None, tmp_path: Path) -> None:
-    hook = EvalTotalHook({"val": labelled(), "val_ood": labelled()}, TwoNames(), save_metric=save_metric)
-    with pytest.raises(SettingError, match="Two evaluations yield 'val_ood_acc'"):
-        trainer_of(tmp_path, hook).train()
-
-
 class Single:
     def __init__(self, result: Any) -> None:
         self.result = result
