@@ -6,6 +6,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from torch_frame.distributed.accelerate import (
     own_window,
     settings_without_effect,
     splits_loaders,
+    tell_of_steps,
+    unwrap_inside,
 )
 from torch_frame.errors import SettingError
 from torch_frame.hooks.base import HookBase
@@ -36,7 +39,7 @@ from torch_frame.trainer import CreateNewDir, Trainer, logger
 from torch_frame.training.ema import EMA
 from torch_frame.training.named_schedules import ENDLESS, check_schedule_name, schedule_by_name
 from torch_frame.training.precision import PrecisionName
-from torch_frame.training.schedules import WarmupMethod
+from torch_frame.training.schedules import LRWarmupScheduler, WarmupMethod
 
 _PRECISIONS: dict[str, PrecisionName] = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -63,7 +66,8 @@ class AccelerateTrainer(Trainer):
 
     Attributes:
         accelerator: there from the constructor on, in hooks too.
-        weight_dtype: what the forward pass is computed in; parameters keep their own.
+        weight_dtype: what the forward pass is computed in; parameters keep their own. Scripts may set another one for parts
+            that they cast themselves.
 
     Raises:
         SettingError: for an unknown name, for settings that accelerate's global state does not have, and where accelerate is not
@@ -72,8 +76,8 @@ class AccelerateTrainer(Trainer):
 
     # fmt: off
     _own_attributes = frozenset((
-        "accelerator", "_accelerated", "_is_prepared", "_named_warmup", "_project_dir",
-        "_resume_settings", "_save_frozen", "_serves", "_shown", "_takes_hooks",
+        "accelerator", "weight_dtype", "_accelerated", "_by_name", "_compile", "_is_prepared",
+        "_named_warmup", "_project_dir", "_resume_settings", "_save_frozen", "_serves", "_shown", "_takes_hooks",
     ))
     # fmt: on
 
@@ -111,22 +115,27 @@ class AccelerateTrainer(Trainer):
         self.accelerator = _accelerator(accelerator, mixed_precision, work_dir)
         self._project_dir = os.fspath(work_dir) if accelerator is None else None
         optimizer = _each(bare_optimizer, optimizer)
+        self._by_name: Callable[[Any], Any] | None = None  # makes the schedules of these optimizers
         if is_named:
-            name = lr_scheduler
-            lr_scheduler = _each(lambda one: schedule_by_name(name, one, warmup_iters, self._num_updates), optimizer)
+            self._by_name = partial(_schedules_by_name, lr_scheduler, warmup_iters, self._num_updates)
+            lr_scheduler = self._by_name(optimizer)
             settings["lr_scheduler_interval"] = "iter"
         self._accelerated = accelerated(self.accelerator, own_shards=own_shards)
+        _tell_of_steps(lr_scheduler, settings.get("lr_scheduler_interval"))
         self._accelerated.window_sign.is_used = type(self).train_one_iter is Trainer.train_one_iter
         self._takes_hooks = self.accelerator.is_main_process or not hook_only_main_gpu
         hooks = hooks if self._takes_hooks else []
         self._is_prepared = False
         self._save_frozen, self._resume_settings = settings.get("save_frozen", True), settings.get("resume_settings")
+        self._compile = settings.get("compile", False)
         self._serves = False  # the other processes wait for what this one's `save_checkpoint` needs of them
         device = self.accelerator.device
         data_seed = self.accelerator.dataloader_config.data_seed
         settings = settings if data_seed is None else {"seed": data_seed, **settings}
         self._shown: Any = None
         self._named_warmup = warmup_iters if is_named else 0
+        precision = _precision(self.accelerator)
+        self.weight_dtype = _DTYPES[precision]
         super().__init__(
             model,
             optimizer,
@@ -145,7 +154,7 @@ class AccelerateTrainer(Trainer):
             create_new_dir,
             strategy=self._accelerated,
             device=None if _is_placed(model, device) or not self.accelerator.device_placement else device,
-            precision=_precision(self.accelerator),
+            precision=precision,
             gradient_accumulation_steps=_window(self.accelerator, gradient_accumulation_steps, joined),
             **settings,
         )
@@ -153,7 +162,9 @@ class AccelerateTrainer(Trainer):
         _share_scaler(self.accelerator, self.precision.scaler)
 
     def prepare_model(self) -> None:
-        """Prepare the model and the optimizer; called once, by `train`, before the run's folder is made and hooks are called.
+        """Prepare the model and the optimizer; called once, before the run's folder is made and hooks are called.
+
+        `train` calls it, or `load_checkpoint` of a whole state, which is restored behind it.
 
         Override it to prepare them in another way, or more: what stands in `model`, `optimizer`, `lr_scheduler` and
         `data_loader` afterwards is used. The data loader stays ours, so that the run resumes exactly; one that accelerate has
@@ -166,34 +177,36 @@ class AccelerateTrainer(Trainer):
             _tell_of_comm_hook(self.accelerator, is_dict)
             self.model = self.accelerator.prepare_model(self.model, evaluation_mode=is_dict)
 
-    @property
-    def weight_dtype(self) -> torch.dtype:
-        return _DTYPES[self.precision.name]
-
     def _prepare(self) -> None:
         if not self._is_prepared:
             before, ema = self.model_or_module, self.model_ema
             follows = ema is not None and ema.equals(before)
+            parts, schedules = _parts(before), dict(self.optimization.schedules)
             self.prepare_model()
             self._is_prepared = True
             self._use_prepared()
-            self._begin_alike(before, ema if follows else None)
+            unwrap_inside(self.model_or_module, is_own_step=not self._accelerated.window_sign.is_used)
+            is_same = _are_same(_parts(self.model_or_module), parts)
+            self._begin_alike(is_same=is_same, ema=ema if follows else None)
+            self._name_again(schedules)
             self._tell_of_long_warmup()
         self._accelerated.window_sign.show(True)
 
-    def _begin_alike(self, before: nn.Module, ema: EMA | None) -> None:
+    def _begin_alike(self, *, is_same: bool, ema: EMA | None) -> None:
         """All processes, and EMA, begin with the main one's weights as `prepare_model` has left them.
 
         Args:
-            before: the bare model before that.
+            is_same: the model is built of what it was built of before that.
             ema: if it had averaged nothing yet.
         """
         self._accelerated.begin_alike(self.model)
         bare = self.model_or_module
-        if bare is before:
+        if is_same:
             if ema is not None:
                 ema.reset(bare)
             return
+        if self._compile is not False and bare._compiled_call_impl is None:
+            bare.compile(**({} if self._compile is True else self._compile))
         if ema is not None:
             self.model_ema = ema.of(bare, () if self._save_frozen else frozen_parameters(bare).values())
         run = self._run
@@ -201,6 +214,13 @@ class AccelerateTrainer(Trainer):
         run.modes = Modes(bare, self.progress, run.attributes, self.model)
         run.settings = AllSettings(self._resume_settings, bare, self.optimization.schedules)
         self.optimization.on_change = run.settings.renew
+
+    def _name_again(self, before: Mapping[str, LRWarmupScheduler]) -> None:
+        """Schedules by name drive the optimizers that `prepare_model` has made, if it has set no others."""
+        optimizers, schedules = self.optimization.optimizers, self.optimization.schedules
+        is_undriven = any(schedules[label].optimizer is not one for label, one in optimizers.items())
+        if self._by_name is not None and is_undriven and all(one in before.values() for one in schedules.values()):
+            self.lr_scheduler = self._by_name(Trainer.optimizer.fget(self))
 
     def _prepare_for_training(self, console_log_level: int = 2, file_log_level: int = 2) -> None:
         """The run's folder is there: it is the project's of an Accelerator that was made here."""
@@ -239,6 +259,15 @@ class AccelerateTrainer(Trainer):
         if self._serves and not save_single_model:
             self.strategy.broadcast(file_name)
         super().save_checkpoint(file_name, save_single_model, print_info)
+
+    def load_checkpoint(
+        self, path: str | os.PathLike[str] | None = None, checkpoint: Mapping[str, Any] | None = None
+    ) -> WeightsReport | None:
+        """As in `Trainer`. `prepare_model` is called before a whole state is restored: the weights that it loads, and the model
+        that it makes, would be used instead."""
+        if path is not None and not self._is_prepared:
+            self._prepare()
+        return super().load_checkpoint(path, checkpoint)
 
     def load_best(self) -> WeightsReport:
         """As in `Trainer`; a hook of the main process loads them there, and before the next epoch all processes have them."""
@@ -297,6 +326,7 @@ class AccelerateTrainer(Trainer):
 
     @lr_scheduler.setter
     def lr_scheduler(self, lr_scheduler: Any) -> None:
+        _tell_of_steps(lr_scheduler, self.lr_scheduler_interval)
         bare = _each(bare_scheduler, lr_scheduler)
         if bare is not self.lr_scheduler:
             Trainer.lr_scheduler.fset(self, bare)
@@ -340,6 +370,21 @@ def _each(function: Callable[[Any], Any], given: Any) -> Any:
     return function(given)
 
 
+def _schedules_by_name(name: str, num_warmup: int, num_steps: Callable[[], int], optimizer: Any) -> Any:
+    return _each(lambda one: schedule_by_name(name, one, num_warmup, num_steps), optimizer)
+
+
+def _parts(model: nn.Module) -> list[tuple[str, Any]]:
+    """What a bare model is built of."""
+    return [*model.named_modules(), *model.named_parameters()]
+
+
+def _are_same(parts: Sequence[tuple[str, Any]], others: Sequence[tuple[str, Any]]) -> bool:
+    """Nothing has been added, replaced or renamed."""
+    pairs = zip(parts, others, strict=False)
+    return len(parts) == len(others) and all(a is b and name == other for (name, a), (other, b) in pairs)
+
+
 def _check_settings(settings: dict[str, Any]) -> None:
     for name, instead in (
         ("enable_amp", "mixed_precision"),
@@ -364,6 +409,11 @@ def _tell_of_warmup(name: str, warmup_method: Any, warmup_iters: Any) -> None:
 def _tell_of_interval(interval: str | None) -> None:
     if interval not in (None, "iter"):
         logger.warning("lr_scheduler_interval=%r is ignored: a schedule by name steps once an update.", interval)
+
+
+def _tell_of_steps(lr_scheduler: Any, interval: str | None) -> None:
+    if interval == "iter":
+        _each(tell_of_steps, lr_scheduler)
 
 
 def _tell_of_comm_hook(accelerator: Any, is_dict: bool) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from torch_frame.distributed.ddp import DDP, WithMethods
 from torch_frame.distributed.launch import num_processes
@@ -266,6 +266,52 @@ def bare_scheduler(scheduler: Any) -> Any:
             one.optimizer = bare_optimizer(given)
             _note_steps(one.optimizer)
     return bare
+
+
+def tell_of_steps(scheduler: Any) -> None:
+    """accelerate would step this prepared schedule several times an update, so its length may be made for that."""
+    if (
+        type(scheduler).__name__ != "AcceleratedScheduler"
+        or not scheduler.step_with_optimizer
+        or scheduler.split_batches
+    ):
+        return
+    counts_otherwise = isinstance(scheduler.scheduler, ReduceLROnPlateau)
+    is_of_run = type(scheduler.scheduler).__name__ == "LRWarmupScheduler"
+    if num_processes() > 1 and not counts_otherwise and not is_of_run:
+        _logger.warning(
+            "lr_scheduler was prepared by accelerate, which would step it %d times an update, once for each process. Here it is "
+            "stepped once: count its length in updates, without the number of processes.",
+            num_processes(),
+        )
+
+
+def unwrap_inside(model: nn.Module, *, is_own_step: bool) -> None:
+    """Parts of a bare model that were prepared by themselves, on several processes: their names have to be the bare ones.
+
+    Without their DistributedDataParallel gradients are averaged behind backward, as those of a bare model are.
+
+    Args:
+        is_own_step: the script's own `train_one_iter` may run backward by itself, so it needs them; told.
+    """
+    inside = [
+        (parent, own_name, child, f"{name}.{own_name}".removeprefix("."))
+        for name, parent in model.named_modules()
+        for own_name, child in parent.named_children()
+        if isinstance(child, DistributedDataParallel)
+    ]
+    for parent, own_name, child, _ in inside:
+        if not is_own_step:
+            parent._modules[own_name] = child.module
+    names = ", ".join(name for *_, name in inside)
+    if names and is_own_step:
+        _logger.warning(
+            "Parts of the model are wrapped in DistributedDataParallel: %s. Their weights have 'module.' in their names in all "
+            "files, so that other numbers of processes cannot load them. Prepare the whole model, and use trainer.update(loss).",
+            names,
+        )
+    elif names:
+        _logger.info("%s: used without DistributedDataParallel; gradients are averaged behind backward.", names)
 
 
 def _note_steps(optimizer: Optimizer) -> None:
