@@ -234,7 +234,9 @@ class AccelerateTrainer(Trainer):
         """Train with the model that stands in the attribute now."""
         self._accelerated.adopt(self.model)
         self.optimization.use_model(self.model)
-        self._own_step.model_casts = hasattr(self.model_or_module, "_original_forward")
+        prepared = [self.model_or_module, *self._run.attributes.modules().values()]
+        parts = dict.fromkeys(part for module in prepared for part in module.modules())
+        self._own_step.casting = [part for part in parts if hasattr(part, "_original_forward")]
 
     # ---------------------------------------------------------------- hooks and saves of the main process
 

@@ -11,6 +11,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -69,7 +70,7 @@ class AcceleratedOne(SingleProcess):
         return super().accumulating(model)
 
     def backward(self, loss: Tensor, inputs: Sequence[Tensor] | None = None) -> None:
-        _backward(self.accelerator, loss, inputs)
+        _backward(self.accelerator, loss, inputs)()
 
     def reduce_gradients(self, parameters: Sequence[Tensor]) -> None:
         self.window_sign.show(True)
@@ -141,8 +142,8 @@ class AcceleratedRanks(DDP):
     def keeps_ranks_alike(self) -> bool:
         return not self.exchanges_itself and super().keeps_ranks_alike
 
-    def run_backward(self, loss: Tensor, inputs: Sequence[Tensor] | None) -> None:
-        _backward(self.accelerator, loss, inputs)
+    def backward_of(self, loss: Tensor, inputs: Sequence[Tensor] | None) -> Callable[[], None]:
+        return _backward(self.accelerator, loss, inputs)
 
     def reduce_gradients(self, parameters: Sequence[Tensor]) -> None:
         self.window_sign.show(True)
@@ -361,8 +362,8 @@ def _one_process(accelerator: Any) -> Iterator[None]:
             state.update(distributed_type=kind, num_processes=number)
 
 
-def _backward(accelerator: Any, loss: Tensor, inputs: Sequence[Tensor] | None) -> None:
-    """accelerate's backward; with fp16 the loss is scaled already, by the scaler that both share."""
+def _backward(accelerator: Any, loss: Tensor, inputs: Sequence[Tensor] | None) -> Callable[[], None]:
+    """accelerate's backward pass, to be called; with fp16 the loss is scaled already, by the scaler that both share."""
     if accelerator.gradient_accumulation_steps != 1:  # another Accelerator was made meanwhile, and all share the number
         _logger.warning(
             "An Accelerator with gradient_accumulation_steps=%d was made after the trainer. It is not used: the trainer's "
@@ -370,9 +371,9 @@ def _backward(accelerator: Any, loss: Tensor, inputs: Sequence[Tensor] | None) -
             accelerator.gradient_accumulation_steps,
         )
         accelerator.gradient_accumulation_steps = 1
-    if accelerator.scaler is not None:
-        loss.backward(inputs=inputs)
-    elif inputs is None:
-        accelerator.backward(loss)
-    else:
-        accelerator.backward(loss, inputs=inputs)
+    given = {} if inputs is None else {"inputs": inputs}
+    return (
+        partial(loss.backward, **given)
+        if accelerator.scaler is not None
+        else partial(accelerator.backward, loss, **given)
+    )

@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -174,15 +175,15 @@ class DDP(SingleProcess):
             return contextlib.nullcontext()
         return wrapped.no_sync()
 
-    def run_backward(self, loss: Tensor, inputs: Sequence[Tensor] | None) -> None:
-        """The backward pass itself."""
-        loss.backward(inputs=inputs)
+    def backward_of(self, loss: Tensor, inputs: Sequence[Tensor] | None) -> Callable[[], None]:
+        """The backward pass itself, to be called: so no frame more stands above its errors."""
+        return partial(loss.backward, inputs=inputs)
 
     def backward(self, loss: Tensor, inputs: Sequence[Tensor] | None = None) -> None:
         syncs = self._wrapped is not None and self._wrapped.require_backward_grad_sync
         if syncs and _depends_on_nothing(loss, self._reduced):
             loss = self._with_zero_gradients(loss)
-        self.run_backward(loss, inputs)
+        self.backward_of(loss, inputs)()
         if syncs and not self._was_called and not self._told:
             self._told = True
             _logger.info(

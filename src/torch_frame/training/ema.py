@@ -215,7 +215,7 @@ class EMA:
         bare = _bare(model)
         pairs = [(self.model.parameters(), bare.parameters()), (self.model.buffers(), bare.buffers())]
         return not any(map(is_lazy, bare.parameters())) and all(
-            torch.equal(own, other) for owns, others in pairs for own, other in zip(owns, others, strict=False)
+            _are_equal(own, other) for owns, others in pairs for own, other in zip(owns, others, strict=False)
         )
 
     def of(self, model: nn.Module, shared: Iterable[nn.Parameter] = ()) -> EMA:
@@ -291,6 +291,13 @@ class EMA:
         prepare_to_load(self.model, state_dict["model"])
         self.model.load_state_dict(state_dict["model"])
         self.load_wide_state(state_dict.get("wide", {}))
+
+
+def _are_equal(tensor: Tensor, other: Tensor) -> bool:
+    """To the bit; torch compares no sparse tensors."""
+    if tensor.layout is not other.layout or tensor.shape != other.shape:
+        return False
+    return torch.equal(*(one if one.layout is torch.strided else one.to_dense() for one in (tensor, other)))
 
 
 def _with_infinities(model: nn.Module) -> set[str]:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torch_frame.distributed.strategy import Strategy
 from torch_frame.errors import SettingError, StepOutputError
@@ -34,7 +34,7 @@ class OwnStep:
         function: the override; None: the trainer's own step trains.
         batch: the one under way.
         values: that are recorded with the step's: norms of gradients.
-        model_casts: the model computes its forward pass in the run's precision by itself.
+        casting: modules that compute their forward pass in the run's precision by themselves.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class OwnStep:
     ) -> None:
         self.function: Callable[..., Any] | None = None
         self.values: dict[str, Any] = {}
-        self.model_casts = False
+        self.casting: Sequence[nn.Module] = ()
         self._optimization = optimization
         self._precision = precision
         self._strategy = strategy
@@ -64,8 +64,7 @@ class OwnStep:
         self.function = None if function is standard else function
         if self.function is not None and self.function is not self._seen:
             self._seen = self.function
-            self._look = Look(self._optimization, _names_in(step, standard))
-            self._look.used_autocast = self.model_casts
+            self._look = Look(self._optimization, _names_in(step, standard), self.casting)
 
     def beginning(self, placed: Iterator[tuple[Any, int]]) -> Iterator[tuple[Any, int]]:
         """The same batches; each begins here."""
@@ -156,6 +155,7 @@ class OwnStep:
         """Behind the first batch, or the epoch: what was not called by now is not called."""
         if self._look is not None and self.function is not None:
             self._look.tell(self._optimization.in_words(self._hooks()))
+            self._look.end()
             self._look = None
 
     def take_values(self) -> dict[str, Any]:
@@ -168,16 +168,27 @@ class Look:
 
     Args:
         names: what its code refers to.
+        casting: modules that cast by themselves: a step that calls one of them, or another library's autocast, needs no other.
 
     Attributes:
         used_autocast, used_update: it has called them.
     """
 
-    def __init__(self, optimization: Optimization, names: Collection[str]) -> None:
-        self.used_autocast = self.used_update = False
+    def __init__(self, optimization: Optimization, names: Collection[str], casting: Sequence[nn.Module] = ()) -> None:
+        self.used_update = False
+        self.used_autocast = bool(casting) and "autocast" in names
         self._optimization = optimization
         self._names = names
         self._counts_before: Mapping[str, Any] = {}
+
+        def note(module: nn.Module, inputs: Any) -> None:  # no method: a copy of the model would copy this object
+            self.used_autocast = True
+
+        self._handles = [module.register_forward_pre_hook(note) for module in casting]
+
+    def end(self) -> None:
+        for handle in self._handles:
+            handle.remove()
 
     def begin_batch(self) -> None:
         if not self._counts_before:
