@@ -117,11 +117,11 @@ def test_a_state_of_an_epochs_end_says_nothing_of_modes(tmp_path: Path) -> None:
 
 def test_train_called_again_puts_the_model_into_training(tmp_path: Path) -> None:
     modes: list[bool] = []
-    trainer = build(tmp_path, On(before_iter=at_iter(2, stop)), max_epochs=1)
+    stops = [stop, lambda trainer: None]
+    trainer = build(tmp_path, On(before_iter=at_iter(2, lambda trainer: stops.pop(0)(trainer))), max_epochs=1)
     raised_by(trainer.train, Stopped)
     trainer.model.eval()
     trainer.register_hooks([On(after_iter=lambda t: modes.append(t.model.training))])
-    trainer.hook_caller.stages["before_iter"].clear()
     trainer.train()
     assert modes == [True] * 3
 
