@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from tests.distributed.processes import on_processes, one_thread
 from tests.small_hooks import On
-from tests.small_runs import Net, Unsized, UserError, fail, library_frames, raised_by
+from tests.small_runs import Net, Unsized, UserError, differences, fail, library_frames, raised_by, weights_of
 from tests.test_accelerate_trainer import _new_state, as_launched, make, make_loader
-from torch_frame import AccelerateTrainer
+from torch_frame import AccelerateTrainer, CheckpointerHook, HookBase, SettingError, Trainer
 
 pytest.importorskip("accelerate")
 
@@ -138,3 +138,128 @@ def test_an_average_of_sparse_buffers_begins(tmp_path: Path) -> None:
     mask: Any = trainer.model_ema.model.mask
     assert torch.equal(mask.to_dense(), torch.eye(3))
     assert isinstance(trainer.model_evaluate, nn.Module)
+
+
+def test_a_best_value_whose_file_is_gone_begins_anew(tmp_path: Path) -> None:
+    """The trainer's `save_checkpoint` was taken for one of the script's, whose files have other names."""
+
+    def best(epochs: int, score: float) -> float:
+        scores = On(after_epoch=lambda trainer: trainer.log(trainer.epoch, score=score, smooth=False))
+        hook = CheckpointerHook(save_metric="score")
+        make(AccelerateTrainer, tmp_path, epochs, hooks=[scores, hook], schedule="constant", resume="auto").train(5, 5)
+        return hook.cur_best
+
+    assert best(1, 0.9) == 0.9
+    (tmp_path / "checkpoints" / "best.pth").unlink()
+    assert best(2, 0.5) == 0.5
+
+
+# ---------------------------------------------------------------- two processes
+
+
+class OwnGradients:
+    """A step with a backward pass of its own, over the model or over a part of it."""
+
+    calls_model = False
+    goes_through_update = False
+
+    def train_one_iter(self: Any, batch: Any) -> dict[str, Tensor]:
+        x, y = batch
+        loss = self.model(batch) if self.calls_model else (self.model.layers(x) - y).square().mean()
+        if self.goes_through_update:
+            self.update(loss)
+        else:
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+        return {"total_loss": loss.detach()}
+
+
+class PlainParts(OwnGradients, Trainer):
+    pass
+
+
+class Parts(OwnGradients, AccelerateTrainer):
+    pass
+
+
+class Whole(Parts):
+    calls_model = True
+
+
+class Updates(Parts):
+    goes_through_update = True
+
+
+def steps_of_their_own(folder: Path) -> dict[str, Any]:
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("torch_frame").addHandler(handler)
+    found = {}
+    for kind in (PlainParts, Parts, Whole, Updates):
+        as_launched()
+        told.clear()
+        trainer = make(kind, folder / kind.__name__, 2, model=Net(), loader=make_loader(batch_size=4))
+        trainer.train(3, 5)
+        lines = [line for line in told if "have other weights" in line]
+        found[kind.__name__] = weights_of(trainer.model_or_module), len(lines)
+    return found
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_an_own_step_whose_gradients_are_not_averaged_is_told(tmp_path: Path) -> None:
+    first, second = on_processes(steps_of_their_own, tmp_path, 2, tmp_path / "runs")
+    for name, is_apart in {"PlainParts": True, "Parts": True, "Whole": False, "Updates": False}.items():
+        assert bool(differences(first[name][0], second[name][0])) is is_apart, name
+        assert first[name][1] == int(is_apart), name
+
+
+class SetsInEpoch(HookBase):
+    """Sets attributes of the trainer when the second epoch begins, or behind the first."""
+
+    def __init__(self, stage: str, **values: Any) -> None:
+        self.stage, self.values = stage, values
+
+    def before_epoch(self) -> None:
+        self._set("before_epoch", 1)
+
+    def after_epoch(self) -> None:
+        self._set("after_epoch", 0)
+
+    def _set(self, stage: str, epoch: int) -> None:
+        for name, value in self.values.items() if (stage, epoch) == (self.stage, self.trainer.epoch) else ():
+            setattr(self.trainer, name, value)
+
+
+def set_on_main(folder: Path) -> dict[str, Any]:
+    settings: list[dict[str, Any]] = [
+        {"stage": "after_epoch", "max_epochs": 3},
+        {"stage": "after_epoch", "max_epochs": 1},
+        {"stage": "before_epoch", "gradient_accumulation_steps": 2},
+        {"stage": "before_epoch", "data_loader": make_loader(80, batch_size=4)},
+    ]
+    found = {}
+    for index, values in enumerate(settings):
+        as_launched()
+        torch.manual_seed(3)
+        hooks = [SetsInEpoch(**values)]
+        trainer = make(
+            AccelerateTrainer, folder / str(index), 2, model=Net(), loader=make_loader(batch_size=4), hooks=hooks
+        )
+        name = f"{list(values)[-1]}={list(values.values())[-1]}".partition("<")[0]
+        try:
+            trainer.train(5, 5)
+            found[name] = trainer.progress.num_updates
+        except SettingError as error:
+            found[name] = str(error)
+    return found
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_what_hooks_of_the_main_process_set_counts_on_all_or_is_an_error(tmp_path: Path) -> None:
+    """The other process waited for ever, in another window or behind its last epoch."""
+    first, second = on_processes(set_on_main, tmp_path, 2, tmp_path / "runs")
+    assert first == second
+    assert (first["max_epochs=3"], first["max_epochs=1"], first["gradient_accumulation_steps=2"]) == (15, 5, 5 + 3)
+    assert "only rank 0 has set trainer.data_loader" in first["data_loader="]

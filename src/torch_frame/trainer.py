@@ -576,7 +576,8 @@ class Trainer:
 
     def _finish_epoch(self) -> None:
         self._own_step.end_look()
-        alike.tell_if_apart(self._run)
+        if not self._own_step.ranks_differ:  # told, with the reason
+            alike.tell_if_apart(self._run)
         if self.optimization.window_open:  # the loader yielded fewer batches than its length says, or has none
             values: dict[str, Any] = {}
             for run in self.optimization.close_window(values):

@@ -361,9 +361,7 @@ class CheckpointerHook(HookBase):
 
     def _writes_by_itself(self) -> bool:
         """Neither the hook nor the trainer saves in a way of the user's, under other names perhaps."""
-        save_checkpoint: Any = self.trainer.__class__.save_checkpoint
-        is_ours = save_checkpoint.__module__ == "torch_frame.trainer"
-        return is_ours and writes_by_itself(self, CheckpointerHook.save_model)
+        return not written.is_overridden(self.trainer) and writes_by_itself(self, CheckpointerHook.save_model)
 
     def _note_attributes(self) -> None:
         """Called when the hook is registered: what a subclass keeps in attributes is compared with this moment."""

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from torch_frame.distributed.strategy import Strategy, keeps_ranks_alike
+from torch_frame.distributed.weights import are_same_on_all_ranks, as_numbers
 from torch_frame.errors import SettingError
 from torch_frame.run.run import Run
 from torch_frame.training.buffers import once
@@ -27,7 +27,11 @@ _CURE = "Give the hook to all of them (AccelerateTrainer: hook_only_main_gpu=Fal
 
 def begin_alike(run: Run) -> None:
     """Before a new run's first step, on all ranks: rank 0's weights, if a script has loaded some on rank 0 only. Told."""
-    if run.progress.iter > 0 or not keeps_ranks_alike(run.strategy) or _same_weights(run.strategy, run.bare_model):
+    if (
+        run.progress.iter > 0
+        or not keeps_ranks_alike(run.strategy)
+        or are_same_on_all_ranks(run.strategy, run.bare_model)
+    ):
         return
     if run.ranks.hooks_on_all:
         _logger.warning(
@@ -47,11 +51,7 @@ def follow_main(run: Run) -> None:
     """
     if run.ranks.hooks_on_all:
         return
-    is_other = run.strategy.gather(run.feed.next_loader is not run.feed.loader)
-    if len(set(is_other)) > 1:
-        raise SettingError(
-            f"A hook that only rank 0 has set another data_loader, which the other ranks have not. {_CURE}"
-        )
+    _check_loaders(run)
     run.optimization.window_len = run.strategy.broadcast(run.optimization.window_len)
     if keeps_ranks_alike(run.strategy):
         share_changes(run.strategy, run.bare_model, run.optimization.optimizers)
@@ -107,7 +107,7 @@ def share_changes(strategy: Strategy, model: nn.Module, optimizers: Mapping[str,
         for name, one in optimizers.items():
             for group, of_main in zip(one.param_groups, settings[name], strict=True):
                 _take_over(group, of_main)
-    if not _same_weights(strategy, model):
+    if not are_same_on_all_ranks(strategy, model):
         _share_weights(strategy, model)
 
 
@@ -123,7 +123,7 @@ def tell_of_differences(strategy: Strategy, model: nn.Module) -> bool:
     Returns:
         Whether they have.
     """
-    same = _same_weights(strategy, model)
+    same = are_same_on_all_ranks(strategy, model)
     if not same:
         _logger.warning(
             "The ranks have other weights by the end of this epoch: a hook that only rank 0 has changes the weights, a learning "
@@ -134,22 +134,9 @@ def tell_of_differences(strategy: Strategy, model: nn.Module) -> bool:
 
 def _share_weights(strategy: Strategy, model: nn.Module) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
-        raw = _raw(tensor)
-        if raw is not None:
-            strategy.share([once(raw)])  # one by one: no second copy of a large model
-
-
-def _raw(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The same memory as numbers that can be added and sent; None of lazy, sparse and quantized tensors, and other classes."""
-    if is_lazy(tensor):
-        return None
-    bare = tensor.detach()
-    if type(bare) is not torch.Tensor or bare.layout is not torch.strided or bare.is_quantized:
-        return None
-    if bare.is_complex():
-        return torch.view_as_real(bare)
-    is_short = bare.is_floating_point() and bare.element_size() == 1  # float8
-    return bare.view(torch.uint8) if is_short else bare
+        numbers = as_numbers(tensor)
+        if numbers is not None:
+            strategy.share([once(numbers)])  # one by one: no second copy of a large model
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,12 +156,3 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple | list):
         return all(map(_is_plain, value))
     return value is None or type(value) in (bool, int, float, str) or isinstance(value, torch.Tensor)
-
-
-@torch.no_grad()
-def _same_weights(strategy: Strategy, model: nn.Module) -> bool:
-    """By their sums in float64: ranks that get the same gradients have the same bits."""
-    sums = [raw.sum(dtype=torch.float64) for raw in map(_raw, model.parameters()) if raw is not None]
-    numbers = torch.stack([one.to(sums[0].device) for one in sums]).tolist() if sums else []  # one wait for the device
-    of_ranks = strategy.gather([repr(number) for number in numbers])  # NaN is like NaN
-    return all(one == of_ranks[0] for one in of_ranks)

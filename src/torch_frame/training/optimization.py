@@ -230,6 +230,11 @@ class Optimization:
             )
 
     @property
+    def model(self) -> nn.Module:
+        """As the loop calls it."""
+        return self._model
+
+    @property
     def updater(self) -> Update:
         """Of the first unit."""
         return self.unit.updater

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_frame.distributed.strategy import Strategy
+from torch_frame.distributed.strategy import Strategy, keeps_ranks_alike
+from torch_frame.distributed.weights import are_same_on_all_ranks
 from torch_frame.errors import SettingError, StepOutputError
 from torch_frame.training.losses import read_losses
 from torch_frame.training.optimization import Calls, Optimization, Unit
@@ -35,6 +36,7 @@ class OwnStep:
         batch: the one under way.
         values: that are recorded with the step's: norms of gradients.
         casting: modules that compute their forward pass in the run's precision by themselves.
+        ranks_differ: the ranks were seen to train different models.
     """
 
     def __init__(
@@ -57,6 +59,9 @@ class OwnStep:
         self._all_finite: Tensor | None = None  # the losses since they were last looked at, on the device
         self._look: Look | None = None
         self._seen: Callable[..., Any] | None = None
+        self.ranks_differ = False
+        self._num_compared = 0  # times that the ranks' weights were compared
+        self._goes_through_update = True  # as far as is known
 
     def begin_epoch(self, step: Callable[..., Any], standard: Callable[..., Any]) -> None:
         """See whether the trainer's method, which may be an attribute of the object, is the standard one."""
@@ -156,7 +161,22 @@ class OwnStep:
         if self._look is not None and self.function is not None:
             self._look.tell(self._optimization.in_words(self._hooks()))
             self._look.end()
+            self._goes_through_update = self._look.has_updated
             self._look = None
+        bypasses = self.function is not None and not self._goes_through_update
+        if bypasses and self._num_compared < 2 and not self.ranks_differ and keeps_ranks_alike(self._strategy):
+            self._compare()
+
+    def _compare(self) -> None:
+        """Behind the first batch, which may have made no update, and the first epoch: do the ranks train the same model?"""
+        self._num_compared += 1
+        self.ranks_differ = not are_same_on_all_ranks(self._strategy, self._optimization.model)
+        if self.ranks_differ:
+            _logger.warning(
+                "The ranks have other weights by now: train_one_iter is overridden, and nothing averages its gradients. "
+                "DistributedDataParallel does so only if the step calls the model itself, not parts or methods of it. Call "
+                "self.update(loss) instead of zero_grad, backward and step (docs/optimizers.md)."
+            )
 
     def take_values(self) -> dict[str, Any]:
         values, self.values = self.values, {}
@@ -211,6 +231,11 @@ class Look:
         """It has called `update`, or its code does not: some steps call it in some batches only."""
         return self.used_update or "update" not in self._names
 
+    @property
+    def has_updated(self) -> bool:
+        """By `update`, or by the standard step."""
+        return self.used_update or self._counts()["updates"] != self._counts_before.get("updates")
+
     def tell(self, settings: Mapping[str, str]) -> None:
         """Name the settings without effect, in one warning.
 
@@ -222,7 +247,7 @@ class Look:
         left = dict(settings)
         if self.used_autocast:
             left.pop("precision", None)
-        if self.used_update or now["updates"] != self._counts_before.get("updates"):
+        if self.has_updated:
             whole_step = not self.used_update  # the standard one, called by super()
             left = {} if whole_step else {kind: text for kind, text in left.items() if kind == "precision"}
         for kind in ("warm-up", "schedule", "ema"):
