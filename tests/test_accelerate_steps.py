@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from tests.distributed.processes import on_processes, one_thread
 from tests.small_hooks import On
 from tests.small_runs import Net, Unsized, UserError, differences, fail, library_frames, raised_by, weights_of
-from tests.test_accelerate_trainer import _new_state, as_launched, make, make_loader
+from tests.test_accelerate_trainer import _new_state, as_launched, make, make_loader, reset
 from torch_frame import AccelerateTrainer, CheckpointerHook, HookBase, SettingError, Trainer
 
 pytest.importorskip("accelerate")
@@ -77,6 +78,54 @@ def test_mixed_precision_without_effect_in_an_own_step_is_told(
     if kind in (OwnStep, UsesAccelerates):
         assert set(trainer.dtypes) == {torch.float32 if is_told else torch.bfloat16}
     assert not [part for part in trainer.model_or_module.modules() if part._forward_pre_hooks]
+
+
+# ---------------------------------------------------------------- schedules and windows
+
+
+class StepsSchedule(OwnStep):
+    """1.7's step: it steps the schedule itself."""
+
+    def train_one_iter(self, batch: Any) -> dict[str, Any]:
+        with self.accelerator.accumulate(self.model):
+            values = super().train_one_iter(batch)
+            self.lr_scheduler.step()
+        return values
+
+
+def test_a_schedule_by_name_is_stepped_by_an_own_step(tmp_path: Path) -> None:
+    """It stood still, with a warm-up at a rate of 0."""
+    trainer = make(StepsSchedule, tmp_path, schedule="linear", warmup_iters=3)
+    trainer.train(5, 5)
+    assert trainer.lr == pytest.approx(0.0, abs=1e-12)
+    assert trainer.lr_scheduler.scheduler.last_epoch == 15
+
+
+def own_step(trainer: Any, batch: Any) -> dict[str, Any]:
+    with trainer.autocast():
+        loss = trainer.model(batch)
+    trainer.optimizer.zero_grad()
+    trainer.accelerator.backward(loss)
+    trainer.optimizer.step()
+    return {"total_loss": loss.detach()}
+
+
+class HasOwnStep(AccelerateTrainer):
+    train_one_iter = own_step  # type: ignore[assignment]
+
+
+def test_a_step_that_is_set_on_the_object_updates_in_each_batch(tmp_path: Path) -> None:
+    """accelerate's optimizer left out the updates inside windows, whose gradients were cleared."""
+    weights = []
+    for kind in (HasOwnStep, AccelerateTrainer):
+        reset()
+        torch.manual_seed(3)
+        trainer = make(kind, tmp_path / kind.__name__, gradient_accumulation_steps=2, schedule="constant")
+        if kind is AccelerateTrainer:
+            trainer.train_one_iter = types.MethodType(own_step, trainer)
+        trainer.train(5, 5)
+        weights.append(weights_of(trainer.model_or_module))
+    assert differences(*weights) == []
 
 
 # ---------------------------------------------------------------- tracebacks

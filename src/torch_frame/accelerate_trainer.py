@@ -122,7 +122,6 @@ class AccelerateTrainer(Trainer):
             settings["lr_scheduler_interval"] = "iter"
         self._accelerated = accelerated(self.accelerator, own_shards=own_shards)
         _tell_of_steps(lr_scheduler, settings.get("lr_scheduler_interval"))
-        self._accelerated.window_sign.is_used = type(self).train_one_iter is Trainer.train_one_iter
         self._takes_hooks = self.accelerator.is_main_process or not hook_only_main_gpu
         hooks = hooks if self._takes_hooks else []
         self._is_prepared = False
@@ -178,6 +177,8 @@ class AccelerateTrainer(Trainer):
             self.model = self.accelerator.prepare_model(self.model, evaluation_mode=is_dict)
 
     def _prepare(self) -> None:
+        step = getattr(self.train_one_iter, "__func__", None)  # of the object, where a script may have set it
+        self._accelerated.window_sign.is_used = step is Trainer.train_one_iter
         if not self._is_prepared:
             before, ema = self.model_or_module, self.model_ema
             follows = ema is not None and ema.equals(before)

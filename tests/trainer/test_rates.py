@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import (
 
 from tests.small_hooks import Recorder
 from tests.small_runs import Net, make_batches, make_trainer
-from torch_frame import EvalHook, HookBase
+from torch_frame import EvalHook, HookBase, LRWarmupScheduler, SettingError, Trainer
 
 PER_EPOCH = {
     "step": lambda optimizer: StepLR(optimizer, 2, gamma=0.5),
@@ -131,3 +131,57 @@ def test_a_plateau_whose_metric_never_comes_is_told_after_the_last_epoch(
     trainer.train()
     assert trainer.progress.epoch == 2
     assert caplog.text.count("lr_scheduler_metric is 'acc', but nothing has been logged under this name") == 1
+
+
+# ---------------------------------------------------------------- what scripts give and set
+
+
+@pytest.mark.parametrize("is_set", [False, True])
+@pytest.mark.parametrize(
+    ("epoch_len", "interval", "steps"), [(5, "epoch", 2), (None, "epoch", 2), (1, "epoch", 10), (None, "iter", 10)]
+)
+def test_a_warm_up_scheduler_of_the_scripts_own_steps_once(
+    is_set: bool, epoch_len: int | None, interval: Any, steps: int, tmp_path: Path
+) -> None:
+    """As scripts of 1.7 set it. It was stepped twice an epoch; given to the constructor, once in `epoch_len` epochs."""
+    model = Net()
+    optimizer = optimizer_of(model)
+    schedule = LRWarmupScheduler(StepLR(optimizer, 1, gamma=0.5), epoch_len)
+    given = None if is_set else schedule
+    trainer = make_trainer(tmp_path, model, optimizer, given, lr_scheduler_interval=interval)
+    if is_set:
+        trainer.lr_scheduler = schedule
+    trainer.train(5, 5)
+    assert trainer.lr == pytest.approx(0.1 * 0.5**steps)
+
+
+def test_a_second_warm_up_is_refused(tmp_path: Path) -> None:
+    model = Net()
+    optimizer = optimizer_of(model)
+    schedule = LRWarmupScheduler(StepLR(optimizer, 1), 5, "linear", 3)
+    with pytest.raises(SettingError, match="two warm-ups"):
+        make_trainer(tmp_path, model, optimizer, schedule, warmup_method="linear", warmup_iters=3)
+
+
+class StepsSchedule(Trainer):
+    """1.7's step, which steps the schedule itself."""
+
+    def train_one_iter(self, batch: Any) -> Any:
+        loss = self.model(batch)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.lr_scheduler.step()
+        return {"total_loss": loss.detach()}
+
+
+@pytest.mark.parametrize(("interval", "steps"), [("epoch", 2), ("iter", 10)])
+def test_an_own_step_steps_its_schedule(interval: Any, steps: int, tmp_path: Path, caplog: Any) -> None:
+    model = Net()
+    optimizer = optimizer_of(model)
+    schedule = StepLR(optimizer, 1, gamma=0.5)
+    settings: dict[str, Any] = {"hooks": [], "lr_scheduler_interval": interval}
+    trainer = StepsSchedule(model, optimizer, schedule, make_batches(), 2, tmp_path, **settings)
+    trainer.train()
+    assert trainer.lr == pytest.approx(0.1 * 0.5**steps)
+    assert "no effect" not in caplog.text

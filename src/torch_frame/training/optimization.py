@@ -25,7 +25,7 @@ from torch_frame.training.finite import nonfinite_message
 from torch_frame.training.losses import describe
 from torch_frame.training.metric_names import MetricNames
 from torch_frame.training.precision import Precision
-from torch_frame.training.schedules import Interval, LRWarmupScheduler, WarmupMethod
+from torch_frame.training.schedules import Interval, LRWarmupScheduler, WarmupMethod, with_warm_up
 from torch_frame.training.several import check_apart, in_form_of, labelled, labelled_schedulers, schedule_label
 from torch_frame.training.update import OnNonFinite, Update
 
@@ -135,8 +135,7 @@ class Optimization:
         self._told: set[str] = set()
         schedulers = labelled_schedulers(lr_scheduler, optimizer)
         schedules = {
-            label: LRWarmupScheduler(schedulers[label], None, *warmup, optimizer=one)
-            for label, one in labelled(optimizer).items()
+            label: with_warm_up(schedulers[label], *warmup, optimizer=one) for label, one in labelled(optimizer).items()
         }
         self._take(optimizer, schedules)
         if self.by_name:  # nothing else lets the ranks begin with the same weights
@@ -153,6 +152,7 @@ class Optimization:
         self._given = optimizer
         self.optimizers = labelled(optimizer)
         self.schedules = schedules
+        self._note_interval()
         self.by_name = isinstance(optimizer, Mapping)
         units: list[tuple[str | None, list[str]]] = [(None, list(self.optimizers))]
         if self.by_name:
@@ -264,6 +264,14 @@ class Optimization:
         if interval not in get_args(Interval):
             raise SettingError(f"lr_scheduler_interval was set to {interval!r}; it has to be 'epoch' or 'iter'.")
         self._interval = interval
+        self._note_interval()
+
+    def _note_interval(self) -> None:
+        """A step of a schedule steps its scheduler too, if that counts updates; one of the script's own may count by itself."""
+        for schedule in self.schedules.values():
+            schedule.counts_updates = (
+                self._interval == "iter" and schedule.epoch_len is None and not schedule.needs_metric
+            )
 
     @property
     def on_nonfinite(self) -> OnNonFinite:
@@ -391,8 +399,6 @@ class Optimization:
         if unit.was_stepped:
             for schedule in unit.schedules:
                 schedule.step()
-                if self._interval == "iter":
-                    schedule.step_scheduler()
             if not self.by_name:
                 self._count_update()
         if self.by_name:
@@ -525,7 +531,7 @@ class Optimization:
         self._tell_of_undriven()
         for schedule in self.schedules.values():
             schedule.epoch_lrs = schedule.get_lr()
-            if self._interval == "epoch" and not schedule.needs_metric:
+            if schedule.epoch_len is None and not schedule.counts_updates and not schedule.needs_metric:
                 schedule.step_scheduler()
 
     def step_by_metric(self, metric: float, at: int) -> None:

@@ -48,6 +48,24 @@ def warmup_factor_at(method: WarmupMethod | None, step: int, warmup_iters: int, 
     return float(warmup_factor ** (1 - alpha))
 
 
+def with_warm_up(
+    scheduler: Any, method: WarmupMethod | None, iters: int, factor: float, *, optimizer: Optimizer
+) -> LRWarmupScheduler:
+    """The schedule of a run; a script's own LRWarmupScheduler is used as it is.
+
+    Raises:
+        SettingError: for a warm-up of a schedule that has one.
+    """
+    if not isinstance(scheduler, LRWarmupScheduler):
+        return LRWarmupScheduler(scheduler, None, method, iters, factor, optimizer=optimizer)
+    if method is not None:
+        raise SettingError(
+            f"lr_scheduler is an LRWarmupScheduler, but warmup_method is {method!r}: there would be two warm-ups. Pass the "
+            "scheduler inside, or no warmup_method."
+        )
+    return scheduler
+
+
 class LRWarmupScheduler(LRScheduler):
     """Puts a warm-up in front of any torch scheduler; counted in updates. A torch scheduler itself, as 1.7's was.
 
@@ -65,7 +83,12 @@ class LRWarmupScheduler(LRScheduler):
         warmup_factor: the learning rate begins at this fraction of the scheduler's.
         last_epoch: updates made before, minus one (1.7's argument).
         optimizer: needed only if `scheduler` is None.
+
+    Attributes:
+        counts_updates: the scheduler does, so `step()` steps it each time.
     """
+
+    counts_updates: bool = False
 
     def __init__(
         self,
@@ -116,7 +139,8 @@ class LRWarmupScheduler(LRScheduler):
         """An update has been made. epoch: torch's old argument, without effect."""
         was_warming_up = self.num_updates < self.warmup_iters
         self.num_updates += 1
-        if self.epoch_len and self.num_updates % self.epoch_len == 0 and self.scheduler is not None:
+        ends_epoch = bool(self.epoch_len) and self.num_updates % (self.epoch_len or 1) == 0
+        if (self.counts_updates or ends_epoch) and self.scheduler is not None:
             self.step_scheduler()
         elif was_warming_up:
             self._apply_warmup()
