@@ -311,4 +311,4 @@ def test_what_hooks_of_the_main_process_set_counts_on_all_or_is_an_error(tmp_pat
     first, second = on_processes(set_on_main, tmp_path, 2, tmp_path / "runs")
     assert first == second
     assert (first["max_epochs=3"], first["max_epochs=1"], first["gradient_accumulation_steps=2"]) == (15, 5, 5 + 3)
-    assert "only rank 0 has set trainer.data_loader" in first["data_loader="]
+    assert "only rank 0 has set another data_loader" in first["data_loader="]
