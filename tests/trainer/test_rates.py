@@ -175,13 +175,26 @@ class StepsSchedule(Trainer):
         return {"total_loss": loss.detach()}
 
 
+class StepsBoth(StepsSchedule):
+    """Written for a warm-up and a scheduler that are stepped one by one."""
+
+    def train_one_iter(self, batch: Any) -> Any:
+        values = super().train_one_iter(batch)
+        if self.lr_scheduler_interval == "iter":
+            self.lr_scheduler.step_scheduler()
+        return values
+
+
+@pytest.mark.parametrize("kind", [StepsSchedule, StepsBoth])
 @pytest.mark.parametrize(("interval", "steps"), [("epoch", 2), ("iter", 10)])
-def test_an_own_step_steps_its_schedule(interval: Any, steps: int, tmp_path: Path, caplog: Any) -> None:
+def test_an_own_step_steps_its_schedule_once(
+    kind: type[Trainer], interval: Any, steps: int, tmp_path: Path, caplog: Any
+) -> None:
     model = Net()
     optimizer = optimizer_of(model)
     schedule = StepLR(optimizer, 1, gamma=0.5)
     settings: dict[str, Any] = {"hooks": [], "lr_scheduler_interval": interval}
-    trainer = StepsSchedule(model, optimizer, schedule, make_batches(), 2, tmp_path, **settings)
+    trainer = kind(model, optimizer, schedule, make_batches(), 2, tmp_path, **settings)
     trainer.train()
     assert trainer.lr == pytest.approx(0.1 * 0.5**steps)
     assert "no effect" not in caplog.text

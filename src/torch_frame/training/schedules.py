@@ -85,10 +85,11 @@ class LRWarmupScheduler(LRScheduler):
         optimizer: needed only if `scheduler` is None.
 
     Attributes:
-        counts_updates: the scheduler does, so `step()` steps it each time.
+        counts_updates: the scheduler does, so `step()` steps it each time; `step_scheduler()` behind it does nothing then.
     """
 
     counts_updates: bool = False
+    _stepped_at: int | None = None  # the update that has stepped the scheduler
 
     def __init__(
         self,
@@ -142,12 +143,14 @@ class LRWarmupScheduler(LRScheduler):
         ends_epoch = bool(self.epoch_len) and self.num_updates % (self.epoch_len or 1) == 0
         if (self.counts_updates or ends_epoch) and self.scheduler is not None:
             self.step_scheduler()
+            self._stepped_at = self.num_updates
         elif was_warming_up:
             self._apply_warmup()
 
     def step_scheduler(self) -> None:
-        """Step the wrapped scheduler: an epoch, or an update, has ended."""
-        if self.scheduler is not None:
+        """Step the wrapped scheduler: an epoch has ended, or an update that has not stepped it already (`counts_updates`)."""
+        is_done = self.counts_updates and self._stepped_at == self.num_updates
+        if self.scheduler is not None and not is_done:
             self._step_wrapped(self.scheduler.step)
 
     def step_by_metric(self, metric: float, at: int) -> None:
@@ -274,7 +277,7 @@ class LRWarmupScheduler(LRScheduler):
             counts: what `state_dict` returned.
             regular_lrs: the rates of the groups, without the warm-up.
         """
-        self.num_updates = counts["num_updates"]
+        self.num_updates, self._stepped_at = counts["num_updates"], None
         self._metric_at = counts["metric_at"]
         if self.num_updates > 0:  # by the run: torch would warn that its optimizer has not stepped yet
             self.optimizer._opt_called = True  # type: ignore[attr-defined]
