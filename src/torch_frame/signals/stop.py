@@ -51,8 +51,7 @@ class StopSignals:
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Handlers of ours inside, in the main thread; elsewhere python allows none, and nothing is done."""
-        self.received, self.is_told = None, False
-        self._before, self._got = {}, []
+        self.received, self.is_told, self._before, self._got = None, False, {}, []
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -142,24 +141,18 @@ class StopSignals:
         """
         assert self.received is not None
         number, self.received = self.received, None
-        others = {n: h for n, h in self._before.items() if _is_users(n, h) or _is_of_a_run(h)}
+        others = {n: h for n, h in self._before.items() if _is_called(n, h)}
         for asked in dict.fromkeys([number, *self._got]):
             if asked in others:
                 others[asked](asked, sys._getframe())
-        if number in others:
-            return
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + number)
+        if number not in others:
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
 
-def _is_users(number: int, handler: Any) -> bool:
-    """A handler of the user's that is called."""
-    return signal.Signals(number).name in _OF_USERS and callable(handler)
-
-
-def _is_of_a_run(handler: Any) -> bool:
-    return isinstance(getattr(handler, "__self__", None), StopSignals)
+def _is_called(number: int, handler: Any) -> bool:
+    """It is a user's, of SIGUSR1 or SIGUSR2, or that of a run around this one."""
+    is_of_a_run = isinstance(getattr(handler, "__self__", None), StopSignals)
+    return is_of_a_run or (signal.Signals(number).name in _OF_USERS and callable(handler))
 
 
 def _is_handled_by_c(number: int) -> bool:
