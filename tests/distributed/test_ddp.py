@@ -314,6 +314,7 @@ def try_more(folder: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_settings_cuts_and_what_one_rank_finds(tmp_path: Path) -> None:
     first, second = on_processes(try_more, tmp_path, 2, tmp_path)
     for name, value in first.items():

@@ -324,6 +324,7 @@ def train_both(folder: Path) -> Any:
     return train_alone(folder), train_alone_by_batches(folder)
 
 
+@pytest.mark.slow
 def test_ranks_wait_for_rank_0_for_longer_than_the_time_out_and_end_with_it(tmp_path: Path) -> None:
     """The evaluations take 3.6 s behind an epoch and 2.7 s behind a batch, the group's time-out is 2 s."""
     results = on_processes(train_both, tmp_path, 2, tmp_path, group_timeout_s=2.0)

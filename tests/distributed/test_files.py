@@ -107,6 +107,7 @@ def test_all_ranks_have_rank_0s_folder_from_the_constructor_on(tmp_path: Path) -
     ]
 
 
+@pytest.mark.slow
 def test_a_folder_that_another_process_holds_is_refused_on_all_ranks(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with Other(tmp_path / "run"), pytest.raises(Failed, match="is in use: process"):

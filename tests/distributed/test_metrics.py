@@ -133,6 +133,7 @@ def evaluate_all(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_what_each_kind_of_metric_sees_on_two_ranks_is_all_of_the_data(tmp_path: Path) -> None:
     reference = curves()
     reference.update(*data())

@@ -174,6 +174,7 @@ def all_runs(folder: Path) -> dict[str, Any]:
     return runs
 
 
+@pytest.mark.slow
 def test_what_one_rank_finds_all_do(tmp_path: Path) -> None:
     first, second = on_processes(all_runs, tmp_path, 2, tmp_path)
     for name, of_first in first.items():

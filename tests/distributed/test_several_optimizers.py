@@ -169,6 +169,7 @@ def work(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_resume_bitwise(tmp_path: Path) -> None:
     first, second = on_processes(work, tmp_path / "two", 2, tmp_path / "two")
     one = train_all(tmp_path / "one", 1)

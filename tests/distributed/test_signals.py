@@ -130,7 +130,8 @@ def test_a_signal_to_one_rank_or_to_all_ends_all_and_the_run_goes_on_bitwise(
     assert [differences(after, before) for after, before in zip(resumed, expected, strict=True)] == [[], []]
 
 
-@pytest.mark.parametrize("name", ["TERM", pytest.param("INT", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["TERM", "INT"])
 def test_an_evaluation_whose_workers_get_the_signal_too_is_finished_and_saved(name: str, tmp_path: Path) -> None:
     """torchrun sends SIGTERM to whole process groups; workers that die of it would end the run without a save."""
     assert end(tmp_path, name, (0, 1), "evaluation") == [STATUS[name]] * 2
